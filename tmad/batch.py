@@ -1,0 +1,106 @@
+"""What one training step eats: a sample of one image, and the batch of several.
+
+All randomness of a sample is drawn here, from a generator keyed by (seed, image, epoch); the step itself draws nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tmad.patches import draw_cells
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its hole, memory and draws."""
+
+    image_id: str
+    image: np.ndarray
+    """(3, H, W) uint8."""
+    mask: np.ndarray
+    """(H, W) uint8, {0, 1}, 1 = hole."""
+    pool_yx: np.ndarray
+    """(N_pool, 2) int16, corners of the memory windows."""
+    cells: np.ndarray
+    """(N_ps,) int32, raster indices of the cells to synthesize."""
+    mix: np.ndarray
+    """(N_ps + 1,) float32 in [0, 1): interpolation weights of the gradient penalty, one a cell and one for the
+    image."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples side by side, as tensors."""
+
+    image_id: list[str]
+    image: Tensor
+    """(B, 3, H, W) uint8."""
+    mask: Tensor
+    """(B, 1, H, W) uint8, {0, 1}, 1 = hole."""
+    pool_yx: Tensor
+    """(B, N_pool, 2) int64."""
+    cells: Tensor
+    """(B, N_ps) int64."""
+    mix: Tensor
+    """(B, N_ps + 1) float32."""
+
+    def __len__(self) -> int:
+        return len(self.image_id)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on *device*."""
+        return Batch(
+            self.image_id,
+            *(
+                tensor.to(device, non_blocking=True)
+                for tensor in (self.image, self.mask, self.pool_yx, self.cells, self.mix)
+            ),
+        )
+
+
+def make_sample(
+    image_id: str,
+    image: np.ndarray,
+    mask: np.ndarray,
+    pool_yx: np.ndarray,
+    *,
+    patch_size: int,
+    num_cells: int,
+    rng: np.random.Generator,
+    flip: bool = False,
+) -> Sample:
+    """Draw what is random about one image: left-right flip (where *flip* allows it), cells, penalty weights.
+
+    *image* (H, W, 3) uint8, sides multiples of patch_size; *mask* (H, W) {0, 1}; *pool_yx* (N_pool, 2). Image, mask
+    and memory are flipped together. Deterministic in *rng*. Raises `ValueError` if image and mask differ in size.
+    """
+    if image.shape[:2] != mask.shape:
+        raise ValueError(f"{image_id}: image is {image.shape[:2]}, its mask is {mask.shape}")
+    if flip and rng.random() < 0.5:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+        pool_yx = np.stack([pool_yx[:, 0], mask.shape[1] - patch_size - pool_yx[:, 1]], axis=1)
+    return Sample(
+        image_id=image_id,
+        image=np.ascontiguousarray(image.transpose(2, 0, 1)),
+        mask=np.ascontiguousarray(mask),
+        pool_yx=pool_yx,
+        cells=draw_cells(mask, patch_size=patch_size, num=num_cells, rng=rng),
+        mix=rng.random(num_cells + 1, dtype=np.float32),
+    )
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of one size into a batch."""
+    return Batch(
+        image_id=[sample.image_id for sample in samples],
+        image=torch.from_numpy(np.stack([sample.image for sample in samples])),
+        mask=torch.from_numpy(np.stack([sample.mask for sample in samples]))[:, None],
+        pool_yx=torch.from_numpy(np.stack([sample.pool_yx for sample in samples]).astype(np.int64)),
+        cells=torch.from_numpy(np.stack([sample.cells for sample in samples]).astype(np.int64)),
+        mix=torch.from_numpy(np.stack([sample.mix for sample in samples])),
+    )

@@ -1,0 +1,222 @@
+"""The settings of the method: one frozen dataclass a part, the paper's values as defaults.
+
+Under each field stands its meaning, its unit and its origin: **[P]** the paper states it, **[A]** the authors' own
+published parts settle it, **[D]** decided here (docs/decisions). Values are checked when an object is made; an unknown
+name or a value out of range raises `pydantic.ValidationError` (a `ValueError`) that names the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid")
+"""Unknown names are refused; shared by every settings class of the project."""
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CarafeConfig:
+    """Content-aware up-sampling (Wang et al. 2019), used by every up-block [P: Sec. IV]."""
+
+    kernel: Annotated[int, Field(gt=0)] = 5
+    """Side k_up of the reassembly kernel, in pixels of the input; odd [A]."""
+    encoder_kernel: Annotated[int, Field(gt=0)] = 3
+    """Side k_enc of the convolution that predicts the kernels; odd [A]."""
+    mid_channels: PositiveInt = 64
+    """Channels C_mid after compression; never more than the layer has [A]."""
+
+    def __post_init__(self) -> None:
+        for name in ("kernel", "encoder_kernel"):
+            if getattr(self, name) % 2 == 0:
+                raise ValueError(f"carafe.{name} must be odd, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CoarseConfig:
+    """Coarse network, Sec. III-A and Table I, first column."""
+
+    base_width: PositiveInt = 16
+    """Channels after the input convolution, doubled by each down-block; 16, 32 or 48 [A]."""
+    num_down_blocks: PositiveInt = 3
+    """Down-blocks, and as many up-blocks [P]."""
+    num_res_blocks: PositiveInt = 8
+    """Dilated residual blocks [P]."""
+    dilations: tuple[PositiveInt, ...] = (2,)
+    """Dilation of each residual block, repeated in turn [A: 2 in all of them]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MemoryConfig:
+    """Texture memory, Sec. III-B: which k x k windows of the intact area enter the pool."""
+
+    pool_size: PositiveInt = 100
+    """N_pool, patches in the memory of one image [P]."""
+    rule: Literal["clean", "fewest"] = "fewest"
+    """`clean`: windows without a hole pixel, at random (rectangles); `fewest`: those with the fewest hole pixels,
+    ties at random (free-form) [P]."""
+    stride_divisor: PositiveInt = 4
+    """Candidate windows stand patch_size / stride_divisor pixels apart: 2 for rectangles, 4 for free-form [P]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RetrievalConfig:
+    """Patch retrieval, Eq. 2-5."""
+
+    num_candidates: PositiveInt = 4
+    """N_c, memory patches handed to PSNet for each cell [P]."""
+    mode: Literal["sample", "weighted_sum"] = "sample"
+    """`sample`: the exact patches, straight-through gradient (Eq. 4-5); `weighted_sum`: their softmax mean (Table IV,
+    W-Sum)."""
+    hidden_channels: PositiveInt = 32
+    """Channels between conv3x3 and conv1x1 of theta and phi [D]."""
+    embed_channels: PositiveInt = 8
+    """Channels of theta and phi's output, flattened over the patch [D]."""
+    temperature: PositiveFloat | None = None
+    """Divides the similarity before the softmax; none = sqrt(dimension of the embedding) [D: changes no ranking]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PSNetConfig:
+    """Patch synthesis network, Sec. III-C and Table I, second and third column."""
+
+    base_width: PositiveInt = 16
+    """Channels after the input convolutions of backbone and texture encoder, doubled by each down-block [A]."""
+    num_res_blocks: PositiveInt = 5
+    """Residual blocks of the backbone [P]."""
+    num_texture_res_blocks: PositiveInt = 2
+    """Residual blocks of the texture encoder [P]."""
+    spectral_norm: bool = True
+    """Spectral normalisation of every convolution [P: "in PSNet"]."""
+    residual: bool = False
+    """Add the coarse cell to the linear output, so that training starts at the coarse result [D]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TMADConfig:
+    """The generator: everything that inference needs, and the `config.json` of a model artifact."""
+
+    patch_size: PositiveInt = 32
+    """k_p, side of a cell and of a memory patch, in pixels; a multiple of 4 [P]."""
+    carafe: CarafeConfig = CarafeConfig()
+    coarse: CoarseConfig = CoarseConfig()
+    memory: MemoryConfig = MemoryConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    psnet: PSNetConfig = PSNetConfig()
+
+    def __post_init__(self) -> None:
+        if self.patch_size % 4 or self.patch_size < 8:
+            raise ValueError(f"patch_size must be a multiple of 4 and at least 8, got {self.patch_size}")
+        if self.patch_size % self.memory.stride_divisor:
+            raise ValueError(
+                f"memory.stride_divisor must divide patch_size ({self.patch_size}), got {self.memory.stride_divisor}"
+            )
+        if self.memory.pool_size < self.retrieval.num_candidates:
+            raise ValueError(
+                f"memory.pool_size must be at least retrieval.num_candidates ({self.retrieval.num_candidates}), "
+                f"got {self.memory.pool_size}"
+            )
+
+    @property
+    def memory_stride(self) -> int:
+        """s_pool, pixels between neighbouring candidate windows of the memory."""
+        return self.patch_size // self.memory.stride_divisor
+
+    @property
+    def size_multiple(self) -> int:
+        """Both sides of what the networks see are a multiple of this many pixels."""
+        return math.lcm(self.patch_size, 2**self.coarse.num_down_blocks)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CriticsConfig:
+    """The two discriminators, Sec. III-C."""
+
+    patch_base_width: PositiveInt = 16
+    """Channels after the patch discriminator's first convolution, doubled by each of its two down-blocks [A]."""
+    global_base_width: PositiveInt = 64
+    """Channels after the 70x70 discriminator's first convolution, up to 8 times that at the end [A]."""
+    spectral_norm: bool = True
+    """Spectral normalisation of both [D]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LossConfig:
+    """Weights of Eq. 1, 8 and 9 (Table II) and the penalty of the discriminators."""
+
+    weight_hole: NonNegativeFloat = 6.0
+    """lambda_hole of Eq. 1: l1 of the coarse output inside the hole [P]."""
+    weight_valid: NonNegativeFloat = 1.0
+    """lambda_valid of Eq. 1: l1 of the coarse output outside the hole [P]."""
+    weight_l1: NonNegativeFloat = 1.0
+    """lambda_l1 of Eq. 8: l1 between synthesized and true patch [P]."""
+    weight_gan_patch: NonNegativeFloat = 0.05
+    """lambda_gan^pd of Eq. 8: patch distribution loss [P]."""
+    weight_perceptual: NonNegativeFloat = 0.02
+    """lambda_percep of Eq. 8: VGG-19 features [P]."""
+    weight_tv: NonNegativeFloat = 0.02
+    """lambda_tv of Eq. 9: total variation over the hole and its one-pixel rim [P]."""
+    weight_gan_global: NonNegativeFloat = 0.02
+    """lambda_gan^blend of Eq. 9: global 70x70 discriminator [P]."""
+    relativistic: bool = True
+    """Relativistic patch distribution loss (Eq. 6-7); off = the ablation of Fig. 7."""
+    gradient_penalty: NonNegativeFloat = 10.0
+    """Weight of the gradient penalty in both discriminators [D: the value every related code base uses]."""
+    gp_every: PositiveInt = 1
+    """Apply the penalty at every n-th step, n times as strong [D]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimConfig:
+    """Adam, its schedule in images, and the averaged weights that are evaluated."""
+
+    lr: PositiveFloat = 1e-4
+    """Adam's learning rate at the start of each cosine period [P]."""
+    lr_critics: PositiveFloat | None = None
+    """The same for both discriminators; none = `lr` [P]."""
+    min_lr: NonNegativeFloat = 1e-7
+    """Learning rate at the end of each cosine period [A]."""
+    betas: tuple[float, float] = (0.5, 0.999)
+    """Adam's moment decays [D]."""
+    restart_images: PositiveInt | None = None
+    """Length of one cosine period in images; none = a quarter of each phase [P: "cosine restart"; A: four periods]."""
+    clip_grad_norm: NonNegativeFloat = 10.0
+    """Largest gradient norm of the generator and of each discriminator; 0 = no clipping [D]."""
+    ema_halflife_images: NonNegativeFloat = 10_000.0
+    """Images after which an old weight counts half in the averaged generator; 0 = no averaging [D]."""
+    max_bad_steps: PositiveInt = 20
+    """So many steps in a row with a loss or gradient that is not finite stop the run [D]."""
+
+
+def from_dict(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Make a settings object from nested dictionaries, as `dataclasses.asdict` and JSON give them.
+
+    Raises `ValueError` that lists every unknown name with the nearest known ones, or names the field whose value is
+    of the wrong type or out of range.
+    """
+    unknown = list(_unknown_names(kind, values, ""))
+    if unknown:
+        raise ValueError(f"unknown setting in {kind.__name__}: " + "; ".join(unknown))
+    return TypeAdapter(kind).validate_python(dict(values))
+
+
+def _unknown_names(kind: Any, values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    types = get_type_hints(kind)
+    known = [field.name for field in fields(kind)]
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known
+            yield f"{prefix}{name} (did you mean {', '.join(near)}?)"
+        elif is_dataclass(types[name]) and isinstance(value, Mapping):
+            yield from _unknown_names(types[name], value, f"{prefix}{name}.")

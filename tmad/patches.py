@@ -1,0 +1,91 @@
+"""Geometry of patches: the grid of cells, windows around them, cutting by coordinates, tiling back.
+
+Shapes: B images, N patches of an image, k patch side, H W image sides (multiples of k). A cell is one k x k square of
+the non-overlapping grid, named by its raster index in the (H/k) x (W/k) grid.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tmad.memory import window_hole_counts
+
+
+def hole_cells(mask: np.ndarray, patch_size: int) -> np.ndarray:
+    """Raster indices, ascending int32, of the cells with at least one hole pixel (Sec. III-A, the patches p_s).
+
+    *mask* (H, W), {0, 1}, 1 = hole. Raises `ValueError` if a side is no multiple of patch_size.
+    """
+    if mask.shape[0] % patch_size or mask.shape[1] % patch_size:
+        raise ValueError(f"both sides must be multiples of patch_size ({patch_size}), got {mask.shape}")
+    counts = window_hole_counts(mask, patch_size=patch_size, stride=patch_size)
+    return np.flatnonzero(counts).astype(np.int32)
+
+
+def draw_cells(mask: np.ndarray, *, patch_size: int, num: int, rng: np.random.Generator) -> np.ndarray:
+    """Exactly *num* cells of one image for a training step (Sec. IV, N_ps), as raster indices, int32.
+
+    At random among the hole cells where there are more; where there are fewer, all of them followed by random valid
+    cells. More than the grid has: the draw is repeated from its start. Deterministic in *rng*.
+    """
+    grid = np.arange((mask.shape[0] // patch_size) * (mask.shape[1] // patch_size), dtype=np.int32)
+    holes = hole_cells(mask, patch_size)
+    order = np.concatenate([rng.permutation(holes), rng.permutation(np.setdiff1d(grid, holes))])
+    return np.resize(order, num)
+
+
+def cell_corners(cells: Tensor, *, patch_size: int, width: int) -> Tensor:
+    """Top-left corners (..., 2), rows before columns, of cells (...) in an image *width* pixels wide."""
+    columns = width // patch_size
+    return torch.stack([cells // columns, cells % columns], dim=-1) * patch_size
+
+
+def cut(image: Tensor, corners: Tensor, size: int) -> Tensor:
+    """Cut size x size patches out of each image, by coordinates.
+
+    *image* (B, C, H, W); *corners* (B, N, 2) integers, every window inside the image. Returns (B, N, C, size, size);
+    differentiable in *image*, bit-exact copies of its pixels.
+    """
+    batch, channels, height, width = image.shape
+    steps = torch.arange(size, device=image.device)
+    rows = corners[..., 0, None] + steps
+    columns = corners[..., 1, None] + steps
+    index = rows[..., :, None] * width + columns[..., None, :]
+    index += (torch.arange(batch, device=image.device) * height * width)[:, None, None, None]
+    # Pixels as rows of a table: one lookup for all channels, and a dense, deterministic backward.
+    pixels = image.permute(0, 2, 3, 1).reshape(-1, channels)
+    patches = F.embedding(index, pixels)
+    return patches.permute(0, 1, 4, 2, 3)
+
+
+def cut_windows(image: Tensor, cells: Tensor, patch_size: int) -> Tensor:
+    """The 3k x 3k windows centred on cells (Sec. III-C, the inputs p~_s of PSNet's backbone).
+
+    *image* (B, C, H, W), sides multiples of k; beyond its border it is reflected [D], repeated at the edge where a
+    side is too short to reflect. Returns (B, N, C, 3k, 3k).
+    """
+    short = min(image.shape[-2:])
+    mode = "reflect" if short > patch_size else "replicate"
+    padded = F.pad(image, (patch_size,) * 4, mode=mode)
+    corners = cell_corners(cells, patch_size=patch_size, width=image.shape[-1])
+    return cut(padded, corners, 3 * patch_size)
+
+
+def tile(image: Tensor, patches: Tensor, cells: Tensor) -> Tensor:
+    """Put patches back onto their cells (Sec. III-C, "allocated back to the original position").
+
+    *image* (B, C, H, W) is kept wherever no patch goes; *patches* (B, N, C, k, k); *cells* (B, N). A cell named twice
+    gets the same patch twice or either of them. Returns a new (B, C, H, W); differentiable in both.
+    """
+    batch, channels, height, width = image.shape
+    k = patches.shape[-1]
+    rows, columns = height // k, width // k
+    grid = image.reshape(batch, channels, rows, k, columns, k).permute(0, 2, 4, 1, 3, 5)
+    grid = grid.reshape(batch, rows * columns, channels, k, k)
+    where = torch.arange(batch, device=image.device)[:, None].expand_as(cells)
+    grid = grid.index_put((where, cells), patches.to(grid.dtype))
+    grid = grid.reshape(batch, rows, columns, channels, k, k).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(batch, channels, height, width)
