@@ -1,0 +1,55 @@
+# Everything a developer or a user does by hand. Each target sets itself up first; a repeated set-up is instant.
+#   PYTHON    the interpreter that makes .venv (3.11 or newer)
+#   PIP_ARGS  passed to `pip install`, e.g. an index with other builds of torch (see README.md, "CPU and GPU")
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+CODE := tmad pipeline jobs tests benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format-check lint types format mlflow clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## make .venv with the pinned packages and the project, editable
+
+$(READY): pyproject.toml infra/constraints.txt
+	@test -n "$(PYTHON)" || { echo "no python3.11 or python3 on PATH; set PYTHON=/path/to/python"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "Python 3.11 or newer is needed, $(PYTHON) is older; set PYTHON=/path/to/python"; exit 1; }
+	@echo "Setting up $(VENV) (a minute or two, once)"
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c infra/constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+demo: $(READY)  ## photographs -> shards -> training -> evaluation -> report, on this machine, in minutes
+	$(BIN)/python jobs/demo.py
+
+test: $(READY)  ## the tests
+	$(BIN)/python -m pytest
+
+check: format-check lint types test  ## what CI runs: format, lint, types, tests
+
+format-check: $(READY)  ## is the code formatted?
+	$(BIN)/ruff format --check $(CODE)
+
+lint: $(READY)  ## the linter
+	$(BIN)/ruff check $(CODE)
+
+types: $(READY)  ## the type checker
+	$(BIN)/mypy
+
+format: $(READY)  ## format the code and repair what the linter can repair
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+mlflow: $(READY)  ## open the MLflow UI on the runs of this machine
+	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db"
+
+clean:  ## remove .venv and the tools' caches (runs/ stays)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
