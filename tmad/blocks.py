@@ -1,0 +1,110 @@
+"""The building blocks of Table I: PGGAN-style convolutions with leaky ReLU 0.2 and no normalisation layers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import register_parametrization
+
+from tmad.carafe import Carafe
+from tmad.config import CarafeConfig
+
+LEAK = 0.2
+"""Slope of every leaky ReLU for negative values [P: Sec. IV]."""
+
+RESIDUAL_INIT = 0.1
+"""A residual branch starts this much weaker than its input: without normalisation layers the sum over blocks would
+grow with their number [D]."""
+
+
+def conv(in_channels: int, out_channels: int, size: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the size (divided by *stride*), He-initialised for a leaky ReLU behind it."""
+    layer = nn.Conv2d(
+        in_channels, out_channels, size, stride=stride, padding=dilation * (size // 2), dilation=dilation
+    )
+    nn.init.kaiming_normal_(layer.weight, a=LEAK)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def out_conv(in_channels: int, out_channels: int = 3) -> nn.Conv2d:
+    """The linear 1x1 output convolution; starts small, so that training starts near the middle of the range."""
+    layer = conv(in_channels, out_channels, 1)
+    with torch.no_grad():
+        layer.weight *= RESIDUAL_INIT
+    return layer
+
+
+def leaky() -> nn.LeakyReLU:
+    """Leaky ReLU 0.2, in place: it needs its output only for the backward pass."""
+    return nn.LeakyReLU(LEAK, inplace=True)
+
+
+class DownBlock(nn.Sequential):
+    """conv3x3, conv3x3, nearest-neighbour halving; channels doubled by the second convolution (Table I).
+
+    Nearest-neighbour halving keeps every second pixel, so convolution and halving are one convolution of stride 2:
+    the same numbers at a quarter of the work.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(conv(channels, channels), leaky(), conv(channels, out_channels, stride=2), leaky())
+
+
+class UpBlock(nn.Sequential):
+    """CARAFE x2, conv3x3, conv3x3; channels changed by the first convolution (Table I)."""
+
+    def __init__(self, channels: int, out_channels: int, carafe: CarafeConfig) -> None:
+        super().__init__(
+            Carafe(channels, carafe),
+            conv(channels, out_channels),
+            leaky(),
+            conv(out_channels, out_channels),
+            leaky(),
+        )
+
+
+class ResidualBlock(nn.Module):
+    """x + leaky(conv3x3(leaky(conv3x3_dilated(x)))): activation after both convolutions, plain sum (Table I)."""
+
+    def __init__(self, channels: int, dilation: int = 1) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(conv(channels, channels, dilation=dilation), leaky(), conv(channels, channels), leaky())
+        with torch.no_grad():
+            self.branch[2].weight *= RESIDUAL_INIT
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + self.branch(x)
+
+
+class _Scale(nn.Module):
+    """weight -> bound * weight, a constant, as a parametrization."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        self.bound = bound
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.bound * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / self.bound
+
+
+def normalise_spectra(module: nn.Module) -> None:
+    """Put spectral normalisation (Miyato et al. 2018) on every convolution inside *module*.
+
+    [D] Each weight, taken as a (C_out, C_in * size^2) matrix, is held at the spectral norm that a He-initialised one
+    of its shape has, gain * (1 + sqrt(C_out / fan_in)), instead of at 1. At 1, a stack without other normalisation
+    loses half of its signal in every layer: PSNet's output started with a standard deviation of 0.0006.
+    The bound is a constant either way, so the network stays as Lipschitz as it was at the start.
+    """
+    gain = math.sqrt(2 / (1 + LEAK**2))
+    for layer in [child for child in module.modules() if isinstance(child, nn.Conv2d)]:
+        fan_in = layer.weight[0].numel()
+        spectral_norm(layer)
+        register_parametrization(layer, "weight", _Scale(gain * (1 + math.sqrt(layer.out_channels / fan_in))))

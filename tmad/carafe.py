@@ -1,0 +1,104 @@
+"""CARAFE, content-aware up-sampling by 2 (Wang et al., ICCV 2019), without a compiled extension.
+
+Every output pixel is a weighted sum of the k_up x k_up input pixels around its source, the weights being predicted
+from the features and normalised by a softmax. The reassembly runs as one loop over the k_up^2 shifts that accumulates
+into the output: nothing is unfolded, and for the backward pass only the padded features and the weights are kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+
+from tmad.config import CarafeConfig
+
+SCALE = 2
+
+
+class _Reassemble(torch.autograd.Function):
+    """Weighted sums over shifted views; see `reassemble`. Saves its inputs, recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, features: Tensor, weights: Tensor, kernel: int) -> Tensor:
+        batch, channels, height, width = features.shape
+        padded = _pad(features, kernel)
+        out = features.new_zeros(batch, channels, SCALE * SCALE, height, width)
+        for shift in range(kernel * kernel):
+            i, j = divmod(shift, kernel)
+            view = padded[:, :, None, i : i + height, j : j + width]
+            out.addcmul_(view, weights[:, None, :, shift])
+        ctx.save_for_backward(padded, weights)
+        ctx.kernel = kernel  # type: ignore[attr-defined]
+        return _interleave(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        padded, weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        kernel: int = ctx.kernel  # type: ignore[attr-defined]
+        grad = _deinterleave(grad)
+        height, width = grad.shape[-2:]
+        grad_padded = torch.zeros_like(padded)
+        grad_weights = torch.empty_like(weights)
+        for shift in range(kernel * kernel):
+            i, j = divmod(shift, kernel)
+            window = (slice(None), slice(None), slice(i, i + height), slice(j, j + width))
+            grad_padded[window] += (grad * weights[:, None, :, shift]).sum(2)
+            torch.sum(grad * padded[window][:, :, None], dim=1, out=grad_weights[:, :, shift])
+        half = kernel // 2
+        return grad_padded[..., half : half + height, half : half + width], grad_weights, None
+
+
+def _pad(features: Tensor, kernel: int) -> Tensor:
+    return F.pad(features, (kernel // 2,) * 4)
+
+
+def _interleave(out: Tensor) -> Tensor:
+    """(B, C, 4, H, W), sub-pixels in raster order -> (B, C, 2H, 2W)."""
+    batch, channels, _, height, width = out.shape
+    grid = out.reshape(batch, channels, SCALE, SCALE, height, width).permute(0, 1, 4, 2, 5, 3)
+    return grid.reshape(batch, channels, SCALE * height, SCALE * width)
+
+
+def _deinterleave(grad: Tensor) -> Tensor:
+    """The inverse of `_interleave`."""
+    batch, channels, height, width = grad.shape
+    grid = grad.reshape(batch, channels, height // SCALE, SCALE, width // SCALE, SCALE).permute(0, 1, 3, 5, 2, 4)
+    return grid.reshape(batch, channels, SCALE * SCALE, height // SCALE, width // SCALE).contiguous()
+
+
+def reassemble(features: Tensor, weights: Tensor, kernel: int) -> Tensor:
+    """Content-aware reassembly: out[c, 2y+a, 2x+b] = sum_ij w[ab, ij, y, x] * f[c, y+i-k/2, x+j-k/2].
+
+    *features* (B, C, H, W), zeros beyond the border; *weights* (B, 4, kernel^2, H, W), sub-pixels ab and shifts ij in
+    raster order. Returns (B, C, 2H, 2W). Differentiable once in both.
+    """
+    return _Reassemble.apply(features, weights, kernel)
+
+
+class Carafe(nn.Module):
+    """CARAFE up-sampling x2 with its kernel-prediction branch."""
+
+    def __init__(self, channels: int, config: CarafeConfig) -> None:
+        super().__init__()
+        self.kernel = config.kernel
+        mid = min(config.mid_channels, channels)
+        self.compress = nn.Conv2d(channels, mid, 1)
+        self.encode = nn.Conv2d(
+            mid, SCALE * SCALE * config.kernel**2, config.encoder_kernel, padding=config.encoder_kernel // 2
+        )
+        nn.init.xavier_uniform_(self.compress.weight)
+        nn.init.zeros_(self.compress.bias)  # type: ignore[arg-type]
+        # Nearly equal kernels at the start: up-sampling begins as a 5x5 mean.
+        nn.init.normal_(self.encode.weight, std=0.001)
+        nn.init.zeros_(self.encode.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W); the kernel softmax runs in float32."""
+        logits = self.encode(self.compress(features))
+        batch, _, height, width = logits.shape
+        logits = logits.reshape(batch, SCALE * SCALE, self.kernel**2, height, width)
+        weights = logits.float().softmax(dim=2).to(features.dtype)
+        return reassemble(features, weights, self.kernel)

@@ -1,0 +1,39 @@
+"""Coarse network (Sec. III-A): masked image and mask in, a global structural prior out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, leaky, out_conv
+from tmad.config import CarafeConfig, CoarseConfig
+
+
+class CoarseNet(nn.Module):
+    """Encoder, dilated residual blocks, CARAFE decoder; Table I, first column."""
+
+    def __init__(self, config: CoarseConfig, carafe: CarafeConfig) -> None:
+        super().__init__()
+        widths = [config.base_width * 2**level for level in range(config.num_down_blocks + 1)]
+        dilations = [config.dilations[i % len(config.dilations)] for i in range(config.num_res_blocks)]
+        self.layers = nn.Sequential(
+            conv(4, widths[0], 1),
+            leaky(),
+            *(DownBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)),
+            *(ResidualBlock(widths[-1], dilation) for dilation in dilations),
+            *(UpBlock(b, a, carafe) for a, b in reversed(list(zip(widths, widths[1:], strict=False)))),
+            out_conv(widths[0]),
+        )
+
+    def forward(self, masked: Tensor, mask: Tensor) -> Tensor:
+        """*masked* I_m (B, 3, H, W) in [-1, 1], *mask* M (B, 1, H, W) {0, 1}, sides multiples of 2^num_down_blocks.
+
+        Returns I_s (B, 3, H, W), clipped to [-1, 1].
+        """
+        result: Tensor = self.layers(torch.cat([masked, mask], dim=1))
+        return result.clamp(-1, 1)
+
+
+def compose(fill: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+    """*fill* inside the hole, *image* outside: how I_s becomes I^_s, and the tiled patches I^_p (Sec. III)."""
+    return torch.where(mask > 0, fill, image.to(fill.dtype))

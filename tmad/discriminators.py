@@ -1,0 +1,76 @@
+"""The two discriminators, C(.) in Eq. 6, 7 and 9: one of single patches, one 70x70 PatchGAN of whole images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tmad.blocks import DownBlock, ResidualBlock, conv, leaky, normalise_spectra
+from tmad.config import CriticsConfig
+
+
+class PatchCritic(nn.Module):
+    """Discriminator of the patch distribution loss (Eq. 6-7): two down-blocks, two residual blocks, a map of scores."""
+
+    def __init__(self, config: CriticsConfig) -> None:
+        super().__init__()
+        base = config.patch_base_width
+        self.layers = nn.Sequential(
+            conv(3, base, 1),
+            leaky(),
+            DownBlock(base, 2 * base),
+            DownBlock(2 * base, 4 * base),
+            ResidualBlock(4 * base),
+            ResidualBlock(4 * base),
+            conv(4 * base, 1),
+        )
+        if config.spectral_norm:
+            normalise_spectra(self)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(M, 3, k, k) in [-1, 1] -> raw scores (M, 1, k/4, k/4)."""
+        scores: Tensor = self.layers(patches)
+        return scores
+
+
+class GlobalCritic(nn.Module):
+    """Discriminator of the blending loss (Eq. 9): PatchGAN with a 70x70 field (Isola et al. 2017), no normalisation."""
+
+    def __init__(self, config: CriticsConfig) -> None:
+        super().__init__()
+        base = config.global_base_width
+        widths = [3, base, 2 * base, 4 * base, 8 * base]
+        strides = [2, 2, 2, 1]
+        layers: list[nn.Module] = []
+        for a, b, stride in zip(widths, widths[1:], strides, strict=False):
+            layers += [_conv4(a, b, stride), leaky()]
+        self.layers = nn.Sequential(*layers, _conv4(widths[-1], 1, 1))
+        if config.spectral_norm:
+            normalise_spectra(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], sides of at least 32 -> raw scores (B, 1, H/8 - 2, W/8 - 2)."""
+        scores: Tensor = self.layers(images)
+        return scores
+
+
+def _conv4(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    layer = nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=1)
+    nn.init.kaiming_normal_(layer.weight, a=0.2)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+    """WGAN-GP (Gulrajani et al. 2017): E[(|grad C(x)| - 1)^2] at x = mix * real + (1 - mix) * fake, one norm a sample.
+
+    *real*, *fake* (M, C, H, W), detached; *mix* (M,) in [0, 1). The score of a sample is the mean of its map. Always
+    in float32, outside autocast. Differentiable in the critic's parameters (a second backward). Returns a scalar.
+    """
+    with torch.autocast(real.device.type, enabled=False):
+        weight = mix.float()[:, None, None, None]
+        between = (weight * real.float() + (1 - weight) * fake.float()).requires_grad_()
+        scores = critic(between).flatten(1).mean(dim=1)
+        (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
+        norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        return (norms - 1).square().mean()
