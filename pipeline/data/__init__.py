@@ -1,0 +1,1 @@
+"""Photographs to batches: listing, preparation by Ray Data, the prepared set's format, the training input."""

@@ -1,0 +1,233 @@
+"""The prepared set: what a record holds, what the manifest says, how both are read without Ray.
+
+Layout of the folder: `shards/00000.parquet` and its receipt `shards/00000.json` for every shard, `settings.json` of the
+preparation, `quarantine.jsonl` (inputs that were left out, with their reasons) and `manifest.json`, written last: a
+set without it is unfinished and is refused.
+
+A record is one crop: its encoded file, its masks as bits (1 = hole), and for each mask the corners (y, x) of the
+windows of the texture memory (Sec. III-B). Nothing in it is a decoded pixel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import CorruptSet, MissingInput, UnfinishedSet, WrongVersion
+from pipeline.storage import exists, file_system, is_remote, join, read_bytes, redact
+from tmad.images import decode_image, to_rgb
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+RECORD_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("masks", pa.list_(pa.binary()), nullable=False),
+        pa.field("pool_yx", pa.list_(pa.list_(pa.int16())), nullable=False),
+        pa.field("hole_fraction", pa.list_(pa.float32()), nullable=False),
+        pa.field("label", pa.int64()),
+        pa.field(
+            "source",
+            pa.struct([pa.field("key", pa.string()), pa.field("size", pa.int64()), pa.field("sha256", pa.string())]),
+            nullable=False,
+        ),
+    ],
+    metadata={b"tmad.schema_version": str(SCHEMA_VERSION).encode()},
+)
+"""One row: `image_id` is `<key of the source>#<number of the crop>`; `image` JPEG, PNG or WebP; `masks` one entry a
+variant, row-major bits of (height, width), the first pixel in the highest bit; `pool_yx` one entry a variant,
+y0, x0, y1, x1, ...; `source.key` is relative to the manifest's `source`."""
+
+
+def pack_mask(mask: np.ndarray) -> bytes:
+    """Mask (H, W) of {0, 1} as ceil(H * W / 8) bytes."""
+    return np.packbits(mask.reshape(-1) != 0).tobytes()
+
+
+def unpack_mask(bits: bytes, height: int, width: int) -> np.ndarray:
+    """Inverse of `pack_mask`: (height, width), uint8, {0, 1}."""
+    return np.unpackbits(np.frombuffer(bits, np.uint8), count=height * width).reshape(height, width)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of a prepared set; pixels, masks and coordinates are decoded where they are asked for."""
+
+    image_id: str
+    image: bytes
+    height: int
+    width: int
+    masks: list[bytes]
+    pool_yx: list[list[int]]
+    hole_fraction: list[float]
+    label: int | None
+    source: dict[str, Any]
+
+    def pixels(self) -> np.ndarray:
+        """(H, W, 3), uint8."""
+        return to_rgb(decode_image(self.image))
+
+    def mask(self, variant: int = 0) -> np.ndarray:
+        """(H, W), uint8, 1 = hole."""
+        return unpack_mask(self.masks[variant], self.height, self.width)
+
+    def pool(self, variant: int = 0) -> np.ndarray:
+        """(P, 2), int16, top-left corners (y, x) of the memory's windows under that mask."""
+        return np.asarray(self.pool_yx[variant], np.int16).reshape(-1, 2)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of the set; *file* is relative to the set's folder, keys are those of the source images."""
+
+    file: str
+    rows: int
+    size: int
+    sha256: str
+    first_key: str
+    last_key: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished set is. `settings` are those of the preparation, without credentials."""
+
+    settings: dict[str, Any]
+    shards: list[Shard]
+    images_listed: int
+    """Image files found below the source."""
+    images_used: int
+    """Those that gave records; the rest are in quarantine.jsonl."""
+    drops: dict[str, int]
+    """Inputs left out, by reason."""
+    records: int
+    row_group_rows: int
+    """Rows in each row group of every shard, except the last of a shard: the unit of reading."""
+    schema_version: int = SCHEMA_VERSION
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the set's content, 16 hex: training, evaluation and MLflow name it. It does not depend on where
+        the source or the set lies."""
+        settings = {name: value for name, value in self.settings.items() if name != "source"}
+        content = [self.schema_version, settings, [[shard.rows, shard.sha256] for shard in self.shards]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def num_variants(self) -> int:
+        """Masks of each record."""
+        return int(self.settings["masks_per_image"])
+
+    @property
+    def crop_size(self) -> int:
+        """Side of every record's image, in pixels."""
+        return int(self.settings["crop_size"])
+
+    @property
+    def patch_size(self) -> int:
+        """k_p of the windows that `pool_yx` points at."""
+        return int(self.settings["patch_size"])
+
+    def to_json(self) -> str:
+        return json.dumps({"digest": self.digest, **dataclasses.asdict(self)}, indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Raises `WrongVersion` for another schema version, `CorruptSet` for anything that is no manifest."""
+        try:
+            values = json.loads(text)
+            version = values["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptSet(f"{MANIFEST_NAME} is not the manifest of a prepared set: {error}") from error
+        if version != SCHEMA_VERSION:
+            raise WrongVersion(
+                f"the prepared set has schema version {version}, this code reads {SCHEMA_VERSION}; "
+                "prepare it again with jobs/prepare.py"
+            )
+        digest = values.pop("digest", None)
+        try:
+            manifest = Manifest(**{**values, "shards": [Shard(**shard) for shard in values["shards"]]})
+        except (KeyError, TypeError) as error:
+            raise CorruptSet(f"{MANIFEST_NAME} lacks or repeats something: {error}") from error
+        if digest != manifest.digest:
+            raise CorruptSet(f"{MANIFEST_NAME} was changed after it was written: digest {digest} != {manifest.digest}")
+        return manifest
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest of the prepared set in the folder *uri* (or of that very file).
+
+    Raises `MissingInput` if there is no such folder, `UnfinishedSet` if its preparation was not completed,
+    `WrongVersion` or `CorruptSet` if it cannot be used.
+    """
+    folder = set_folder(uri)
+    try:
+        text = read_bytes(join(folder, MANIFEST_NAME)).decode()
+    except MissingInput:
+        if exists(join(folder, "settings.json")):
+            raise UnfinishedSet(
+                f"the prepared set {redact(folder)} is unfinished: it has shards but no {MANIFEST_NAME}; "
+                "run jobs/prepare.py again with the same settings, finished shards are kept"
+            ) from None
+        what = "is not a prepared set" if exists(folder) else "does not exist"
+        raise MissingInput(
+            f"{redact(folder)} {what}: no {MANIFEST_NAME} there; make one with jobs/prepare.py"
+        ) from None
+    return Manifest.from_json(text)
+
+
+def set_folder(uri: str) -> str:
+    """The folder of a prepared set, given that folder or the manifest in it."""
+    return uri.rstrip("/").removesuffix("/" + MANIFEST_NAME)
+
+
+def read_records(uri: str, limit: int | None = None) -> Iterator[Record]:
+    """Records of the prepared set in their stored order, at most *limit*; without Ray, one row group at a time.
+
+    Raises what `read_manifest` raises, and `CorruptSet` naming the shard that cannot be read.
+    """
+    manifest = read_manifest(uri)
+    left = manifest.records if limit is None else limit
+    for shard in manifest.shards:
+        if left <= 0:
+            return
+        file = open_shard(set_folder(uri), shard.file)
+        for group in range(file.num_row_groups):
+            for row in file.read_row_group(group).to_pylist()[: max(left, 0)]:
+                yield Record(**row)
+                left -= 1
+
+
+def open_shard(folder: str, file: str) -> pq.ParquetFile:
+    """The Parquet file *file* of the set in *folder*; only what is read of it is fetched.
+
+    Raises `CorruptSet` naming the shard if it is missing or no Parquet, `WrongVersion` if it is of another schema.
+    """
+    uri = join(folder, file)
+    fs, path = file_system(uri)
+    try:
+        if is_remote(uri):
+            opened = pq.ParquetFile(fs.open(path, cache_type="none"), pre_buffer=True)
+        else:
+            opened = pq.ParquetFile(path)
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptSet(
+            f"the shard {redact(uri)} cannot be read: {redact(str(error))}; remove {MANIFEST_NAME} and prepare again"
+        ) from None
+    version = (opened.schema_arrow.metadata or {}).get(b"tmad.schema_version", b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise WrongVersion(f"the shard {redact(uri)} has schema version {version}, this code reads {SCHEMA_VERSION}")
+    return opened

@@ -1,0 +1,72 @@
+"""The situations a caller may want to catch, one class each, below one root.
+
+Every error survives pickling with its details, because Ray carries it from a worker to the driver. Wrong values of
+settings and arguments are plain `ValueError`s and have no class here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class TMADError(Exception):
+    """Root of the errors that end a job with one clear line instead of a traceback.
+
+    *message* says what happened, what was expected and where to change it; *details* are plain values for a program.
+    """
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.details)
+
+
+def _rebuild(kind: type[TMADError], message: str, details: dict[str, Any]) -> TMADError:
+    return kind(message, **details)
+
+
+class MissingInput(TMADError):
+    """A file, a folder or an image that the job was asked to read is not there, or there is nothing usable in it."""
+
+
+class StorageFailed(TMADError):
+    """Storage refused to read or to write: unknown scheme, missing package, permission, network."""
+
+
+class UnfinishedSet(TMADError):
+    """A prepared set whose manifest was never written: its preparation was stopped and has to be run again."""
+
+
+class CorruptSet(TMADError):
+    """A prepared set whose files are not what its manifest says."""
+
+
+class WrongVersion(TMADError):
+    """Something was written in a format that this version of the code does not read."""
+
+
+class ConfigMismatch(TMADError):
+    """Settings differ from those of what is already there; `details["differences"]` maps names to both values."""
+
+
+class TooManyBadImages(TMADError):
+    """More inputs were unusable than the settings allow; `details["reasons"]` counts them by reason."""
+
+
+class RunFinished(TMADError):
+    """A run of this name is already complete; there is nothing to resume."""
+
+
+class ClusterTooSmall(TMADError):
+    """The job asks for more CPUs, GPUs or memory than the Ray cluster has."""
+
+
+class ModelNotFound(TMADError):
+    """No model where one was looked for; the message lists every place."""
+
+
+class TrainingFailed(TMADError):
+    """Training stopped before its end; `details["checkpoint"]` names the last good one, if there is any."""
