@@ -1,0 +1,68 @@
+"""The inpainter as an MLflow model: this file is what MLflow stores and runs ("models from code").
+
+It needs the installed `tmad` package and the model artifact beside it, nothing of Ray. In: `image` (n, H, W, 3) uint8
+and `mask` (n, H, W) uint8, 1 or 255 = hole; out: (n, H, W, 3) uint8, valid pixels bit-identical to the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from tmad.checkpoint import load_model
+from tmad.inpaint import Inpainter
+
+ARTIFACT = "tmad_model"
+"""Name of the model artifact (folder with `config.json` and `model.safetensors`) inside the MLflow model."""
+
+
+class InpainterModel(PythonModel):
+    """T-MAD behind MLflow's `predict`."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the weights, once a process."""
+        self.inpainter = Inpainter(load_model(Path(context.artifacts[ARTIFACT])))
+
+    def predict(
+        self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
+        """Fill the holes of a stack of images of one size.
+
+        Each image is treated as if it came alone. Raises `ValueError` that names what is wrong with which input.
+        """
+        image, mask = _checked(model_input)
+        results = [
+            self.inpainter(one_image, one_mask, image_id=str(index)).output
+            for index, (one_image, one_mask) in enumerate(zip(image, mask, strict=True))
+        ]
+        return np.stack([np.asarray(result) for result in results]) if results else image.copy()
+
+
+def _checked(model_input: Any) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(model_input, Mapping) or not {"image", "mask"} <= set(model_input):
+        raise ValueError(
+            "the input must be {'image': (n, H, W, 3) uint8, 'mask': (n, H, W) uint8}, "
+            f"got {type(model_input).__name__}"
+            + (f" with {sorted(map(str, model_input))}" if isinstance(model_input, Mapping) else "")
+        )
+    image, mask = np.asarray(model_input["image"]), np.asarray(model_input["mask"])
+    for name, array, dimensions in (("image", image, 4), ("mask", mask, 3)):
+        if array.dtype != np.uint8:
+            raise ValueError(f"{name} must be uint8, got {array.dtype}; a float image is image*255 rounded")
+        if array.ndim != dimensions:
+            raise ValueError(
+                f"{name} must have {dimensions} dimensions, the first of them the number, got {array.shape}"
+            )
+    if image.shape[:3] != mask.shape or image.shape[3] != 3:
+        raise ValueError(
+            f"image must be (n, H, W, 3) and mask (n, H, W) of the same n, H, W, got {image.shape} and {mask.shape}"
+        )
+    return image, mask
+
+
+set_model(InpainterModel())

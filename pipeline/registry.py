@@ -1,0 +1,105 @@
+"""The MLflow model registry: a trained artifact becomes a version of a named model that any process can run."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import MissingInput
+from pipeline.tracking import mlflow_client
+from tmad.checkpoint import model_digest
+
+ARTIFACT = "tmad_model"
+"""Key of the model artifact inside the MLflow model; `pyfunc_model.py` reads it under the same name."""
+
+ARTIFACT_PATH = "model"
+"""Folder of the MLflow model among its run's artifacts."""
+
+REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "safetensors")
+"""What the stored model imports besides `tmad` itself."""
+
+log = logging.getLogger(__name__)
+
+
+def register_model(
+    folder: Path | str, *, tracking_uri: str, run_id: str, name: str = "tmad", alias: str | None = "champion"
+) -> int:
+    """Store the model artifact in *folder* as a new version of *name*, point *alias* at it, return the version.
+
+    The stored model runs through `mlflow.pyfunc.load_model("models:/<name>@<alias>")` wherever this package is
+    installed; signature: `image` (-1, -1, -1, 3) and `mask` (-1, -1, -1), both uint8, to (-1, -1, -1, 3) uint8. The
+    same artifact registered again from the same run gives the version that is already there, so that a repeated
+    command does not pile up versions.
+
+    Raises `MissingInput` if *folder* is no model artifact.
+    """
+    from mlflow.exceptions import MlflowException
+
+    folder = Path(folder)
+    missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
+    if missing:
+        raise MissingInput(f"cannot register {folder}: no {' and no '.join(missing)} in it; save_model writes both")
+    client = mlflow_client(tracking_uri)
+    digest = model_digest(folder)
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name, description="T-MAD image inpainting: image and mask in, filled image out")
+    version = _version_with(client, name, run_id, digest)
+    if version is None:
+        with tempfile.TemporaryDirectory(prefix="tmad-register-") as temporary:
+            stored = Path(temporary, ARTIFACT_PATH)
+            write_pyfunc_model(folder, stored, digest=digest)
+            client.log_artifacts(run_id, str(stored), ARTIFACT_PATH)
+        created = client.create_model_version(
+            name,
+            source=f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT_PATH}",
+            run_id=run_id,
+            tags={"model_digest": digest},
+        )
+        version = int(created.version)
+    if alias is not None:
+        client.set_registered_model_alias(name, alias, str(version))
+    log.info("model %s is version %d of %r at %s", digest, version, name, storage.redact(tracking_uri))
+    return version
+
+
+def write_pyfunc_model(folder: Path, target: Path, *, digest: str) -> None:
+    """Write the artifact in *folder* as an MLflow pyfunc model to the new folder *target*; no server is involved."""
+    import mlflow.pyfunc
+
+    mlflow.pyfunc.save_model(
+        path=str(target),
+        python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+        artifacts={ARTIFACT: str(folder.absolute())},
+        signature=model_signature(),
+        pip_requirements=[f"{package}=={metadata.version(package)}" for package in REQUIREMENTS],
+        metadata={"model_digest": digest},
+    )
+
+
+def model_signature() -> Any:
+    """MLflow signature of the inpainter: any number of images of one size, uint8."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    uint8 = np.dtype(np.uint8)
+    return ModelSignature(
+        inputs=Schema([TensorSpec(uint8, (-1, -1, -1, 3), "image"), TensorSpec(uint8, (-1, -1, -1), "mask")]),
+        outputs=Schema([TensorSpec(uint8, (-1, -1, -1, 3))]),
+    )
+
+
+def _version_with(client: Any, name: str, run_id: str, digest: str) -> int | None:
+    versions = client.search_model_versions(f"name = '{name}'")
+    same = [
+        int(version.version)
+        for version in versions
+        if version.run_id == run_id and version.tags.get("model_digest") == digest
+    ]
+    return max(same, default=None)

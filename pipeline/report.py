@@ -1,0 +1,243 @@
+"""A report that is one HTML file: tables, measures with their formulas, pictures side by side.
+
+The file asks for nothing from outside: no scripts, no fonts, pictures inside it as data. It follows the reader's light
+or dark setting, works on a phone, and a picture that is clicked (or reached with Tab) fills the window.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from pipeline import storage
+
+Picture = np.ndarray | Image.Image | bytes
+"""(H, W, 3) or (H, W) uint8, a Pillow image, or the bytes of a PNG or JPEG file."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How one measure is to be read."""
+
+    name: str
+    """As it stands in tables and files: region and formula are part of it (`psnr_hole`)."""
+    formula: str
+    """In words and symbols."""
+    better: Literal["higher", "lower"]
+    unit: str = ""
+    digits: int = 3
+    """Digits after the point in tables."""
+
+
+class Report:
+    """Collects sections from top to bottom; `html` renders them, `write` stores the file."""
+
+    def __init__(self, title: str, lead: str = "") -> None:
+        """*lead*: one paragraph under the title that says what the reader is looking at."""
+        self.title = title
+        self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
+        if lead:
+            self._parts.append(f'<p class="lead">{html.escape(lead)}</p>')
+
+    def heading(self, text: str) -> None:
+        """Start a section."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, paragraph: str) -> None:
+        """Add a paragraph of plain text."""
+        self._parts.append(f"<p>{html.escape(paragraph)}</p>")
+
+    def facts(self, facts: Mapping[str, object]) -> None:
+        """Add names and values, such as model, data set, number of images."""
+        rows = "".join(
+            f"<tr><th scope='row'>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in facts.items()
+        )
+        self._parts.append(f'<div class="scroll"><table class="facts">{rows}</table></div>')
+
+    def command(self, text: str) -> None:
+        """Add a shell command to copy."""
+        self._parts.append(f"<pre><code>{html.escape(text)}</code></pre>")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Add a plain table; numbers are set to the right."""
+        head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in header)
+        body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
+        self._parts.append(
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        )
+
+    def measures(self, values: Mapping[str, Mapping[str, float | None]], measures: Sequence[Measure]) -> None:
+        """Add the table method x measure, the best of each measure in bold, and how each is computed below it.
+
+        *values*: method, then measure, then its mean; missing or not finite shows as a dash.
+        """
+        shown = [measure for measure in measures if any(measure.name in row for row in values.values())]
+        best = {measure.name: _best(values, measure) for measure in shown}
+        head = "<th scope='col'>method</th>" + "".join(
+            f"<th scope='col' title='{html.escape(measure.formula, quote=True)}'>{html.escape(measure.name)} "
+            f"{'↑' if measure.better == 'higher' else '↓'}</th>"
+            for measure in shown
+        )
+        body = ""
+        for method, row in values.items():
+            cells = ""
+            for measure in shown:
+                value = row.get(measure.name)
+                text = "–" if value is None or not math.isfinite(value) else f"{value:.{measure.digits}f}"
+                is_best = text != "–" and value == best[measure.name] and len(values) > 1
+                cells += f"<td class='number'>{f'<strong>{text}</strong>' if is_best else text}</td>"
+            body += f"<tr><th scope='row'>{html.escape(method)}</th>{cells}</tr>"
+        legend = "".join(
+            f"<dt>{html.escape(measure.name)}{f' ({html.escape(measure.unit)})' if measure.unit else ''}</dt>"
+            f"<dd>{html.escape(measure.formula)}; <em>{measure.better} is better</em></dd>"
+            for measure in shown
+        )
+        self._parts.append(
+            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f"<p class='note'>↑ higher is better, ↓ lower is better; best in bold.</p><dl>{legend}</dl>"
+        )
+
+    def pictures(self, rows: Sequence[tuple[str, Mapping[str, Picture]]]) -> None:
+        """Add pictures side by side: one row an image, (caption, {column: picture}), the columns of the first row."""
+        if not rows:
+            return
+        columns = list(rows[0][1])
+        head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in columns)
+        body = ""
+        for caption, cells in rows:
+            pictures = "".join(
+                f"<td>{_img(cells[name], f'{caption}: {name}') if name in cells else ''}</td>" for name in columns
+            )
+            body += (
+                f"<tr><th class='caption' colspan='{len(columns)}'>{html.escape(caption)}</th></tr><tr>{pictures}</tr>"
+            )
+        self._parts.append(
+            f'<div class="scroll"><table class="pictures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+            "</div>"
+            "<p class='note'>Click a picture, or reach it with Tab, to see it large.</p>"
+        )
+
+    def html(self) -> str:
+        """The whole document."""
+        body = "\n".join(self._parts)
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
+        )
+
+    def write(self, uri: str) -> None:
+        """Store the document at *uri*, wholly or not at all."""
+        storage.write_atomic(uri, self.html().encode())
+
+
+def picture_grid(rows: Sequence[tuple[str, Mapping[str, Picture]]], *, cell_px: int = 192) -> np.ndarray:
+    """The same rows as one picture with headings, (H, W, 3) uint8, for MLflow and for looking at without a browser.
+
+    Each picture is scaled to fit a square of *cell_px*.
+    """
+    from PIL import ImageDraw, ImageFont
+
+    if not rows:
+        raise ValueError("a picture grid needs at least one row")
+    columns = list(rows[0][1])
+    gap, head = 6, 22
+    width = gap + len(columns) * (cell_px + gap)
+    sheet = Image.new("RGB", (width, head + len(rows) * (cell_px + head + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=13)
+    for column, name in enumerate(columns):
+        draw.text((gap + column * (cell_px + gap), 4), name, fill="black", font=font)
+    for index, (caption, cells) in enumerate(rows):
+        top = head + index * (cell_px + head + gap)
+        draw.text((gap, top + 3), caption, fill=(110, 110, 110), font=font)
+        for column, name in enumerate(columns):
+            if name in cells:
+                picture = _as_image(cells[name]).convert("RGB")
+                scale = cell_px / max(picture.size)
+                size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+                sheet.paste(
+                    picture.resize(size, Image.Resampling.LANCZOS), (gap + column * (cell_px + gap), top + head)
+                )
+    return np.asarray(sheet)
+
+
+def png_bytes(picture: Picture) -> bytes:
+    """*picture* as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    _as_image(picture).save(buffer, format="PNG", optimize=False)
+    return buffer.getvalue()
+
+
+def _as_image(picture: Picture) -> Image.Image:
+    if isinstance(picture, bytes):
+        return Image.open(io.BytesIO(picture))
+    if isinstance(picture, Image.Image):
+        return picture
+    if picture.dtype != np.uint8:
+        raise ValueError(f"a picture must be uint8, got {picture.dtype}; convert with tmad.images.to_uint8")
+    return Image.fromarray(np.ascontiguousarray(picture))
+
+
+def _img(picture: Picture, description: str) -> str:
+    data = picture if isinstance(picture, bytes) else png_bytes(picture)
+    kind = "jpeg" if data[:2] == b"\xff\xd8" else "png"
+    text = html.escape(description, quote=True)
+    return f'<img tabindex="0" alt="{text}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"<td class='number'>{'–' if not math.isfinite(value) else format(value, '.4g')}</td>"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"<td class='number'>{value}</td>"
+    return f"<td>{html.escape('–' if value is None else str(value))}</td>"
+
+
+def _best(values: Mapping[str, Mapping[str, float | None]], measure: Measure) -> float | None:
+    finite = [v for row in values.values() if (v := row.get(measure.name)) is not None and math.isfinite(v)]
+    if not finite:
+        return None
+    return max(finite) if measure.better == "higher" else min(finite)
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d232b; --soft: #5b6673; --line: #d7dce2; --page: #ffffff; --band: #f4f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ed; --soft: #9aa5b1; --line: #3a424c; --page: #15191e; --band: #1e242b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 76rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
+.lead { font-size: 1.05rem; color: var(--soft); max-width: 60rem; margin-top: 0; }
+.note { color: var(--soft); font-size: .85rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .92rem; }
+th, td { padding: .35rem .8rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+thead th { white-space: nowrap; }
+th[scope=row] { font-weight: 600; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+dl { font-size: .88rem; color: var(--soft); display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; }
+dt { font-family: ui-monospace, monospace; color: var(--ink); }
+dd { margin: 0; }
+pre { background: var(--band); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; font-size: .88rem; }
+.pictures { width: 100%; min-width: 44rem; table-layout: fixed; }
+.pictures td { padding: 0 .3rem .7rem 0; border: 0; }
+.pictures .caption { border: 0; color: var(--soft); font-weight: 400; font-size: .82rem; padding: .3rem 0 .15rem;
+  overflow-wrap: anywhere; }
+img { display: block; width: 100%; height: auto; border-radius: 3px; cursor: zoom-in; }
+img:focus { position: fixed; inset: 0; margin: auto; width: auto; height: auto; min-height: min(90vh, 90vw);
+  max-width: 96vw; max-height: 96vh; object-fit: contain; z-index: 9; cursor: zoom-out; background: var(--page);
+  box-shadow: 0 0 0 100vmax rgb(0 0 0 / .75); outline: none; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
+"""

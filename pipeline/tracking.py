@@ -1,0 +1,351 @@
+"""Where the numbers and pictures of a run go: MLflow, a JSON-lines file, or nowhere, behind the same calls.
+
+The driver creates the MLflow run once (`Tracker.create`) and hands its id to whoever writes; every restart opens the
+same run again by that id, so a run that was killed five times is one run with one curve. Only `MlflowClient` is used:
+the fluent API (`mlflow.start_run`, `mlflow.set_experiment`) keeps hidden state in the process that has sent runs into
+the wrong experiment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from pipeline import storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+NO_TRACKING = "none"
+"""Value of a tracking URI setting that switches MLflow off."""
+
+SECRET_NAME = re.compile(r"passw|secret|token|credential|api_?key|access_?key|account_?key", re.IGNORECASE)
+"""Parameters and tags with such a name are logged as `***`."""
+
+MAX_PARAM_CHARACTERS = 6000
+MAX_PENDING_METRICS = 20_000
+PARAMS_PER_CALL = 100
+METRICS_PER_CALL = 900
+"""Limits of the MLflow API, and of what is kept in memory while its server is away."""
+
+REMOTE_WRITE_INTERVAL_S = 30.0
+"""Object storage cannot append: a remote JSON-lines file is written again at most this often, and at the end."""
+
+log = logging.getLogger(__name__)
+
+
+def default_tracking_uri(storage_root: str) -> str | None:
+    """Where a run is tracked when its configuration does not say: `MLFLOW_TRACKING_URI`, or SQLite beside the runs.
+
+    The file is `<storage_root>/mlflow.db` with an absolute path, as workers run in another directory. A remote
+    *storage_root* cannot hold SQLite: then the result is `None`, with a warning, and only `metrics.jsonl` is written.
+    """
+    if named := os.environ.get("MLFLOW_TRACKING_URI"):
+        return named
+    if storage.is_remote(storage_root):
+        log.warning(
+            "no MLflow: %s is not on this machine and MLFLOW_TRACKING_URI is not set; metrics go to metrics.jsonl only",
+            storage.redact(storage_root),
+        )
+        return None
+    return f"sqlite:///{storage.absolute(storage_root)}/mlflow.db"
+
+
+def resolve_tracking_uri(uri: str | None, storage_root: str) -> str | None:
+    """The tracking URI that a setting means: `None` = the default place, `"none"` = off (gives `None`), else itself.
+
+    A relative `sqlite:///` path is made absolute here, once, before workers in other directories read it.
+    """
+    if uri is None:
+        return default_tracking_uri(storage_root)
+    if uri.lower() == NO_TRACKING:
+        return None
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    if uri.startswith("file:") or "://" not in uri:
+        raise ValueError(
+            "tracking_uri must be a server (http://...), sqlite:///path/mlflow.db, databricks://... or 'none', "
+            f"got {uri!r}; "
+            "MLflow no longer writes plain folders: use sqlite:///"
+        )
+    return uri
+
+
+def mlflow_client(uri: str) -> MlflowClient:
+    """A client of the tracking server or SQLite file at *uri*, with MLflow imported here because that takes seconds.
+
+    MLflow's usage reports to its makers are switched off unless the environment says otherwise: training machines
+    often have no way out, and nobody asked for them.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+class JsonLines:
+    """A file of one JSON object a line that survives restarts: opened again, it goes on behind what is there.
+
+    Local files are appended to line by line; at any other URI the whole text is written again, atomically, at most
+    every 30 s and when closed. Values that JSON cannot hold (NaN, infinity) become `null`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._local = None if storage.is_remote(uri) else Path(storage.absolute(uri))
+        self._text = ""
+        self._last_write_s = -math.inf
+        if self._local is None:
+            self._text = storage.read_bytes(uri).decode() if storage.exists(uri) else ""
+        else:
+            self._local.parent.mkdir(parents=True, exist_ok=True)
+            _end_last_line(self._local)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add *row*; on a local file it is on disk when this returns."""
+        line = json.dumps(_plain(row), allow_nan=False, ensure_ascii=False) + "\n"
+        if self._local is not None:
+            with self._local.open("a", encoding="utf-8") as file:
+                file.write(line)
+            return
+        self._text += line
+        if time.monotonic() - self._last_write_s >= REMOTE_WRITE_INTERVAL_S:
+            self.close()
+
+    def close(self) -> None:
+        """Write what object storage does not have yet; harmless to repeat."""
+        if self._local is None:
+            storage.write_atomic(self.uri, self._text.encode())
+            self._last_write_s = time.monotonic()
+
+
+def read_json_lines(uri: str) -> list[dict[str, Any]]:
+    """Rows of a `JsonLines` file, in order; a line cut short by a killed writer is left out. Missing file: no rows."""
+    if not storage.exists(uri):
+        return []
+    rows = []
+    for line in storage.read_bytes(uri).decode("utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+class Tracker:
+    """One run's metrics, pictures and files; *uri* `None` leaves MLflow out, *jsonl* `None` leaves the file out.
+
+    A tracking server that is away does not stop training: metrics wait in memory (20 000 values at most, the oldest go
+    first) and are sent with the next interval; pictures and files are given up with a warning. `metrics.jsonl` has
+    every value whatever the server does.
+    """
+
+    def __init__(self, uri: str | None, run_id: str | None, *, jsonl: str | None = None) -> None:
+        if (uri is None) != (run_id is None):
+            raise ValueError(f"uri and run_id go together: both or neither, got {uri!r} and {run_id!r}")
+        self.uri = uri
+        self.run_id = run_id
+        self._client = mlflow_client(uri) if uri is not None else None
+        self._jsonl = JsonLines(jsonl) if jsonl is not None else None
+        self._pending: list[tuple[str, float, int, int]] = []
+        if self._client is not None and run_id is not None:
+            # A restart opens the run that a crash may have left as FAILED or KILLED.
+            self._client.update_run(run_id, status="RUNNING")
+
+    @staticmethod
+    def create(
+        uri: str | None,
+        experiment: str,
+        run_name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, Any] | None = None,
+    ) -> str | None:
+        """Start a run in MLflow and return its id, or `None` without *uri*.
+
+        *params* may be nested (a configuration as dictionaries): `optim.lr` is one parameter. Names that look like
+        secrets are logged as `***` and URIs without their user and password.
+        """
+        if uri is None:
+            return None
+        client = mlflow_client(uri)
+        run = client.create_run(
+            experiment_id=_experiment_id(client, uri, experiment),
+            run_name=run_name,
+            tags={name: _shown(name, value) for name, value in (tags or {}).items()},
+        )
+        run_id: str = run.info.run_id
+        _log_params(client, run_id, params or {})
+        return run_id
+
+    def metrics(self, values: Mapping[str, Any], step: int) -> None:
+        """Record *values* (numbers or 0-dim tensors) at *step*, in one call to MLflow. *step* counts images seen."""
+        numbers = {name: float(value) for name, value in values.items()}
+        now_ms = int(time.time() * 1000)
+        if self._jsonl is not None:
+            self._jsonl.append({"step": int(step), "time_s": now_ms / 1000, **numbers})
+        if self._client is not None:
+            self._pending += [(name, value, now_ms, int(step)) for name, value in numbers.items()]
+            self._send()
+
+    def artifact(self, content: Path | str | bytes, name: str) -> None:
+        """Keep a file under *name* (`folder/file.json`): *content* is its path, or its bytes."""
+        folder, _, filename = name.rpartition("/")
+        if self._client is None:
+            return
+        if isinstance(content, bytes):
+            with tempfile.TemporaryDirectory(prefix="tmad-artifact-") as temporary:
+                path = Path(temporary, filename)
+                path.write_bytes(content)
+                self._guard("artifact " + name, "log_artifact", str(path), folder or None)
+            return
+        path = Path(content)
+        if not path.exists():
+            raise ValueError(f"artifact {name!r}: there is no {path}")
+        if path.is_dir():
+            self._guard("artifact " + name, "log_artifacts", str(path), name)
+        elif path.name == filename:
+            self._guard("artifact " + name, "log_artifact", str(path), folder or None)
+        else:
+            self.artifact(path.read_bytes(), name)
+
+    def image(self, name: str, array: np.ndarray, step: int | None = None) -> None:
+        """Keep a picture, (H, W, 3) or (H, W) uint8; with *step* it joins the series *name* that MLflow can play."""
+        if array.dtype != np.uint8:
+            raise ValueError(f"image {name!r} must be uint8, got {array.dtype}; convert with tmad.images.to_uint8")
+        picture = Image.fromarray(array)
+        if step is None:
+            self._guard(f"image {name}", "log_image", picture, artifact_file=f"{name}.png")
+        else:
+            self._guard(f"image {name}", "log_image", picture, key=name, step=int(step), synchronous=True)
+
+    def finish(self, status: Status = "FINISHED") -> None:
+        """Send what waits and close the run; opening it again by its id continues it."""
+        if self._jsonl is not None:
+            self._jsonl.close()
+        if self._client is not None:
+            self._send()
+            self._guard("end of the run", "set_terminated", status=status)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+
+    def _send(self) -> None:
+        from mlflow.entities import Metric
+
+        while self._pending:
+            share = self._pending[:METRICS_PER_CALL]
+            if not self._guard("metrics", "log_batch", metrics=[Metric(*row) for row in share], synchronous=True):
+                dropped = len(self._pending) - MAX_PENDING_METRICS
+                if dropped > 0:
+                    log.warning(
+                        "MLflow has been away for long: %d metric values dropped (metrics.jsonl has them)", dropped
+                    )
+                    del self._pending[:dropped]
+                return
+            del self._pending[: len(share)]
+
+    def _guard(self, what: str, method: str, *args: Any, **kwargs: Any) -> bool:
+        """Call *method* of the client for this run; a failure is a warning and `False`, never the end of a training."""
+        if self._client is None:
+            return False
+        try:
+            getattr(self._client, method)(self.run_id, *args, **kwargs)
+        except Exception as error:
+            # Errors of MLflow's HTTP and SQL libraries come through, so no narrower class covers "the server is away".
+            log.warning("MLflow did not take %s: %s", what, storage.redact(str(error)))
+            return False
+        return True
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    for _ in range(2):
+        found = client.get_experiment_by_name(name)
+        if found is not None:
+            if found.lifecycle_stage == "deleted":
+                raise ValueError(
+                    f"MLflow experiment {name!r} was deleted; restore it or choose another experiment name"
+                )
+            experiment_id: str = found.experiment_id
+            return experiment_id
+        location = None
+        if uri.startswith("sqlite:///"):
+            # MLflow's own default is relative to the current directory, which differs between workers.
+            location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+        try:
+            created: str = client.create_experiment(name, artifact_location=location)
+            return created
+        except MlflowException:
+            continue  # another process was faster; the second round finds its experiment or fails for good
+    raise ValueError(f"MLflow experiment {name!r} can neither be found nor created at {storage.redact(uri)}")
+
+
+def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    flat = [Param(name, _shown(name, value)[:MAX_PARAM_CHARACTERS]) for name, value in sorted(flatten(params).items())]
+    for start in range(0, len(flat), PARAMS_PER_CALL):
+        client.log_batch(run_id, params=flat[start : start + PARAMS_PER_CALL], synchronous=True)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names: `{"optim": {"lr": 1}}` gives `{"optim.lr": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _shown(name: str, value: Any) -> str:
+    if SECRET_NAME.search(name) and value not in (None, ""):
+        return "***"
+    return storage.redact(str(value)) if isinstance(value, str | os.PathLike) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _end_last_line(path: Path) -> None:
+    """A writer killed in the middle of a line must not swallow the next one."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
