@@ -22,9 +22,7 @@ grow with their number [D]."""
 
 def conv(in_channels: int, out_channels: int, size: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A convolution that keeps the size (divided by *stride*), He-initialised for a leaky ReLU behind it."""
-    layer = nn.Conv2d(
-        in_channels, out_channels, size, stride=stride, padding=dilation * (size // 2), dilation=dilation
-    )
+    layer = nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=dilation * (size // 2), dilation=dilation)
     nn.init.kaiming_normal_(layer.weight, a=LEAK)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
@@ -72,7 +70,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, dilation: int = 1) -> None:
         super().__init__()
-        self.branch = nn.Sequential(conv(channels, channels, dilation=dilation), leaky(), conv(channels, channels), leaky())
+        self.branch = nn.Sequential(
+            conv(channels, channels, dilation=dilation), leaky(), conv(channels, channels), leaky()
+        )
         with torch.no_grad():
             self.branch[2].weight *= RESIDUAL_INIT
 
@@ -98,13 +98,12 @@ class _Scale(nn.Module):
 def normalise_spectra(module: nn.Module) -> None:
     """Put spectral normalisation (Miyato et al. 2018) on every convolution inside *module*.
 
-    [D] Each weight, taken as a (C_out, C_in * size^2) matrix, is held at the spectral norm that a He-initialised one
-    of its shape has, gain * (1 + sqrt(C_out / fan_in)), instead of at 1. At 1, a stack without other normalisation
+    [D] Each weight, taken as a (C_out, C_in * size^2) matrix, is held at the spectral norm that a random one
+    of its shape with standard deviation 1/sqrt(fan_in) has, 1 + sqrt(C_out / fan_in), instead of at 1. At 1, a stack without other normalisation
     loses half of its signal in every layer: PSNet's output started with a standard deviation of 0.0006.
     The bound is a constant either way, so the network stays as Lipschitz as it was at the start.
     """
-    gain = math.sqrt(2 / (1 + LEAK**2))
     for layer in [child for child in module.modules() if isinstance(child, nn.Conv2d)]:
         fan_in = layer.weight[0].numel()
         spectral_norm(layer)
-        register_parametrization(layer, "weight", _Scale(gain * (1 + math.sqrt(layer.out_channels / fan_in))))
+        register_parametrization(layer, "weight", _Scale(1 + math.sqrt(layer.out_channels / fan_in)))

@@ -189,14 +189,26 @@ class OptimConfig:
     """Learning rate at the end of each cosine period [A]."""
     betas: tuple[float, float] = (0.5, 0.999)
     """Adam's moment decays [D]."""
-    restart_images: PositiveInt | None = None
-    """Length of one cosine period in images; none = a quarter of each phase [P: "cosine restart"; A: four periods]."""
+    cosine_periods: PositiveInt = 4
+    """Cosine periods, with a restart between them, in each phase [P: "cosine restart"; A: four periods]."""
     clip_grad_norm: NonNegativeFloat = 10.0
     """Largest gradient norm of the generator and of each discriminator; 0 = no clipping [D]."""
     ema_halflife_images: NonNegativeFloat = 10_000.0
     """Images after which an old weight counts half in the averaged generator; 0 = no averaging [D]."""
     max_bad_steps: PositiveInt = 20
     """So many steps in a row with a loss or gradient that is not finite stop the run [D]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainingConfig:
+    """Everything the optimisation step depends on."""
+
+    model: TMADConfig = TMADConfig()
+    critics: CriticsConfig = CriticsConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the networks' convolutions; losses, softmax and gradient penalty are always float32 [D]."""
 
 
 def from_dict(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

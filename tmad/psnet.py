@@ -28,9 +28,7 @@ class PSNet(nn.Module):
             DownBlock(2 * base, 4 * base),
             *(ResidualBlock(4 * base) for _ in range(config.num_res_blocks)),
         )
-        self.texture_half = nn.Sequential(
-            conv(3 * num_candidates, base, 1), leaky(), DownBlock(base, 2 * base)
-        )
+        self.texture_half = nn.Sequential(conv(3 * num_candidates, base, 1), leaky(), DownBlock(base, 2 * base))
         self.texture_quarter = nn.Sequential(
             DownBlock(2 * base, 4 * base), *(ResidualBlock(4 * base) for _ in range(config.num_texture_res_blocks))
         )

@@ -1,0 +1,96 @@
+"""Perceptual loss on VGG-19 features before the ReLU (Sec. III-C): conv_5, conv_9 and conv_15.
+
+Counting convolutions from 1 these are conv3_1, conv4_1 and conv5_3. The weights are torchvision's ImageNet VGG-19; this
+module reads a file and never fetches one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CHANNELS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 512, 512, 512, "pool", 512, 512, 512)
+"""VGG-19 as far as conv5_3: output channels of its convolutions, each followed by a ReLU, and its 2x2 max pools."""
+
+FEATURE_CONVOLUTIONS = (5, 9, 15)
+"""The convolutions, counted from 1, whose outputs are compared [P]."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class VGG19Features(nn.Module):
+    """VGG-19 up to conv5_3, frozen; gives the three feature maps before their ReLU."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for item in CHANNELS:
+            if isinstance(item, int):
+                layers += [nn.Conv2d(channels, item, 3, padding=1), nn.ReLU()]
+                channels = item
+            else:
+                layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers[:-1])
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).reshape(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1))
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(M, 3, h, w) in [-1, 1], sides of at least 16 -> three maps, with ImageNet's normalisation applied."""
+        x = ((images + 1) / 2 - self.mean) / self.std
+        maps, count = [], 0
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.Conv2d):
+                count += 1
+                if count in FEATURE_CONVOLUTIONS:
+                    maps.append(x)
+        return maps
+
+
+def perceptual_loss(network: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
+    """Mean absolute difference of the features of *fake* and *real* (M, 3, h, w), summed over the three maps."""
+    with torch.no_grad():
+        targets = network(real)
+    differences = [F.l1_loss(a.float(), b.float()) for a, b in zip(network(fake), targets, strict=True)]
+    return torch.stack(differences).sum()
+
+
+def load_vgg19(path: Path | str, *, sha256: str) -> VGG19Features:
+    """VGG-19 from a file in torchvision's layout (`features.N.weight`), loaded without unpickling.
+
+    *sha256* is the expected digest or its first characters. Raises `FileNotFoundError`, or `ValueError` for another
+    digest, a file that is no dictionary of tensors, or missing layers.
+    """
+    path = Path(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(sha256.lower()):
+        raise ValueError(f"{path} has sha256 {digest}, expected {sha256}...: not the weights that were asked for")
+    network = VGG19Features()
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        wanted = {name: tensors[name] for name in network.state_dict() if name.startswith("features.")}
+        network.load_state_dict(wanted, strict=False)
+    except Exception as error:
+        raise ValueError(f"{path} does not hold VGG-19 weights in torchvision's layout: {error}") from error
+    return network
+
+
+def untrained_vgg19(generator: torch.Generator) -> VGG19Features:
+    """VGG-19 with random He-initialised weights: for tests, and for runs that ask for it in so many words."""
+    network = VGG19Features()
+    for layer in network.features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return network

@@ -1,0 +1,346 @@
+"""One optimisation step of T-MAD (Sec. IV), for either phase; knows no rank, no logger, no file and draws nothing.
+
+What it needs of the other workers is handed in: a differentiable mean of scalars for the relativistic expectations, and
+an average of gradients. With the defaults it is the whole of training on one device.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tmad import ema, losses
+from tmad.batch import Batch
+from tmad.config import TrainingConfig
+from tmad.discriminators import GlobalCritic, PatchCritic, gradient_penalty
+from tmad.images import to_model
+from tmad.model import TMAD, TMADOutput
+from tmad.patches import cell_corners, cut
+from tmad.perceptual import perceptual_loss
+from tmad.rng import seed_of
+
+Phase = Literal["coarse", "joint"]
+ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Workers(Protocol):
+    """What a step needs of the workers that train together."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over the workers; its gradient is the mean of theirs."""
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over the workers, in place."""
+
+
+class OneWorker:
+    """Training alone."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Nothing to do."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """Too many steps in a row had a loss or gradient that is not finite; names the terms of the last one."""
+
+
+class TrainingState:
+    """Networks, averaged generator, optimizers and counters: all that a run carries from step to step.
+
+    *perceptual* maps images to a list of feature maps (`perceptual.VGG19Features`); without it the perceptual term is
+    left out. Raises `ValueError` if it is missing while its weight is above 0.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        perceptual: nn.Module | None = None,
+    ) -> None:
+        if config.loss.weight_perceptual and perceptual is None:
+            raise ValueError(
+                f"loss.weight_perceptual is {config.loss.weight_perceptual} but no feature network was given; "
+                "give one or set the weight to 0"
+            )
+        self.config = config
+        self.device = torch.device(device)
+        self.perceptual = perceptual.to(device) if perceptual is not None else None
+        self.model = TMAD(config.model, seed=seed).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "init", "critics"))
+            self.patch_critic = PatchCritic(config.critics).to(device)
+            self.global_critic = GlobalCritic(config.critics).to(device)
+        self.ema_model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.images_seen = 0
+        self.steps = 0
+        self.bad_steps = 0
+        self.bad_steps_in_row = 0
+        optim = config.optim
+        self.optimizers = {
+            "generator": torch.optim.Adam(self.model.parameters(), lr=optim.lr, betas=optim.betas),
+            "critics": torch.optim.Adam(
+                [*self.patch_critic.parameters(), *self.global_critic.parameters()],
+                lr=optim.lr_critics or optim.lr,
+                betas=optim.betas,
+            ),
+        }
+
+    def step(
+        self,
+        batch: Batch,
+        phase: Phase,
+        *,
+        global_batch: int,
+        progress: float,
+        workers: Workers | None = None,
+    ) -> dict[str, Tensor]:
+        """Train on one batch: the coarse network alone, or everything jointly (Sec. IV).
+
+        *global_batch*: images of this step over all workers; *progress*: share of the phase done, in [0, 1), which
+        drives the learning rate. Returns this worker's losses, gradient norms and rates as 0-dim tensors by name.
+        A step whose gradient is not finite changes no weight and is counted; the gradients are averaged first, so all
+        workers skip alike. Raises `NonFiniteLoss` after `optim.max_bad_steps` of them in a row.
+        """
+        workers = workers or OneWorker()
+        batch = batch.to(self.device)
+        factor = cosine_restarts(progress, self.config.optim.cosine_periods)
+        for optimizer, lr in self._learning_rates():
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.optim.min_lr + factor * (lr - self.config.optim.min_lr)
+        train = self._coarse_step if phase == "coarse" else self._joint_step
+        metrics, finite = train(batch, workers)
+        self.steps += 1
+        self.images_seen += global_batch
+        if finite:
+            self.bad_steps_in_row = 0
+            keep = ema.decay(global_batch, self.images_seen, self.config.optim.ema_halflife_images)
+            ema.update(self.ema_model, self.model, keep)
+        else:
+            self.bad_steps += 1
+            self.bad_steps_in_row += 1
+            if self.bad_steps_in_row >= self.config.optim.max_bad_steps:
+                terms = [name for name, value in metrics.items() if not value.isfinite()]
+                raise NonFiniteLoss(
+                    f"{self.bad_steps_in_row} steps in a row were not finite (after {self.images_seen} images); "
+                    f"not finite in the last one: {', '.join(terms)}; see optim.max_bad_steps, optim.lr"
+                )
+        metrics["lr"] = torch.tensor(self.optimizers["generator"].param_groups[0]["lr"])
+        metrics["bad_steps"] = torch.tensor(float(self.bad_steps))
+        return metrics
+
+    def _learning_rates(self) -> list[tuple[torch.optim.Optimizer, float]]:
+        optim = self.config.optim
+        return [(self.optimizers["generator"], optim.lr), (self.optimizers["critics"], optim.lr_critics or optim.lr)]
+
+    def _coarse_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], bool]:
+        image, mask = to_model(batch.image), batch.mask.float()
+        with self._autocast():
+            coarse_raw = self.model.predict_coarse(image, mask)
+        terms = self._reconstruction(coarse_raw, image, mask)
+        return self._update_generator(terms, workers)
+
+    def _joint_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], bool]:
+        weights = self.config.loss
+        image, mask = to_model(batch.image), batch.mask.float()
+        with self._autocast():
+            out = self.model(image, mask, batch.pool_yx, batch.cells)
+        corners = cell_corners(batch.cells, patch_size=self.config.model.patch_size, width=image.shape[-1])
+        target = cut(image, corners, self.config.model.patch_size)
+
+        metrics: dict[str, Tensor] = {}
+        critics_finite = True
+        if weights.weight_gan_patch or weights.weight_gan_global:
+            metrics, critics_finite = self._update_critics(batch, out, image, target, workers)
+        if not critics_finite:
+            return metrics, False
+
+        terms = self._reconstruction(out.coarse_raw, image, mask)
+        if weights.weight_l1:
+            terms["l1"] = (weights.weight_l1, (out.patches - target).abs().mean())
+        if weights.weight_perceptual and self.perceptual is not None:
+            with self._autocast():
+                loss = perceptual_loss(self.perceptual, out.patches.flatten(0, 1), target.flatten(0, 1))
+            terms["perceptual"] = (weights.weight_perceptual, loss)
+        if weights.weight_tv:
+            terms["tv"] = (weights.weight_tv, losses.total_variation(out.output, mask))
+        self._freeze_critics(True)
+        if weights.weight_gan_patch:
+            fake = self._score_patches(out.patches)
+            with torch.no_grad():
+                memory, real = self._score_patches(out.pool), self._score_reals(out, target)
+            loss = losses.patch_generator_loss(memory, real, fake, relativistic=weights.relativistic, mean=workers.mean)
+            terms["gan_patch"] = (weights.weight_gan_patch, loss)
+        if weights.weight_gan_global:
+            with self._autocast():
+                scores = self.global_critic(out.output)
+            terms["gan_global"] = (weights.weight_gan_global, losses.global_generator_loss(scores.float()))
+        generator_metrics, finite = self._update_generator(terms, workers)
+        self._freeze_critics(False)
+        metrics.update(generator_metrics)
+        metrics["retrieval/entropy"] = -(out.weights * out.weights.clamp(min=1e-12).log()).sum(-1).mean().detach()
+        return metrics, finite
+
+    def _reconstruction(self, coarse_raw: Tensor, image: Tensor, mask: Tensor) -> dict[str, tuple[float, Tensor]]:
+        """Eq. 1."""
+        weights, terms = self.config.loss, {}
+        if weights.weight_hole:
+            terms["coarse_hole"] = (weights.weight_hole, losses.region_l1(coarse_raw, image, mask))
+        if weights.weight_valid:
+            terms["coarse_valid"] = (weights.weight_valid, losses.region_l1(coarse_raw, image, 1 - mask))
+        return terms
+
+    def _update_critics(
+        self, batch: Batch, out: TMADOutput, image: Tensor, target: Tensor, workers: Workers
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Eq. 6 and the discriminator of Eq. 9, each with its gradient penalty, in one backward."""
+        weights = self.config.loss
+        metrics: dict[str, Tensor] = {}
+        total = image.new_zeros(())
+        penalised = weights.gradient_penalty > 0 and self.steps % weights.gp_every == 0
+        penalty_weight = weights.gradient_penalty * weights.gp_every
+        fake_patches, fake_image = out.patches.detach(), out.output.detach()
+        if weights.weight_gan_patch:
+            real, fake = self._score_reals(out, target), self._score_patches(fake_patches)
+            loss = losses.patch_critic_loss(real, fake, relativistic=weights.relativistic, mean=workers.mean)
+            metrics |= {"loss/critic_patch": loss.detach(), "critic_patch/real": real.detach().mean()}
+            metrics["critic_patch/fake"] = fake.detach().mean()
+            total = total + loss
+            if penalised:
+                mix = batch.mix[:, :-1].flatten()
+                penalty = gradient_penalty(self.patch_critic, target.flatten(0, 1), fake_patches.flatten(0, 1), mix)
+                metrics["penalty/patch"] = penalty.detach()
+                total = total + penalty_weight * penalty
+        if weights.weight_gan_global:
+            with self._autocast():
+                real, fake = self.global_critic(image).float(), self.global_critic(fake_image).float()
+            loss = losses.global_critic_loss(real, fake)
+            metrics |= {"loss/critic_global": loss.detach(), "critic_global/real": real.detach().mean()}
+            metrics["critic_global/fake"] = fake.detach().mean()
+            total = total + loss
+            if penalised:
+                penalty = gradient_penalty(self.global_critic, image, fake_image, batch.mix[:, -1])
+                metrics["penalty/global"] = penalty.detach()
+                total = total + penalty_weight * penalty
+        norm, finite = self._apply(total, "critics", workers)
+        metrics["grad_norm/critics"] = norm
+        return metrics, finite
+
+    def _score_patches(self, patches: Tensor) -> Tensor:
+        """Raw scores of (B, N, 3, k, k), float32."""
+        with self._autocast():
+            scores: Tensor = self.patch_critic(patches.flatten(0, 1))
+        return scores.float()
+
+    def _score_reals(self, out: TMADOutput, target: Tensor) -> Tensor:
+        """Scores of the reals of Eq. 6-7: candidates and true patches together, both as data."""
+        return self._score_patches(torch.cat([out.candidates.detach().flatten(1, 2), target], dim=1))
+
+    def _update_generator(
+        self, terms: dict[str, tuple[float, Tensor]], workers: Workers
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Eq. 10: the weighted sum of the terms, one backward, one Adam step."""
+        metrics = {f"loss/{name}": value.detach() for name, (_, value) in terms.items()}
+        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+        metrics["loss/total"] = total.detach()
+        metrics["grad_norm/generator"], finite = self._apply(total, "generator", workers)
+        return metrics, finite
+
+    def _apply(self, loss: Tensor, name: str, workers: Workers) -> tuple[Tensor, bool]:
+        """Backward, average over the workers, clip, update; returns the norm before clipping and whether it is finite."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        workers.average_gradients(parameters)
+        limit = self.config.optim.clip_grad_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        finite = bool(norm.isfinite())
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.detach(), finite
+
+    def _freeze_critics(self, frozen: bool) -> None:
+        self.patch_critic.requires_grad_(not frozen)
+        self.global_critic.requires_grad_(not frozen)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {
+            "model": self.model,
+            "ema": self.ema_model,
+            "patch_critic": self.patch_critic,
+            "global_critic": self.global_critic,
+        }
+
+    def _named_optimizer_parameters(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        critics = [("patch_critic", self.patch_critic), ("global_critic", self.global_critic)]
+        return {
+            "generator": list(self.model.named_parameters()),
+            "critics": [(f"{name}.{key}", p) for name, critic in critics for key, p in critic.named_parameters()],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name, on the CPU: networks and Adam's moments. The keys are stable."""
+        named = {
+            f"{network}/{key}": value
+            for network, module in self._networks().items()
+            for key, value in module.state_dict().items()
+        }
+        for name, parameters in self._named_optimizer_parameters().items():
+            for key, parameter in parameters:
+                moments = self.optimizers[name].state.get(parameter, {})
+                named |= {f"adam/{name}/{key}/{item}": moments[item] for item in ADAM_TENSORS if item in moments}
+        return {name: value.detach().cpu().contiguous() for name, value in named.items()}
+
+    def counters(self) -> dict[str, int]:
+        """The numbers beside the tensors."""
+        return {
+            "images_seen": self.images_seen,
+            "steps": self.steps,
+            "bad_steps": self.bad_steps,
+            "bad_steps_in_row": self.bad_steps_in_row,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
+        """Continue from what `tensors` and `counters` gave, bit for bit. Raises `ValueError` on names that differ."""
+        for network, module in self._networks().items():
+            own = {key[len(network) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{network}/")}
+            try:
+                module.load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(f"the saved {network} does not fit this configuration: {error}") from error
+        for name, parameters in self._named_optimizer_parameters().items():
+            state = self.optimizers[name].state
+            state.clear()
+            for key, parameter in parameters:
+                prefix = f"adam/{name}/{key}/"
+                if f"{prefix}step" in tensors:
+                    moments = {item: tensors[prefix + item].clone() for item in ADAM_TENSORS}
+                    state[parameter] = {
+                        item: value if item == "step" else value.to(parameter.device) for item, value in moments.items()
+                    }
+        for name, value in counters.items():
+            setattr(self, name, value)
+
+
+def cosine_restarts(progress: float, periods: int) -> float:
+    """Cosine schedule with restarts (Sec. IV): 1 at the start of each of *periods* equal periods, falling to 0.
+
+    *progress*: share of the phase done; 1 and beyond give the end of the last period.
+    """
+    position = progress * periods % 1 if progress < 1 else 1.0
+    return (1 + math.cos(math.pi * position)) / 2
