@@ -1,0 +1,103 @@
+"""Starting Ray on this machine, or joining the cluster that is there; resources asked for against resources there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from pipeline.errors import ClusterTooSmall
+
+ROOT = Path(__file__).resolve().parent.parent
+"""Folder that holds the packages: the checkout, an uploaded working directory, or site-packages."""
+
+MIN_EMBEDDED_CPUS = 4
+"""Logical CPUs of an embedded Ray. They are bookkeeping, not processors: with two training workers on a two-core laptop
+none would be left for Ray Data's tasks, and the job would stand still without a word."""
+
+EMBEDDED_OBJECT_STORE_BYTES = 512 * 2**20
+"""Shared memory of an embedded Ray: encoded images travel through it, a few batches at a time."""
+
+log = logging.getLogger(__name__)
+
+
+def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJECT_STORE_BYTES) -> None:
+    """Start or join Ray; does nothing where this process already has it.
+
+    With `RAY_ADDRESS` set, which `ray job submit` does, the cluster there is joined; otherwise Ray starts on this
+    machine and ends with the process. *dashboard* belongs to an embedded Ray only (sweeps need it to give resources
+    back; training does not). A joined cluster must have this project's packages: from the submitted working directory,
+    installed, or, on machines that share this one's files, from here.
+    """
+    if ray.is_initialized():
+        return
+    # Ray reads these when its processes start, workers inherit them.
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+    began = time.monotonic()
+    if os.environ.get("RAY_ADDRESS"):
+        submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": _python_path()}}
+        ray.init(runtime_env=runtime_env, **quiet)
+        log.info("joined the Ray cluster at %s: %s", os.environ["RAY_ADDRESS"], shown(ray.cluster_resources()))
+        return
+    os.environ["PYTHONPATH"] = _python_path()
+    ray.init(
+        # "local": a marker file of a killed cluster would otherwise be taken for a cluster to join.
+        address="local",
+        num_cpus=max(MIN_EMBEDDED_CPUS, os.cpu_count() or 1),
+        include_dashboard=dashboard,
+        object_store_memory=object_store_bytes,
+        **quiet,
+    )
+    log.info("started Ray on this machine in %.0f s", time.monotonic() - began)
+
+
+def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:
+    """Raise `ClusterTooSmall` unless the cluster has *resources* (`{"CPU": 3, "GPU": 2}`) in total.
+
+    Waits up to *wait_s* for a cluster that grows. Ray itself would wait for ever, without a word.
+    """
+    deadline = time.monotonic() + wait_s
+    announced = False
+    while missing := shortage(resources, ray.cluster_resources()):
+        if time.monotonic() >= deadline:
+            raise ClusterTooSmall(
+                f"asked for {shown(resources)}, the cluster has {shown(ray.cluster_resources())}: {missing}"
+            )
+        if not announced:
+            log.info("waiting up to %.0f s for the cluster to grow: %s", wait_s, missing)
+            announced = True
+        time.sleep(min(2.0, max(0.05, deadline - time.monotonic())))
+
+
+def shortage(asked: Mapping[str, float], there: Mapping[str, float]) -> str:
+    """What is missing, in words; empty when *there* covers *asked*."""
+    return ", ".join(
+        f"{amount - there.get(name, 0):g} {name} missing"
+        for name, amount in asked.items()
+        if amount > there.get(name, 0) + 1e-6
+    )
+
+
+def joined() -> bool:
+    """Whether Ray is (or would be) somebody else's cluster rather than an embedded one."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def shown(resources: Mapping[str, float]) -> str:
+    """`4 CPU, 1 GPU`: only what people count."""
+    return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)) or "nothing"
+
+
+def _python_path() -> str:
+    there = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    return os.pathsep.join([str(ROOT), *(part for part in there if part != str(ROOT))])

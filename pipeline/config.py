@@ -1,0 +1,251 @@
+"""Everything a training run needs, as one tree of frozen dataclasses: checked when made, repeated from its JSON.
+
+The method's own settings are those of `tmad.config`; here stand the data, the lengths, the machines and the records.
+All lengths count images, so another batch size or number of workers keeps the schedule. The same tree is the command
+line (`pipeline.cli`), `runs/<name>/config.json`, the parameters in MLflow and a part of every checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from pipeline.tracking import flatten
+from tmad.config import (
+    STRICT,
+    CriticsConfig,
+    LossConfig,
+    OptimConfig,
+    PositiveFloat,
+    PositiveInt,
+    TMADConfig,
+    TrainingConfig,
+    from_dict,
+)
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a run may be called: it becomes a folder and a part of URIs."""
+
+VGG19_ADDRESS = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+"""torchvision's ImageNet weights of VGG-19."""
+
+FREE_TO_CHANGE = (
+    "name",
+    "runs",
+    "perceptual.weights",
+    "schedule.checkpoint_every_images",
+    "schedule.keep_checkpoints",
+    "schedule.log_every_images",
+    "tracking.",
+    "workers.",
+)
+"""Settings (a final dot: the whole group) that may differ when a run is resumed: they do not touch what is learned."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """Prepared sets, as `jobs/prepare.py` writes them."""
+
+    train: str = "data/train"
+    """Folder or URI of the prepared training set."""
+    val: str = "data/val"
+    """Folder or URI of the prepared validation set; its images are never trained on."""
+    flip: bool = True
+    """Mirror training images left-right, every other time [D]."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScheduleConfig:
+    """Lengths of the run, all of them in images."""
+
+    coarse_images: NonNegativeInt = 7_200_000
+    """Coarse network alone for so many images [P: 4 epochs; of Places, 1.8 million images each]."""
+    joint_images: NonNegativeInt = 16_000_000
+    """Then everything jointly for so many images [D: the paper does not say how long]."""
+    batch_images: PositiveInt = 16
+    """Global batch: images of one step over all workers [P: 4 on each of 4 GPUs]."""
+    patches_per_image: PositiveInt = 64
+    """N_ps, cells synthesized in each training image; 25 covers every 128-pixel rectangle, 64 all of 256x256 [D]."""
+    validate_every_images: PositiveInt = 200_000
+    """Measure the averaged model on the validation set so often, and at the end of each phase."""
+    validation_images: PositiveInt = 500
+    """So many images of the validation set, the first ones, with fixed masks."""
+    checkpoint_every_images: PositiveInt = 50_000
+    """Keep a checkpoint so often, and at the end; a failure repeats at most so much work."""
+    keep_checkpoints: PositiveInt = 3
+    """Checkpoints that stay in storage, the newest ones."""
+    log_every_images: PositiveInt = 1_600
+    """Progress line, metrics and the check that the workers are still equal, so often."""
+
+    def __post_init__(self) -> None:
+        if self.coarse_images + self.joint_images < self.batch_images:
+            raise ValueError(
+                f"a run must train at least one batch ({self.batch_images} images), got schedule.coarse_images="
+                f"{self.coarse_images} and schedule.joint_images={self.joint_images}"
+            )
+
+    @property
+    def total_images(self) -> int:
+        """Images of both phases."""
+        return self.coarse_images + self.joint_images
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WorkersConfig:
+    """Processes that train, what each gets, and how often they may fail."""
+
+    num_workers: PositiveInt = 1
+    """Training processes; they share each batch and compute what one process would."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs that Ray sets aside for each; one more must be free in the cluster to read data."""
+    use_gpu: bool = False
+    """Give each a GPU."""
+    threads: PositiveInt | None = None
+    """Threads of PyTorch's CPU operations in each; none = `cpus_per_worker`, rounded down."""
+    max_failures: NonNegativeInt = 8
+    """Worker failures after which the run stops; before, it goes on from its newest checkpoint."""
+    controller_failure_limit: NonNegativeInt = 10
+    """Attempts to get the workers that may fail (a node gone for good) before the run stops instead of waiting for
+    ever."""
+    start_timeout_s: PositiveFloat = 600.0
+    """Wait so long for the cluster to grow to the resources asked for, where one was joined."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrackingConfig:
+    """MLflow: where the run is recorded and under which name its model is registered."""
+
+    uri: str | None = None
+    """Tracking server or `sqlite:///path/mlflow.db`; none = MLFLOW_TRACKING_URI, else SQLite under `runs`; `none` in
+    words = no MLflow."""
+    experiment: str = "tmad"
+    """MLflow experiment."""
+    register: bool = True
+    """Register the model at the end."""
+    registered_name: str = "tmad"
+    """Name in the model registry."""
+    alias: str = "champion"
+    """Alias that the new version gets: `models:/<registered_name>@<alias>`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PerceptualConfig:
+    """Features of the perceptual loss (Eq. 8) and where their weights come from."""
+
+    features: Literal["vgg19", "untrained", "off"] = "vgg19"
+    """`vgg19`: ImageNet weights [P]; `untrained`: the same network with seeded random weights; `off`: no such term.
+    The last two depart from the paper: the run says so and records it."""
+    weights: str = "download"
+    """File or URI of torchvision's VGG-19 (.pth), or `download` for its standard address."""
+    sha256: str = "dcbb9e9d"
+    """First digits of the file's SHA-256; empty = take the file as it is."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """One training run."""
+
+    name: str | None = None
+    """Name of the run and of its folder. An unfinished run of that name goes on, a finished one says so and stops, one
+    with other settings is refused; none = a new unique name."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random: first weights, order of images, flips, cells."""
+    runs: str = "runs"
+    """Folder or URI that holds all runs; on several machines one that all of them see."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: networks under autocast, losses and gradient penalty in fp32; `fp32` everywhere."""
+    model: TMADConfig = TMADConfig()
+    critics: CriticsConfig = CriticsConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    workers: WorkersConfig = WorkersConfig()
+    perceptual: PerceptualConfig = PerceptualConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name must be letters, digits, '.', '_' and '-', at most 100, starting with a letter or digit, "
+                f"got {self.name!r}"
+            )
+        if self.schedule.batch_images % self.workers.num_workers:
+            raise ValueError(
+                f"schedule.batch_images must be a multiple of workers.num_workers ({self.workers.num_workers}), "
+                f"got {self.schedule.batch_images}: every worker takes an equal share of each batch"
+            )
+        if self.data.train == self.data.val:
+            raise ValueError(f"data.train and data.val must be different sets, both are {self.data.train!r}")
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The part that the training step needs; `perceptual.features = off` is a weight of 0 there."""
+        loss = self.loss if self.perceptual.features != "off" else replace(self.loss, weight_perceptual=0.0)
+        return TrainingConfig(
+            model=self.model, critics=self.critics, loss=loss, optim=self.optim, precision=self.precision
+        )
+
+    @property
+    def threads(self) -> int:
+        """Threads of each worker."""
+        return self.workers.threads or max(1, int(self.workers.cpus_per_worker))
+
+
+def to_json(config: RunConfig) -> str:
+    """The configuration as indented JSON; `from_json` reads it back to an equal object."""
+    return json.dumps(asdict(config), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str | bytes) -> RunConfig:
+    """Read what `to_json` wrote. Raises `ValueError` for broken JSON, unknown names (with near ones) and bad values."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a run configuration: broken JSON in line {error.lineno} ({error.msg})") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"not a run configuration: expected a JSON object, got {type(values).__name__}")
+    return from_dict(RunConfig, values)
+
+
+def digest(config: RunConfig) -> str:
+    """16 hex digits that name what is learned: equal for configurations that `resumable` calls equal."""
+    text = json.dumps(_what_is_learned(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def difference(old: RunConfig, new: RunConfig, *, ignore: Iterable[str] = ()) -> list[str]:
+    """Changed settings, one readable line each: `optim.lr: 0.0001 -> 0.0002`; *ignore* as in `FREE_TO_CHANGE`."""
+    before, after = flatten(asdict(old)), flatten(asdict(new))
+    return [
+        f"{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and not _matches(key, ignore)
+    ]
+
+
+def refusal(old: RunConfig, new: RunConfig) -> list[str]:
+    """Why *new* cannot continue a run begun with *old*: differences in what is learned; none = it can."""
+    return difference(old, new, ignore=FREE_TO_CHANGE)
+
+
+def with_name(config: RunConfig, name: str) -> RunConfig:
+    """The same run under *name*."""
+    return replace(config, name=name)
+
+
+def _what_is_learned(config: RunConfig) -> dict[str, Any]:
+    return {key: value for key, value in flatten(asdict(config)).items() if not _matches(key, FREE_TO_CHANGE)}
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(key == pattern or (pattern.endswith(".") and key.startswith(pattern)) for pattern in patterns)

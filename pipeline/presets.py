@@ -1,0 +1,121 @@
+"""Named training runs: functions that return a complete configuration. Variants call one and `replace` fields.
+
+`jobs/train_places.py --preset NAME` starts from one; single settings go on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from pipeline.config import DataConfig, PerceptualConfig, RunConfig, ScheduleConfig, TrackingConfig, WorkersConfig
+from tmad.config import (
+    CarafeConfig,
+    CoarseConfig,
+    CriticsConfig,
+    MemoryConfig,
+    OptimConfig,
+    PSNetConfig,
+    RetrievalConfig,
+    TMADConfig,
+)
+
+
+def places_freeform() -> RunConfig:
+    """Places365-Standard with free-form holes: Table II, memory of the windows with the fewest hole pixels.
+
+    `python jobs/train_places.py --preset places_freeform --data.train s3://bucket/places/train --data.val
+    s3://bucket/places/val --name places-freeform`. Four GPUs, four images on each, as in the paper.
+    """
+    return RunConfig(
+        data=DataConfig(train="data/places/train", val="data/places/val"),
+        schedule=ScheduleConfig(batch_images=16, patches_per_image=64),
+        workers=WorkersConfig(num_workers=4, use_gpu=True, cpus_per_worker=4),
+        precision="bf16",
+    )
+
+
+def places_rectangle() -> RunConfig:
+    """Places365-Standard with rectangular holes up to 128x128: hole-free windows only, 25 cells an image.
+
+    `python jobs/train_places.py --preset places_rectangle --data.train s3://bucket/places-box/train --data.val
+    s3://bucket/places-box/val --name places-rectangle`. Four GPUs, four images on each, as in the paper.
+    """
+    base = places_freeform()
+    return replace(
+        base,
+        data=DataConfig(train="data/places-rectangle/train", val="data/places-rectangle/val"),
+        model=replace(base.model, memory=MemoryConfig(rule="clean", stride_divisor=2)),
+        schedule=replace(base.schedule, patches_per_image=25),
+    )
+
+
+def demo() -> RunConfig:
+    """A few photographs on a laptop: two workers of one thread each, narrow networks, minutes.
+
+    `make demo` runs it after preparing its photographs; by hand: `python jobs/train_places.py --preset demo`.
+    """
+    return RunConfig(
+        name="demo",
+        model=TMADConfig(
+            patch_size=16,
+            coarse=CoarseConfig(num_res_blocks=4),
+            psnet=PSNetConfig(num_res_blocks=3, residual=True),
+            memory=MemoryConfig(pool_size=64),
+        ),
+        critics=CriticsConfig(global_base_width=16),
+        optim=OptimConfig(lr=4e-4, ema_halflife_images=200),
+        data=DataConfig(train="runs/demo-data/train", val="runs/demo-data/val"),
+        schedule=ScheduleConfig(
+            coarse_images=1_200,
+            joint_images=1_200,
+            batch_images=4,
+            patches_per_image=16,
+            validate_every_images=400,
+            validation_images=8,
+            checkpoint_every_images=400,
+            log_every_images=80,
+        ),
+        workers=WorkersConfig(num_workers=2, cpus_per_worker=1),
+        perceptual=PerceptualConfig(features="untrained"),
+        tracking=TrackingConfig(experiment="demo", registered_name="tmad-demo"),
+    )
+
+
+def smoke() -> RunConfig:
+    """The whole path in seconds, for tests: two workers, 32-pixel images, 8-pixel patches. It learns nothing of use.
+
+    `python jobs/train_places.py --preset smoke --data.train DIR --data.val DIR`.
+    """
+    return RunConfig(
+        model=TMADConfig(
+            patch_size=8,
+            carafe=CarafeConfig(mid_channels=4),
+            coarse=CoarseConfig(base_width=4, num_down_blocks=2, num_res_blocks=1),
+            memory=MemoryConfig(pool_size=8),
+            retrieval=RetrievalConfig(num_candidates=2, hidden_channels=4, embed_channels=2),
+            psnet=PSNetConfig(base_width=4, num_res_blocks=1, num_texture_res_blocks=1),
+        ),
+        critics=CriticsConfig(patch_base_width=4, global_base_width=4),
+        optim=OptimConfig(ema_halflife_images=8),
+        schedule=ScheduleConfig(
+            coarse_images=8,
+            joint_images=16,
+            batch_images=4,
+            patches_per_image=4,
+            validate_every_images=8,
+            validation_images=4,
+            checkpoint_every_images=8,
+            keep_checkpoints=2,
+            log_every_images=8,
+        ),
+        workers=WorkersConfig(num_workers=2, cpus_per_worker=0.5, max_failures=2, controller_failure_limit=2),
+        perceptual=PerceptualConfig(features="off"),
+        tracking=TrackingConfig(experiment="smoke", registered_name="tmad-smoke"),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    function.__name__: function for function in (places_freeform, places_rectangle, demo, smoke)
+}
+"""By name, for `--preset`."""
