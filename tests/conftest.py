@@ -1,0 +1,85 @@
+"""What several tests share: one Ray cluster a session, single-threaded PyTorch, photographs made up from a seed."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RAY_ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray looks at the memory of the whole machine; a neighbour's must not end our workers.
+    "RAY_memory_monitor_refresh_ms": "0",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A Ray cluster of this machine with four logical CPUs, whatever the machine has, started once a session."""
+    ray = pytest.importorskip("ray")
+    before = {name: os.environ.get(name) for name in RAY_ENVIRONMENT}
+    os.environ.update(RAY_ENVIRONMENT)
+    # Socket names are limited to some 100 characters, so the folder has to lie high up.
+    with tempfile.TemporaryDirectory(prefix="tm", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=200_000_000,
+            log_to_driver=False,
+            logging_level="warning",
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+
+
+def make_photo(seed: int, height: int = 256, width: int = 256) -> np.ndarray:
+    """A photo-like picture (height, width, 3), uint8: smooth light, textured ground, a few objects with edges."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    light = rng.uniform(60, 200, 3) + 70 * (y[..., None] * rng.normal(size=3) + x[..., None] * rng.normal(size=3))
+    angle, frequency = rng.uniform(0, np.pi), rng.uniform(15, 45)
+    stripes = np.sin(2 * np.pi * frequency * (np.cos(angle) * x + np.sin(angle) * y))
+    picture = light + 18 * stripes[..., None] + rng.normal(0, 5, (height, width, 1))
+    image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(4):
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        right, bottom = left + int(rng.integers(8, 8 + width // 3)), top + int(rng.integers(8, 8 + height // 3))
+        colour = tuple(int(value) for value in rng.integers(0, 256, 3))
+        (draw.ellipse if rng.random() < 0.5 else draw.rectangle)((left, top, right, bottom), fill=colour)
+    return np.asarray(image)
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve seeded photographs in two folders, JPEG and PNG, 256 x 256 and larger; not to be written to."""
+    folder = tmp_path_factory.mktemp("photos")
+    sizes = [(256, 256), (300, 420), (288, 256), (256, 352)]
+    for number in range(12):
+        kind = "png" if number % 4 == 3 else "jpg"
+        path = folder / ("town" if number % 2 else "sea") / f"{number:02d}.{kind}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(make_photo(number, *sizes[number % 4])).save(path, quality=92)
+    return folder
