@@ -1,0 +1,1 @@
+"""The commands: each parses its arguments, configures logging and calls one function of `pipeline`."""

@@ -1,0 +1,1 @@
+"""The whole path on one machine, with photographs that ship inside scikit-image and scikit-learn."""
