@@ -24,7 +24,6 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptSet, MissingInput, UnfinishedSet, WrongVersion
 from pipeline.storage import exists, file_system, is_remote, join, read_bytes, redact
-from tmad.images import decode_image, to_rgb
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -78,6 +77,9 @@ class Record:
 
     def pixels(self) -> np.ndarray:
         """(H, W, 3), uint8."""
+        # Imported late: the tasks that only move bytes start without PyTorch, seconds earlier.
+        from tmad.images import decode_image, to_rgb
+
         return to_rgb(decode_image(self.image))
 
     def mask(self, variant: int = 0) -> np.ndarray:

@@ -1,0 +1,208 @@
+"""Batches of a prepared set, for training (endless order, cut to the run's length) and for evaluation (as stored).
+
+Training reads through one Ray Data pipeline a rank for the whole run. What travels through Ray is encoded bytes, bits
+and coordinates; decoding happens here, in a few threads of the process that trains, some batches ahead of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from pipeline.data.fetch import read_portion
+from pipeline.data.order import WINDOW_BYTES, chunks
+from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder, unpack_mask
+from pipeline.errors import ConfigMismatch, CorruptSet
+from pipeline.storage import absolute
+from tmad.batch import Batch, Sample, collate, make_sample
+from tmad.images import UnreadableImage, decode_image, to_rgb
+from tmad.rng import numpy_generator
+
+_MAX_BLOCKS = 1000
+_READING_TASKS = 2
+
+
+def training_batches(
+    manifest_uri: str,
+    *,
+    seed: int,
+    batch_images: int,
+    total_images: int,
+    num_cells: int,
+    patch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_images: int = 0,
+    flip: bool = True,
+    decode_threads: int = 2,
+    prefetch_batches: int = 4,
+) -> Iterator[Batch]:
+    """This rank's part of every global batch of *batch_images*, from *start_images* until *total_images* are reached.
+
+    The sequence of images, and the flips, masks, cells and penalty weights of each, depend on (*seed*, the set) alone:
+    ranks of any number together see the same, and a run that starts at *start_images* sees what an unbroken one
+    would have seen from there. ceil((total_images - start_images) / batch_images) batches, all of them full, the
+    same number on every rank. Masks: variant epoch mod K.
+
+    *num_cells* is N_ps. Raises `ValueError` if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the
+    set was prepared for another *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating.
+    """
+    manifest, folder = _open_set(manifest_uri, patch_size)
+    mine = _share(batch_images, rank, world_size)
+    steps = max(0, -(-(total_images - start_images) // batch_images))
+    stop = start_images + steps * batch_images
+    portions = [
+        {"portion": json.dumps({"position": position, "pieces": [dataclasses.asdict(piece) for piece in portion]})}
+        for position, portion in chunks(manifest, seed=seed, start=start_images, stop=stop)
+    ]
+    read = partial(
+        _read_portions, folder=folder, start=start_images, batch=batch_images, rank=rank, world_size=world_size
+    )
+    make = partial(_sample, seed=seed, patch_size=patch_size, num_cells=num_cells, flip=flip)
+    return _decoded(_stream(portions, read, mine), make, decode_threads, prefetch_batches)
+
+
+def evaluation_batches(
+    manifest_uri: str,
+    *,
+    batch_images: int,
+    rank: int = 0,
+    world_size: int = 1,
+    limit: int | None = None,
+    patch_size: int | None = None,
+    decode_threads: int = 2,
+    prefetch_batches: int = 2,
+) -> Iterator[Batch]:
+    """This rank's part of the first *limit* records in their stored order, the first mask of each, nothing flipped.
+
+    Batches hold at most *batch_images* / *world_size* images; the last ones may be shorter or missing on some ranks,
+    so ranks must not wait for one another between batches. `cells` names every cell of the grid, hole cells first.
+    Needs no Ray. Raises what `training_batches` raises; *patch_size* none = the set's own.
+    """
+    manifest, folder = _open_set(manifest_uri, patch_size)
+    mine = _share(batch_images, rank, world_size)
+    num_cells = (manifest.crop_size // manifest.patch_size) ** 2
+    rows = (
+        {
+            "image_id": record.image_id,
+            "image": record.image,
+            "height": record.height,
+            "width": record.width,
+            "mask": record.masks[0],
+            "pool_yx": np.asarray(record.pool_yx[0], np.int16),
+            "epoch": 0,
+        }
+        for number, record in enumerate(read_records(folder, limit))
+        if number % batch_images // mine == rank
+    )
+    make = partial(_sample, seed=0, patch_size=manifest.patch_size, num_cells=num_cells, flip=False)
+    return _decoded(_grouped(rows, mine), make, decode_threads, prefetch_batches)
+
+
+def _open_set(manifest_uri: str, patch_size: int | None) -> tuple[Manifest, str]:
+    folder = absolute(set_folder(manifest_uri))
+    manifest = read_manifest(folder)
+    if patch_size not in (None, manifest.patch_size):
+        raise ConfigMismatch(
+            f"the set {folder} was prepared for patch_size {manifest.patch_size}, the model has {patch_size}; "
+            "prepare it again or change model.patch_size",
+            differences={"patch_size": (manifest.patch_size, patch_size)},
+        )
+    return manifest, folder
+
+
+def _share(batch_images: int, rank: int, world_size: int) -> int:
+    """Images of one rank in a global batch."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in [0, world_size = {world_size}), got {rank}")
+    if batch_images < world_size or batch_images % world_size:
+        raise ValueError(
+            f"batch_images counts all workers together and must be a multiple of their number ({world_size}), "
+            f"got {batch_images}"
+        )
+    return batch_images // world_size
+
+
+def _stream(portions: list[dict[str, str]], read: Any, batch: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one batch after the other, through Ray Data, in order, with bounded memory."""
+    if not portions:
+        return
+    dataset = ray.data.from_items(portions, override_num_blocks=min(len(portions), _MAX_BLOCKS)).map_batches(
+        read,
+        batch_size=1,
+        batch_format="numpy",
+        # Reading takes no processor to speak of; asking for none, it cannot starve when workers hold them all.
+        num_cpus=0,
+        compute=ray.data.TaskPoolStrategy(size=_READING_TASKS),
+    )
+    dataset.context.enable_progress_bars = False
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(object_store_memory=4 * WINDOW_BYTES)
+    for table in dataset.iter_batches(batch_size=batch, batch_format="pyarrow", prefetch_batches=2):
+        yield _rows(table)
+
+
+def _read_portions(block: dict[str, np.ndarray], **place: Any) -> Iterator[pa.Table]:
+    for portion in block["portion"]:
+        yield read_portion(json.loads(portion), **place)
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    names = [name for name in table.column_names if name != "pool_yx"]
+    columns = {name: table[name].to_pylist() for name in names}
+    pools = pa.concat_arrays(table["pool_yx"].chunks).flatten().to_numpy().reshape(len(table), -1)
+    return [
+        {**{name: columns[name][number] for name in names}, "pool_yx": pools[number]} for number in range(len(table))
+    ]
+
+
+def _grouped(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    iterator = iter(rows)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def _decoded(groups: Iterator[list[dict[str, Any]]], make: Any, threads: int, ahead: int) -> Iterator[Batch]:
+    """Decode *ahead* batches before they are asked for."""
+    pending: deque[list[Future[Sample]]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    try:
+        for rows in groups:
+            pending.append([pool.submit(make, row) for row in rows])
+            if len(pending) > ahead:
+                yield collate([future.result() for future in pending.popleft()])
+        while pending:
+            yield collate([future.result() for future in pending.popleft()])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _sample(row: dict[str, Any], *, seed: int, patch_size: int, num_cells: int, flip: bool) -> Sample:
+    image_id = row["image_id"]
+    try:
+        image = to_rgb(decode_image(row["image"]))
+    except UnreadableImage as error:
+        raise CorruptSet(
+            f"record {image_id} of the prepared set cannot be decoded ({error}); prepare it again"
+        ) from None
+    return make_sample(
+        image_id,
+        image,
+        unpack_mask(row["mask"], row["height"], row["width"]),
+        row["pool_yx"].reshape(-1, 2),
+        patch_size=patch_size,
+        num_cells=num_cells,
+        rng=numpy_generator(seed, "sample", image_id, int(row["epoch"])),
+        flip=flip,
+    )

@@ -1,0 +1,273 @@
+"""A collection of photographs to a prepared set, by Ray Data: one task a shard, nothing done twice.
+
+A shard is finished when its receipt is there, the set when its manifest is. Its bytes depend on settings and images
+alone: not on the number of workers, on the order in which shards finish, or on how often the job was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from pipeline.cluster import start_ray
+from pipeline.data.records import RecordConfig, make_records
+from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard
+from pipeline.data.source import Source, open_source
+from pipeline.errors import ConfigMismatch, MissingInput, StorageFailed, TooManyBadImages
+from pipeline.storage import absolute, exists, join, list_files, read_bytes, redact, remove, size, write_atomic
+from tmad.config import STRICT, PositiveInt
+from tmad.images import UnreadableImage
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_S = 5.0
+"""Seconds between two progress lines."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrepareConfig(RecordConfig):
+    """Preparation of a data set: where from, where to, how it is cut into shards."""
+
+    source: str
+    """Folder with images at any depth: a path or any fsspec URI."""
+    out: str
+    """Folder of the prepared set: a path or any fsspec URI."""
+    images_per_shard: PositiveInt = 512
+    """Source images of one shard: the unit of work and of resuming."""
+    row_group_rows: PositiveInt = 64
+    """Records read together by the training input."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The job stops if more than this share of the images cannot be used."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the content of the set, for the manifest and for comparison with an earlier run."""
+        values = dataclasses.asdict(self)
+        del values["out"], values["max_bad_fraction"]
+        values["source"] = redact(absolute(self.source))
+        return json.loads(json.dumps(values))
+
+
+def prepare(config: PrepareConfig) -> Manifest:
+    """Make, or complete, the prepared set `config.out` and return its manifest.
+
+    A bad image is left out with its reason (`quarantine.jsonl`). Raises `MissingInput` if there is no image or no
+    usable one, `TooManyBadImages` beyond `max_bad_fraction`, `ConfigMismatch` if the folder holds a set made with
+    other settings.
+    """
+    out = absolute(config.out)
+    source = open_source(config.source)
+    keys = source.keys()
+    _claim_folder(out, config)
+    tasks = _shard_tasks(keys, config)
+    receipts = _finished(out, tasks)
+    todo = [task for task in tasks if task["index"] not in receipts]
+    if receipts:
+        logger.info("%d of %d shards are already there and are kept", len(receipts), len(tasks))
+    if todo:
+        remove(join(out, MANIFEST_NAME))
+    progress = _Progress(len(keys), done=sum(receipt["images"] for receipt in receipts.values()))
+    for receipt in _run(todo, source, out, config):
+        receipts[receipt["index"]] = receipt
+        progress.add(receipt)
+        _check_drops(receipts, len(keys), config, out)
+    _check_drops(receipts, len(keys), config, out)
+    ordered = [receipts[task["index"]] for task in tasks]
+    manifest = _manifest(ordered, len(keys), config)
+    if manifest.records == 0:
+        raise MissingInput(
+            f"none of the {len(keys)} images in {redact(config.source)} can be used: {_by_reason(manifest.drops)}; "
+            f"each one's reason is in {redact(out)}/quarantine.jsonl"
+        )
+    write_atomic(join(out, MANIFEST_NAME), manifest.to_json().encode())
+    logger.info(
+        "prepared set %s: %d records of %d images in %d shards, %d left out%s; digest %s",
+        redact(out),
+        manifest.records,
+        manifest.images_used,
+        len(manifest.shards),
+        sum(manifest.drops.values()),
+        f" ({_by_reason(manifest.drops)})" if manifest.drops else "",
+        manifest.digest,
+    )
+    return manifest
+
+
+def _claim_folder(out: str, config: PrepareConfig) -> None:
+    """Write `settings.json`, or compare with the one that is there."""
+    uri = join(out, "settings.json")
+    mine = {"schema_version": SCHEMA_VERSION, **config.settings()}
+    if not exists(uri):
+        write_atomic(uri, (json.dumps(mine, indent=2, sort_keys=True) + "\n").encode())
+        return
+    theirs = json.loads(read_bytes(uri))
+    names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
+    if names:
+        shown = "; ".join(f"{name} was {theirs.get(name)!r}, now {mine.get(name)!r}" for name in names)
+        raise ConfigMismatch(
+            f"{redact(out)} holds a set prepared with other settings ({shown}); choose another out or remove it",
+            differences={name: (theirs.get(name), mine.get(name)) for name in names},
+        )
+
+
+def _shard_tasks(keys: Sequence[str], config: PrepareConfig) -> list[dict[str, Any]]:
+    """Consecutive slices of the keys; `inputs` identifies what a shard is made of."""
+    settings = json.dumps([SCHEMA_VERSION, config.settings()], sort_keys=True)
+    tasks = []
+    for index, start in enumerate(range(0, len(keys), config.images_per_shard)):
+        part = list(keys[start : start + config.images_per_shard])
+        inputs = hashlib.sha256(json.dumps([settings, part]).encode()).hexdigest()[:16]
+        tasks.append({"index": index, "keys": part, "inputs": inputs})
+    return tasks
+
+
+def _finished(out: str, tasks: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Receipts, by shard number, of the shards that are there and made of the same inputs."""
+    folder = join(out, "shards")
+    there = set(list_files(folder)) if exists(folder) else set()
+
+    def receipt_of(task: dict[str, Any]) -> dict[str, Any] | None:
+        if f"{task['index']:05d}.json" not in there:
+            return None
+        receipt = json.loads(read_bytes(join(out, _file(task["index"], "json"))))
+        whole = receipt["rows"] == 0 or size(join(out, receipt["file"])) == receipt["size"]
+        return receipt if whole and receipt["inputs"] == task["inputs"] else None
+
+    with ThreadPoolExecutor(16) as pool:
+        return {receipt["index"]: receipt for receipt in pool.map(receipt_of, tasks) if receipt}
+
+
+def _run(todo: Sequence[dict[str, Any]], source: Source, out: str, config: PrepareConfig) -> Iterator[dict[str, Any]]:
+    """Receipts of the missing shards as Ray Data's tasks finish them."""
+    if not todo:
+        return
+    start_ray()
+    make_shard = partial(_make_shard, source=source, out=out, config=config)
+    dataset = ray.data.from_items(list(todo), override_num_blocks=len(todo)).map(make_shard, num_cpus=1)
+    dataset.context.enable_progress_bars = False
+    for rows in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        for text in rows["receipt"]:
+            yield json.loads(text)
+
+
+def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: PrepareConfig) -> dict[str, str]:
+    """Write one shard, then its receipt; running it twice writes the same bytes twice."""
+    rows: list[dict[str, Any]] = []
+    drops: list[dict[str, Any]] = []
+    for key in task["keys"]:
+        data = b""
+        try:
+            data = source.read(key)
+            rows += make_records(key, data, config)
+        except UnreadableImage as error:
+            drops.append({"key": key, "reason": error.reason, "detail": error.detail, "bytes": len(data)})
+        except (MissingInput, StorageFailed) as error:
+            reason = "missing" if isinstance(error, MissingInput) else "unreadable"
+            drops.append({"key": key, "reason": reason, "detail": error.message, "bytes": 0})
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=RECORD_SCHEMA),
+        sink,
+        row_group_size=config.row_group_rows,
+        compression="zstd",
+        use_dictionary=False,
+    )
+    data = sink.getvalue().to_pybytes()
+    if rows:
+        write_atomic(join(out, _file(task["index"], "parquet")), data)
+    receipt = {
+        "index": int(task["index"]),
+        "inputs": task["inputs"],
+        "images": len(task["keys"]),
+        "drops": drops,
+        "file": _file(task["index"], "parquet"),
+        "rows": len(rows),
+        "size": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "first_key": rows[0]["source"]["key"] if rows else "",
+        "last_key": rows[-1]["source"]["key"] if rows else "",
+    }
+    text = json.dumps(receipt, sort_keys=True)
+    write_atomic(join(out, _file(task["index"], "json")), text.encode())
+    return {"receipt": text}
+
+
+def _file(index: int, ending: str) -> str:
+    return f"shards/{index:05d}.{ending}"
+
+
+def _manifest(receipts: Sequence[dict[str, Any]], listed: int, config: PrepareConfig) -> Manifest:
+    names = [field.name for field in dataclasses.fields(Shard)]
+    drops = _count_drops(receipts)
+    return Manifest(
+        settings=config.settings(),
+        shards=[Shard(**{name: receipt[name] for name in names}) for receipt in receipts if receipt["rows"]],
+        images_listed=listed,
+        images_used=listed - sum(drops.values()),
+        drops=drops,
+        records=sum(receipt["rows"] for receipt in receipts),
+        row_group_rows=config.row_group_rows,
+    )
+
+
+def _check_drops(receipts: dict[int, dict[str, Any]], listed: int, config: PrepareConfig, out: str) -> None:
+    """Write the quarantine once it is whole, or as soon as it is too long, and then stop the job."""
+    drops = _count_drops(list(receipts.values()))
+    bad = sum(drops.values())
+    too_many = bad > config.max_bad_fraction * listed
+    if too_many or sum(receipt["images"] for receipt in receipts.values()) == listed:
+        lines = [json.dumps(drop) for _, receipt in sorted(receipts.items()) for drop in receipt["drops"]]
+        write_atomic(join(out, "quarantine.jsonl"), "".join(line + "\n" for line in lines).encode())
+    if too_many:
+        raise TooManyBadImages(
+            f"{bad} of {listed} images cannot be used, more than max_bad_fraction={config.max_bad_fraction:g} allows: "
+            f"{_by_reason(drops)}; each one's reason is in {redact(out)}/quarantine.jsonl",
+            reasons=drops,
+        )
+
+
+def _count_drops(receipts: Sequence[dict[str, Any]]) -> dict[str, int]:
+    return dict(sorted(Counter(drop["reason"] for receipt in receipts for drop in receipt["drops"]).items()))
+
+
+def _by_reason(drops: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in drops.items())
+
+
+class _Progress:
+    """A line with rate and remaining time, at most every `PROGRESS_S` seconds."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done, self.dropped = total, done, 0
+        self.first = done
+        self.start = self.last = time.monotonic()
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        self.done += receipt["images"]
+        self.dropped += len(receipt["drops"])
+        now = time.monotonic()
+        if now - self.last < PROGRESS_S and self.done < self.total:
+            return
+        self.last = now
+        rate = (self.done - self.first) / max(now - self.start, 1e-9)
+        logger.info(
+            "%d/%d images, %.0f images/s, %d left out, %.0f s to go",
+            self.done,
+            self.total,
+            rate,
+            self.dropped,
+            (self.total - self.done) / max(rate, 1e-9),
+        )

@@ -1,0 +1,159 @@
+"""One photograph's bytes to the records of its crops: decode, check, crop, draw holes, choose the memory.
+
+A pure function of (key, bytes, settings): running it ahead of time and storing the result, or running it in the
+training input, gives the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from pipeline.data.schema import pack_mask
+from tmad.config import STRICT, MemoryConfig, PositiveInt
+from tmad.images import MAX_PIXELS, UnreadableImage, crop_scaled, decode_image, scaled_size, to_rgb
+from tmad.masks import MASKS, draw_mask
+from tmad.memory import select_pool
+from tmad.rng import numpy_generator
+
+_MASK_DRAWS = 32
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RecordConfig:
+    """What a record is made of: crop, encoding, holes, memory."""
+
+    crop_size: PositiveInt = 256
+    """Side of the square crop, in pixels; a multiple of patch_size [P]."""
+    short_side: tuple[PositiveInt, PositiveInt] | None = None
+    """The image is scaled so that its shorter side, in pixels, lies in this range before it is cropped at random;
+    none = crop_size, so that images of exactly that size are taken as they are [D: others crop 384 to 256]."""
+    crops_per_image: PositiveInt = 1
+    """Crops taken from each image."""
+    min_side: PositiveInt | None = None
+    """Images with a shorter side below this many pixels are left out; none = half of crop_size."""
+    max_pixels: PositiveInt = MAX_PIXELS
+    """Images with more pixels are left out before they are decoded."""
+    mask: str = "brush_or_rectangle"
+    """Family of holes, by its name in `tmad.masks.MASKS`."""
+    masks_per_image: PositiveInt = 1
+    """Holes drawn for each crop; epoch e trains with number e modulo this."""
+    patch_size: PositiveInt = 32
+    """k_p, side of a memory patch in pixels; the model must have the same [P]."""
+    memory: MemoryConfig = MemoryConfig()
+    """Which windows make up the texture memory."""
+    encoding: Literal["jpeg", "png", "webp"] = "jpeg"
+    """Format of stored crops; files that need no crop, scaling or conversion keep their own bytes."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Quality of JPEG and WebP."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Every random choice is keyed by this, the image's key and the number of the crop or hole."""
+
+    def __post_init__(self) -> None:
+        if self.crop_size % self.patch_size:
+            raise ValueError(f"crop_size must be a multiple of patch_size ({self.patch_size}), got {self.crop_size}")
+        low, high = self.short_sides
+        if not self.crop_size <= low <= high:
+            raise ValueError(f"short_side must rise from at least crop_size ({self.crop_size}), got {low} to {high}")
+        if self.mask not in MASKS:
+            raise ValueError(f"mask must be one of {', '.join(sorted(MASKS))}, got {self.mask!r}")
+        if self.patch_size % self.memory.stride_divisor:
+            raise ValueError(
+                f"memory.stride_divisor must divide patch_size ({self.patch_size}), got {self.memory.stride_divisor}"
+            )
+
+    @property
+    def short_sides(self) -> tuple[int, int]:
+        """The range of `short_side`, resolved."""
+        return self.short_side or (self.crop_size, self.crop_size)
+
+    @property
+    def smallest_side(self) -> int:
+        """`min_side`, resolved."""
+        return self.min_side or self.crop_size // 2
+
+
+def make_records(key: str, data: bytes, config: RecordConfig) -> list[dict[str, Any]]:
+    """Rows of `schema.RECORD_SCHEMA` for the image file *data*, one a crop.
+
+    Raises `UnreadableImage` with the reason to leave the image out.
+    """
+    image = decode_image(data, max_pixels=config.max_pixels)
+    if min(image.size) < config.smallest_side:
+        raise UnreadableImage(
+            "too-small", f"{image.width}x{image.height} pixels, the shorter side needs {config.smallest_side}"
+        )
+    rgb = to_rgb(image)
+    source = {"key": key, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rows = []
+    for number in range(config.crops_per_image):
+        rng = numpy_generator(config.seed, "crop", key, number)
+        short_side = int(rng.integers(config.short_sides[0], config.short_sides[1], endpoint=True))
+        height, width = scaled_size(image.height, image.width, short_side)
+        top = int(rng.integers(height - config.crop_size, endpoint=True))
+        left = int(rng.integers(width - config.crop_size, endpoint=True))
+        if height == width == image.height == image.width == config.crop_size and _keeps_its_bytes(image):
+            encoded = data
+        else:
+            crop = crop_scaled(rgb, short_side=short_side, top=top, left=left, size=config.crop_size)
+            encoded = _encode(crop, config)
+        image_id = f"{key}#{number}"
+        holes = list(_holes(image_id, config))
+        rows.append(
+            {
+                "image_id": image_id,
+                "image": encoded,
+                "height": config.crop_size,
+                "width": config.crop_size,
+                "masks": [pack_mask(mask) for mask, _ in holes],
+                "pool_yx": [pool.reshape(-1) for _, pool in holes],
+                "hole_fraction": [float(mask.mean()) for mask, _ in holes],
+                "label": None,
+                "source": source,
+            }
+        )
+    return rows
+
+
+def _holes(image_id: str, config: RecordConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Mask (crop, crop) and memory (P, 2) of each variant. A draw of no hole or nothing but hole is drawn again."""
+    for variant in range(config.masks_per_image):
+        rng = numpy_generator(config.seed, "mask", image_id, variant)
+        for _ in range(_MASK_DRAWS):
+            mask = draw_mask(config.mask, config.crop_size, config.crop_size, rng)
+            if mask.any() and not mask.all():
+                break
+        else:
+            raise ValueError(
+                f"mask family {config.mask!r} gave {_MASK_DRAWS} times no hole or nothing but hole at "
+                f"{config.crop_size} pixels; choose another mask or crop_size"
+            )
+        pool = select_pool(
+            mask,
+            patch_size=config.patch_size,
+            stride=config.patch_size // config.memory.stride_divisor,
+            pool_size=config.memory.pool_size,
+            rule=config.memory.rule,
+            rng=numpy_generator(config.seed, "pool", image_id, variant),
+        )
+        yield mask, pool
+
+
+def _keeps_its_bytes(image: Image.Image) -> bool:
+    """True if any reader shows this file as we see it: one upright frame of eight-bit RGB or grey."""
+    plain = image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L")
+    return plain and not getattr(image, "is_animated", False)
+
+
+def _encode(crop: np.ndarray, config: RecordConfig) -> bytes:
+    buffer = io.BytesIO()
+    options = {} if config.encoding == "png" else {"quality": config.quality}
+    Image.fromarray(crop).save(buffer, config.encoding, **options)
+    return buffer.getvalue()
