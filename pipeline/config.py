@@ -146,7 +146,7 @@ class PerceptualConfig:
     The last two depart from the paper: the run says so and records it."""
     weights: str = "download"
     """File or URI of torchvision's VGG-19 (.pth), or `download` for its standard address."""
-    sha256: str = "dcbb9e9d"
+    sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{0,64}$")] = "dcbb9e9d"
     """First digits of the file's SHA-256; empty = take the file as it is."""
 
 

@@ -1,0 +1,100 @@
+"""Weights that a run needs before it starts: VGG-19 for the perceptual loss (Eq. 8).
+
+The driver fetches and checks them once, up front, and puts them beside the runs, where every worker reads them: a run
+that cannot have them stops before anything is scheduled, never in the middle and never silently without the term.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import urllib.error
+import urllib.request
+
+from torch import nn
+
+from pipeline import storage
+from pipeline.config import VGG19_ADDRESS, RunConfig
+from pipeline.errors import MissingInput
+from tmad.perceptual import load_vgg19, untrained_vgg19
+from tmad.rng import torch_generator
+
+DOWNLOAD = "download"
+TIMEOUT_S = 60.0
+
+OPTIONS = (
+    "give the file (--perceptual.weights /path/or/uri/vgg19-dcbb9e9d.pth), or train without it on purpose: "
+    "--perceptual.features untrained (random features) or --perceptual.features off"
+)
+
+log = logging.getLogger(__name__)
+
+
+def resolve_perceptual(config: RunConfig) -> str | None:
+    """Have the feature weights in place before training; returns the URI that workers load, `None` without weights.
+
+    Untrained features and none at all are departures from the paper: each is logged as a warning. Raises `MissingInput`
+    with the options where the weights cannot be had, `ValueError` where the file is another than its checksum says.
+    """
+    perceptual = config.perceptual
+    if not config.training.loss.weight_perceptual:
+        log.warning("the perceptual loss is off (%s): not the paper's method", _why_off(config))
+        return None
+    if perceptual.features == "untrained":
+        log.warning("the perceptual loss uses untrained VGG-19 features (perceptual.features): not the paper's method")
+        return None
+    known = storage.join(config.runs, "cache", _file_name(perceptual.sha256)) if perceptual.sha256 else None
+    if known is not None and storage.exists(known):
+        check_digest(storage.read_bytes(known), perceptual.sha256, known)
+        return known
+    if perceptual.weights == DOWNLOAD:
+        data = _download(VGG19_ADDRESS)
+        where = VGG19_ADDRESS
+    else:
+        where = storage.redact(perceptual.weights)
+        try:
+            data = storage.read_bytes(perceptual.weights)
+        except MissingInput as error:
+            raise MissingInput(f"no VGG-19 weights at {where}; {OPTIONS}") from error
+    check_digest(data, perceptual.sha256, where)
+    kept = storage.join(config.runs, "cache", _file_name(perceptual.sha256 or hashlib.sha256(data).hexdigest()[:16]))
+    storage.write_atomic(kept, data)
+    return kept
+
+
+def load_perceptual(config: RunConfig, weights: str | None) -> nn.Module | None:
+    """The feature network that *config* asks for, from what `resolve_perceptual` returned."""
+    if not config.training.loss.weight_perceptual:
+        return None
+    if config.perceptual.features == "untrained":
+        return untrained_vgg19(torch_generator(config.seed, "untrained-vgg19"))
+    assert weights is not None
+    return load_vgg19(storage.local_copy(weights), sha256=config.perceptual.sha256)
+
+
+def check_digest(data: bytes, sha256: str, where: str) -> None:
+    """Raise `ValueError` unless the SHA-256 of *data* begins with *sha256*."""
+    found = hashlib.sha256(data).hexdigest()
+    if not found.startswith(sha256.lower()):
+        raise ValueError(
+            f"VGG-19 weights at {where} have SHA-256 {found[: max(len(sha256), 8)]}..., expected {sha256}...; "
+            f"a damaged or another file: replace it, or state its digest with perceptual.sha256"
+        )
+
+
+def _download(address: str) -> bytes:
+    log.info("downloading the VGG-19 weights (549 MB, once) from %s", address)
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer:
+            data: bytes = answer.read()
+    except (urllib.error.URLError, OSError) as error:
+        raise MissingInput(f"cannot download the VGG-19 weights from {address} ({error}); {OPTIONS}") from error
+    return data
+
+
+def _file_name(sha256: str) -> str:
+    return f"vgg19-{sha256.lower()}.pth"
+
+
+def _why_off(config: RunConfig) -> str:
+    return "perceptual.features" if config.perceptual.features == "off" else "loss.weight_perceptual is 0"

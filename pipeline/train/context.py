@@ -1,0 +1,164 @@
+"""What the training loop sees of the machines: who am I, what do the others compute, keep this checkpoint.
+
+The loop is written once against `TrainContext`; `RayContext` runs it in Ray Train's workers, `LocalContext` in the
+calling process, which is both how the loop is tested and the baseline that shows what Ray costs.
+
+There is no `DistributedDataParallel` here. Every worker starts from the same seed, and each gradient is averaged by
+hand, in one all-reduce, after its backward is complete: that equals one process with the whole batch, gradient penalty
+and relativistic expectations included. DDP would average while the backward runs, and a penalty that has its own
+backward slips past its hooks: the workers drift apart without an error. What is left of that risk, a worker whose
+weights differ for any reason, is found by `same_everywhere` at every log interval.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointConsistencyMode
+from torch import Tensor, nn
+
+from tmad.step import Workers
+
+COMMIT_TIMEOUT_S = 600.0
+"""Wait so long for Ray's controller to register a checkpoint that is in storage."""
+
+
+class TrainContext(Protocol):
+    """One training process and its relation to the others; every method is called by all of them alike."""
+
+    rank: int
+    """0 to world_size - 1."""
+    world_size: int
+    device: torch.device
+    workers: Workers
+    """Means over the workers, for the training step."""
+
+    def same_everywhere(self, value: Tensor) -> bool:
+        """Whether *value* (int64) is equal on all workers."""
+
+    def newest_checkpoint(self) -> Any:
+        """Context manager: a local folder with the newest checkpoint, or `None` at the start of a run."""
+
+    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> None:
+        """Keep what rank 0 wrote into *folder* (others give `None`) as the checkpoint *name*; returns when it counts:
+        a crash in the next instant goes on from there."""
+
+
+class DistributedWorkers:
+    """Means over the processes of the default `torch.distributed` group."""
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean over the workers, differentiable any number of times; its gradient is the mean of theirs."""
+        result: Tensor = _Mean.apply(value)
+        return result
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over the workers, in one all-reduce of all of them.
+
+        The workers must give the same parameters with gradients, which fixed shapes guarantee.
+        """
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+class _Mean(torch.autograd.Function):
+    """All-reduce mean in both directions.
+
+    Each worker's loss depends on the common mean, so the gradient of the average loss with respect to one worker's
+    value collects all workers' gradients: their mean, as gradients are averaged over the workers afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        result: Tensor = _Mean.apply(gradient)
+        return result
+
+
+def _same_everywhere(value: Tensor) -> bool:
+    both = torch.stack([value, -value])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return bool((both[0] == -both[1]).all())
+
+
+class RayContext:
+    """A worker of Ray Train; Ray has made the process group."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.workers: Workers = DistributedWorkers()
+
+    def same_everywhere(self, value: Tensor) -> bool:
+        return _same_everywhere(value.to(self.device))
+
+    @contextmanager
+    def newest_checkpoint(self) -> Iterator[Path | None]:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> None:
+        checkpoint = Checkpoint.from_directory(str(folder)) if folder is not None else None
+        # A name that depends on the images alone: a repeated stretch overwrites what a crash left half-written.
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        # `report` returns when the files are in storage. Until the controller has registered them, a crash would
+        # restart from the checkpoint before.
+        ray.train.get_all_reported_checkpoints(
+            consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=COMMIT_TIMEOUT_S
+        )
+
+
+class LocalContext:
+    """The calling process alone; checkpoints are folders below *checkpoints*, the newest by name."""
+
+    def __init__(self, checkpoints: Path, *, workers: Workers, device: str = "cpu") -> None:
+        self.rank = 0
+        self.world_size = 1
+        self.device = torch.device(device)
+        self.workers = workers
+        self.checkpoints = checkpoints
+
+    def same_everywhere(self, value: Tensor) -> bool:
+        return True
+
+    @contextmanager
+    def newest_checkpoint(self) -> Iterator[Path | None]:
+        yield max(self.checkpoints.glob("*"), default=None)
+
+    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> None:
+        assert folder is not None
+        shutil.copytree(folder, self.checkpoints / name, dirs_exist_ok=True)
+
+
+def checksums(modules: Iterable[nn.Module]) -> Tensor:
+    """One int64 for each module, from the bits of its float32 parameters: equal weights, equal sums."""
+    sums = []
+    for module in modules:
+        total = torch.zeros((), dtype=torch.int64, device=next(module.parameters()).device)
+        for index, parameter in enumerate(module.parameters(), start=1):
+            total += index * parameter.detach().contiguous().view(torch.int32).sum(dtype=torch.int64)
+        sums.append(total)
+    return torch.stack(sums)

@@ -1,0 +1,345 @@
+"""From a configuration to a finished run: the only place that builds Ray's `TorchTrainer`.
+
+`runs/<name>/` holds `config.json`, `environment.json`, `tracking.json`, `metrics.jsonl`, `checkpoints/`, and at the end
+`model/` and `finished.json`. The same command with the same name goes on where the run stands: at its newest
+checkpoint, at the final steps, or nowhere when `finished.json` is there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import ray.data
+import torch
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+
+from pipeline import storage
+from pipeline.cli import configure_logging, one_line
+from pipeline.cluster import joined, require, start_ray
+from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
+from pipeline.data.batches import evaluation_batches, training_batches
+from pipeline.data.schema import Manifest, read_manifest
+from pipeline.environment import environment
+from pipeline.errors import ConfigMismatch, TMADError, TrainingFailed
+from pipeline.pretrained import load_perceptual, resolve_perceptual
+from pipeline.registry import register_model
+from pipeline.tracking import Tracker, resolve_tracking_uri
+from pipeline.train.context import RayContext
+from pipeline.train.loop import Feed, train_loop
+from tmad.batch import Batch
+from tmad.checkpoint import model_digest
+from tmad.step import NonFiniteLoss
+
+CPUS_FOR_DATA = 1
+"""Kept free beside the workers: without one, Ray Data never gets a turn and the job stands still."""
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train, keep and register a model; returns the content of `finished.json`.
+
+    Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
+    `TrainingFailed` with the cause and the newest checkpoint, `MissingInput` for data or weights that are not there,
+    `ValueError` for a data set that does not fit the model.
+    """
+    config = resolve(config)
+    assert config.name is not None
+    folder = storage.join(config.runs, config.name)
+    finished = _read_json(storage.join(folder, "finished.json"))
+    sets = {"train": read_manifest(config.data.train), "val": read_manifest(config.data.val)}
+    for which, manifest in sets.items():
+        check_set(config, manifest, which)
+    _claim(folder, config, {which: manifest.digest for which, manifest in sets.items()})
+    if finished is not None:
+        log.info("run %s is finished: %s; nothing to do", config.name, storage.join(folder, "finished.json"))
+        return finished
+
+    weights = resolve_perceptual(config)
+    start_ray()
+    require(_resources(config), wait_s=config.workers.start_timeout_s if joined() else 0.0)
+    tracking_uri = resolve_tracking_uri(config.tracking.uri, config.runs)
+    run_id = _open_tracking(folder, config, tracking_uri, sets)
+    log.info("run %s: %s", config.name, plan(config, sets["train"]))
+    began = time.time()
+    job = {
+        "config": to_json(config),
+        "weights": weights,
+        "tracking_uri": tracking_uri,
+        "run_id": run_id,
+        "metrics": storage.join(folder, "metrics.jsonl"),
+    }
+    try:
+        summary = _fit(folder, config, job)
+        finished = _finish(folder, config, summary, tracking_uri, run_id)
+    except BaseException as error:
+        Tracker(tracking_uri, run_id).finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    Tracker(tracking_uri, run_id).finish("FINISHED")
+    log.info("run %s finished in %.0f s: model %s", config.name, time.time() - began, finished["model"])
+    return finished
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration as any process understands it: a name, and absolute places, since workers have other working
+    directories."""
+    name = config.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    perceptual = config.perceptual
+    if perceptual.weights != "download":
+        perceptual = replace(perceptual, weights=storage.absolute(perceptual.weights))
+    data = replace(config.data, train=storage.absolute(config.data.train), val=storage.absolute(config.data.val))
+    return replace(with_name(config, name), runs=storage.absolute(config.runs), data=data, perceptual=perceptual)
+
+
+def plan(config: RunConfig, train_set: Manifest | None = None) -> str:
+    """What is going to happen, in a line."""
+    schedule, workers = config.schedule, config.workers
+    steps = math.ceil(schedule.total_images / schedule.batch_images)
+    share = schedule.batch_images // workers.num_workers
+    of = f" of {train_set.records:,} records" if train_set is not None else ""
+    device = "GPU" if workers.use_gpu else f"CPU, threads {config.threads}"
+    return (
+        f"{workers.num_workers} workers ({device}, {config.precision}), {schedule.batch_images} images a step "
+        f"({share} a worker), {schedule.coarse_images:,} images coarse, then {schedule.joint_images:,} jointly{of}: "
+        f"{steps:,} steps; checkpoint every {schedule.checkpoint_every_images:,} images, "
+        f"validation every {schedule.validate_every_images:,}"
+    )
+
+
+def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
+    """Raise `ValueError` if the prepared set does not fit the model."""
+    uri = storage.redact(config.data.train if which == "train" else config.data.val)
+    model = config.model
+    if manifest.patch_size != model.patch_size:
+        raise ValueError(
+            f"data.{which} was prepared for patch_size {manifest.patch_size}, model.patch_size is {model.patch_size}: "
+            f"its memory points at other windows; prepare {uri} again or change the model"
+        )
+    memory = asdict(model.memory)
+    if manifest.settings["memory"] != memory:
+        raise ValueError(
+            f"data.{which} was prepared with memory {manifest.settings['memory']}, model.memory is {memory}; "
+            f"prepare {uri} again or change the model"
+        )
+    if manifest.crop_size % model.size_multiple:
+        raise ValueError(
+            f"data.{which} has crops of {manifest.crop_size} pixels; the model needs a multiple of "
+            f"{model.size_multiple} (patch_size and 2^coarse.num_down_blocks): prepare {uri} with another crop_size"
+        )
+    cells = (manifest.crop_size // model.patch_size) ** 2
+    if config.schedule.patches_per_image > cells:
+        raise ValueError(
+            f"schedule.patches_per_image is {config.schedule.patches_per_image}, but a crop of {manifest.crop_size} "
+            f"pixels has {cells} cells"
+        )
+
+
+def _claim(folder: str, config: RunConfig, sets: dict[str, str]) -> None:
+    """Write the run's configuration, or refuse to continue a run that was begun with another one."""
+    config_uri, sets_uri = storage.join(folder, "config.json"), storage.join(folder, "data.json")
+    if not storage.exists(config_uri):
+        storage.write_atomic(sets_uri, json.dumps(sets, indent=2).encode())
+        storage.write_atomic(storage.join(folder, "environment.json"), _environment(config, sets))
+        storage.write_atomic(config_uri, to_json(config).encode())
+        return
+    old = from_json(storage.read_bytes(config_uri))
+    lines = refusal(old, config)
+    begun_with = _read_json(sets_uri) or {}
+    lines += [
+        f"data.{which}: content {begun_with.get(which)} -> {now}"
+        for which, now in sets.items()
+        if begun_with.get(which) != now
+    ]
+    if lines:
+        raise ConfigMismatch(
+            f"run {config.name} in {storage.redact(config.runs)} was begun with other settings ({'; '.join(lines)}); "
+            "take another --name, or the old settings to go on",
+            differences=lines,
+        )
+    storage.write_atomic(config_uri, to_json(config).encode())
+    log.info("run %s was begun before: going on with it", config.name)
+
+
+def _environment(config: RunConfig, sets: Mapping[str, str]) -> bytes:
+    content = environment(config_digest=digest(config), data_digests=dict(sets))
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _resources(config: RunConfig) -> dict[str, float]:
+    workers = config.workers
+    resources = {"CPU": workers.num_workers * workers.cpus_per_worker + CPUS_FOR_DATA}
+    return {**resources, "GPU": float(workers.num_workers)} if workers.use_gpu else resources
+
+
+def _open_tracking(
+    folder: str, config: RunConfig, tracking_uri: str | None, sets: Mapping[str, Manifest]
+) -> str | None:
+    """The id of this run's MLflow run: the one it had before, or a new one."""
+    uri = storage.join(folder, "tracking.json")
+    before = _read_json(uri)
+    if before is not None and before["uri"] == tracking_uri:
+        known: str | None = before["run_id"]
+        return known
+    assert config.name is not None
+    tags = {"config_digest": digest(config), **{f"data_{which}": one.digest for which, one in sets.items()}}
+    run_id = Tracker.create(tracking_uri, config.tracking.experiment, config.name, asdict(config), tags)
+    tracker = Tracker(tracking_uri, run_id)
+    for name in ("config.json", "environment.json"):
+        tracker.artifact(storage.read_bytes(storage.join(folder, name)), name)
+    storage.write_atomic(uri, json.dumps({"uri": tracking_uri, "run_id": run_id}, indent=2).encode())
+    return run_id
+
+
+def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
+    workers = config.workers
+    each = {"CPU": workers.cpus_per_worker, **({"GPU": 1.0} if workers.use_gpu else {})}
+    failures: dict[str, Any] = {
+        "max_failures": workers.max_failures,
+        "controller_failure_limit": workers.controller_failure_limit,
+    }
+    work: Any = _work  # Ray's annotation allows no result, its `Result.return_value` carries one.
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=each
+        ),
+        run_config=RayRunConfig(
+            # Ray keeps checkpoints in <storage_path>/<name>/, and by that name finds them again after a restart.
+            name="checkpoints",
+            storage_path=folder,
+            failure_config=FailureConfig(**failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.schedule.keep_checkpoints),
+        ),
+    )
+    try:
+        result: Any = trainer.fit()
+    except TrainingFailedError as error:
+        raise TrainingFailed(f"training stopped: {_cause(error)}; {_how_to_go_on(folder)}") from error
+    summary: dict[str, Any] = result.return_value
+    if "failed" in summary:
+        raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}")
+    return summary
+
+
+def _work(job: dict[str, Any]) -> dict[str, Any]:
+    """One worker, from start to end; runs in Ray Train's process."""
+    config = from_json(job["config"])
+    context = RayContext()
+    configure_logging(config.name or "", context.rank if context.world_size > 1 else None)
+    if context.rank > 0:
+        logging.getLogger("pipeline").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    torch.set_num_threads(config.threads)
+    schedule = config.schedule
+    feed = Feed(
+        training=partial(_training_batches, config, context),
+        validation=partial(
+            evaluation_batches,
+            config.data.val,
+            rank=context.rank,
+            world_size=context.world_size,
+            batch_images=schedule.batch_images,
+            limit=schedule.validation_images,
+        ),
+    )
+    first = context.rank == 0
+    with Tracker(
+        job["tracking_uri"] if first else None,
+        job["run_id"] if first else None,
+        jsonl=job["metrics"] if first else None,
+    ) as tracker:
+        try:
+            return train_loop(config, context, feed, tracker, load_perceptual(config, job["weights"]))
+        except NonFiniteLoss as error:
+            # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
+            return {"failed": str(error)}
+
+
+def _training_batches(config: RunConfig, context: RayContext, start_images: int) -> Iterator[Batch]:
+    return training_batches(
+        config.data.train,
+        seed=config.seed,
+        batch_images=config.schedule.batch_images,
+        total_images=config.schedule.total_images,
+        rank=context.rank,
+        world_size=context.world_size,
+        start_images=start_images,
+        num_cells=config.schedule.patches_per_image,
+        patch_size=config.model.patch_size,
+        flip=config.data.flip,
+    )
+
+
+def _finish(
+    folder: str, config: RunConfig, summary: dict[str, Any], tracking_uri: str | None, run_id: str | None
+) -> dict[str, Any]:
+    """Put the model beside the checkpoints, register it, and write `finished.json`, last of all."""
+    model_uri = storage.join(folder, "model")
+    artifact = storage.local_copy(storage.join(folder, "checkpoints", summary["checkpoint"], "model"))
+    storage.upload_folder(artifact, model_uri)
+    registered: dict[str, Any] | None = None
+    if config.tracking.register and tracking_uri is not None and run_id is not None:
+        name, alias = config.tracking.registered_name, config.tracking.alias
+        version = register_model(artifact, tracking_uri=tracking_uri, run_id=run_id, name=name, alias=alias)
+        registered = {"name": name, "version": version, "alias": alias, "uri": f"models:/{name}@{alias}"}
+    finished = {
+        **summary,
+        "name": config.name,
+        "model": model_uri,
+        "model_digest": model_digest(artifact),
+        "registered": registered,
+        "tracking_uri": None if tracking_uri is None else storage.redact(tracking_uri),
+        "mlflow_run_id": run_id,
+        "perceptual": config.perceptual.features,
+        "config_digest": digest(config),
+    }
+    storage.write_atomic(storage.join(folder, "finished.json"), (json.dumps(finished, indent=2) + "\n").encode())
+    return finished
+
+
+def _cause(error: TrainingFailedError) -> str:
+    """The first worker's own message, without Ray's tracebacks around it."""
+    causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
+    # A worker that raised says more than those that then lost their connection to it.
+    causes.sort(key=lambda one: not isinstance(_root(one), TMADError | ValueError))
+    root = _root(causes[0]) if causes else error
+    return storage.redact(f"{type(root).__name__}: {one_line(root)}")
+
+
+def _root(error: BaseException) -> BaseException:
+    """What Ray's wrappers are about."""
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = inner
+    return error
+
+
+def _how_to_go_on(folder: str) -> str:
+    name = folder.rsplit("/", 1)[-1]
+    checkpoints = storage.join(folder, "checkpoints")
+    names = {key.split("/", 1)[0] for key in storage.list_files(checkpoints)} if storage.exists(checkpoints) else set()
+    kept = sorted(one for one in names if one.startswith("images_"))
+    newest = (
+        f"its newest checkpoint is {storage.redact(storage.join(checkpoints, kept[-1]))}"
+        if kept
+        else "no checkpoint yet"
+    )
+    return f"{newest}; the same command with --name {name} goes on from there"
+
+
+def _read_json(uri: str) -> dict[str, Any] | None:
+    if not storage.exists(uri):
+        return None
+    content: dict[str, Any] = json.loads(storage.read_bytes(uri))
+    return content

@@ -1,0 +1,75 @@
+"""Measures of the averaged model on fixed validation images with fixed masks, and the pictures that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from pipeline.report import picture_grid
+from pipeline.train.context import TrainContext
+from tmad.batch import Batch
+from tmad.coarse import compose
+from tmad.images import to_model, to_uint8
+from tmad.metrics import measure
+from tmad.model import TMAD
+from tmad.step import Phase
+
+MEASURES = ("l1_hole_pct", "psnr_hole", "ssim_full")
+"""Of `tmad.metrics`, for the result and, with `coarse_` before the name, for the coarse result."""
+
+NUM_PICTURES = 4
+
+
+@torch.no_grad()
+def validate(
+    model: TMAD, phase: Phase, batches: Iterable[Batch], context: TrainContext
+) -> tuple[dict[str, float], np.ndarray | None]:
+    """Mean measures over the images of all workers, and a grid of this worker's first pictures.
+
+    In the coarse phase only the coarse network is run. Names: `val/psnr_hole` and so on for the result,
+    `val/coarse_psnr_hole` for the coarse result, `val/images`. A measure that no image has a value for is left out.
+    """
+    kinds = ("coarse",) if phase == "coarse" else ("coarse", "result")
+    names = [f"{'coarse_' if kind == 'coarse' else ''}{name}" for kind in kinds for name in MEASURES]
+    sums = torch.zeros(len(names), 2, dtype=torch.float64)
+    images = 0
+    rows: list[tuple[str, dict[str, np.ndarray]]] = []
+    for batch in batches:
+        images += len(batch)
+        pictures = _run(model, phase, batch.to(context.device))
+        truth, masks = _pixels(batch.image), batch.mask[:, 0].numpy()
+        for index, image_id in enumerate(batch.image_id):
+            cells = {kind: pictures[kind][index] for kind in kinds}
+            values = [
+                value for kind in kinds for value in measure(cells[kind], truth[index], masks[index], MEASURES).values()
+            ]
+            for row, value in enumerate(values):
+                if value is not None:
+                    sums[row] += torch.tensor([value, 1.0], dtype=torch.float64)
+            if len(rows) < NUM_PICTURES:
+                given = np.where(masks[index][..., None] > 0, np.uint8(255), truth[index])
+                rows.append((image_id, {"input": given, **cells, "truth": truth[index]}))
+    total = torch.cat([sums.flatten(), torch.tensor([float(images)], dtype=torch.float64)])
+    total = context.workers.mean(total.to(context.device)).cpu() * context.world_size
+    means = {
+        f"val/{name}": float(value / count)
+        for name, (value, count) in zip(names, total[:-1].view(-1, 2), strict=True)
+        if count > 0
+    }
+    return {**means, "val/images": float(total[-1].round())}, picture_grid(rows) if rows else None
+
+
+def _run(model: TMAD, phase: Phase, batch: Batch) -> dict[str, np.ndarray]:
+    """Pictures by name, (B, H, W, 3) uint8."""
+    image, mask = to_model(batch.image), batch.mask.float()
+    if phase == "coarse":
+        return {"coarse": _pixels(to_uint8(compose(model.predict_coarse(image, mask), image, mask)))}
+    out = model(image, mask, batch.pool_yx, batch.cells)
+    return {"coarse": _pixels(to_uint8(out.coarse)), "result": _pixels(to_uint8(out.output))}
+
+
+def _pixels(images: torch.Tensor) -> np.ndarray:
+    pixels: np.ndarray = images.permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
