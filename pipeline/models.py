@@ -13,11 +13,14 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import ModelNotFound
 from pipeline.tracking import mlflow_client
-from tmad.checkpoint import load_model
+from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model
 from tmad.model import TMAD
 
-ARTIFACT_FILES = ("config.json", "model.safetensors")
+ARTIFACT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 """What makes a folder a model artifact."""
+
+LOCAL_TRACKING_FILE = "runs/mlflow.db"
+"""Where runs are tracked when nothing else is said (`tracking.default_tracking_uri`), seen from the current folder."""
 
 MLFLOW_SCHEMES = ("models:", "runs:", "mlflow-artifacts:")
 
@@ -35,14 +38,16 @@ def load_any_model(ref: str, device: str = "cpu", tracking_uri: str | None = Non
 def find_model(ref: str, *, tracking_uri: str | None = None) -> Path:
     """The model artifact that *ref* names, as a folder on this machine (downloaded where it is elsewhere).
 
-    - `models:/tmad@champion`, `models:/tmad/3`, `runs:/<id>/model`: from MLflow at *tracking_uri*
-      (`MLFLOW_TRACKING_URI` where that is `None`);
+    - `models:/tmad@champion`, `models:/tmad/3`, `runs:/<id>/model`: from MLflow at *tracking_uri*, else
+      `MLFLOW_TRACKING_URI`, else `runs/mlflow.db` in the current folder;
     - a folder or any fsspec URI that holds `config.json` and `model.safetensors`;
     - a checkpoint or a finished run (its `model/` is taken);
     - an unfinished run (the newest of its `checkpoints/` is taken, with a warning).
 
     Raises `ModelNotFound` saying what was looked for where.
     """
+    if not ref:
+        raise ModelNotFound("no model was named: give a folder, a URI or models:/name@alias")
     if ref.startswith(MLFLOW_SCHEMES):
         return _from_mlflow(ref, tracking_uri)
     looked = [ref, storage.join(ref, "model")]
@@ -86,7 +91,12 @@ def _newest_checkpoint(folder: str) -> str | None:
 def _from_mlflow(ref: str, tracking_uri: str | None) -> Path:
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
-        raise ModelNotFound(f"{ref} is kept by MLflow: say where with tracking_uri or MLFLOW_TRACKING_URI")
+        if not Path(LOCAL_TRACKING_FILE).is_file():
+            raise ModelNotFound(
+                f"{ref} is kept by MLflow: say where with tracking_uri or MLFLOW_TRACKING_URI; "
+                f"there is no {LOCAL_TRACKING_FILE} here either"
+            )
+        uri = f"sqlite:///{Path(LOCAL_TRACKING_FILE).absolute()}"
     client = mlflow_client(uri)
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException

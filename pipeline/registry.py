@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import MissingInput
 from pipeline.tracking import mlflow_client
-from tmad.checkpoint import model_digest
+from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, model_digest
 
 ARTIFACT = "tmad_model"
 """Key of the model artifact inside the MLflow model; `pyfunc_model.py` reads it under the same name."""
@@ -40,7 +40,7 @@ def register_model(
     from mlflow.exceptions import MlflowException
 
     folder = Path(folder)
-    missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
+    missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
     if missing:
         raise MissingInput(f"cannot register {folder}: no {' and no '.join(missing)} in it; save_model writes both")
     client = mlflow_client(tracking_uri)

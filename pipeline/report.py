@@ -11,30 +11,15 @@ import html
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
 from pipeline import storage
+from tmad.metrics import MEASURES, Measure
 
 Picture = np.ndarray | Image.Image | bytes
 """(H, W, 3) or (H, W) uint8, a Pillow image, or the bytes of a PNG or JPEG file."""
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How one measure is to be read."""
-
-    name: str
-    """As it stands in tables and files: region and formula are part of it (`psnr_hole`)."""
-    formula: str
-    """In words and symbols."""
-    better: Literal["higher", "lower"]
-    unit: str = ""
-    digits: int = 3
-    """Digits after the point in tables."""
 
 
 class Report:
@@ -75,31 +60,30 @@ class Report:
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
-    def measures(self, values: Mapping[str, Mapping[str, float | None]], measures: Sequence[Measure]) -> None:
+    def measures(
+        self, values: Mapping[str, Mapping[str, float | None]], measures: Mapping[str, Measure] = MEASURES
+    ) -> None:
         """Add the table method x measure, the best of each measure in bold, and how each is computed below it.
 
-        *values*: method, then measure, then its mean; missing or not finite shows as a dash.
+        *values*: method, then measure, then its mean; what is missing or not finite shows as a dash.
         """
-        shown = [measure for measure in measures if any(measure.name in row for row in values.values())]
-        best = {measure.name: _best(values, measure) for measure in shown}
+        shown = {name: entry for name, entry in measures.items() if any(name in row for row in values.values())}
         head = "<th scope='col'>method</th>" + "".join(
-            f"<th scope='col' title='{html.escape(measure.formula, quote=True)}'>{html.escape(measure.name)} "
-            f"{'↑' if measure.better == 'higher' else '↓'}</th>"
-            for measure in shown
+            f"<th scope='col' class='number' title='{html.escape(entry.formula, quote=True)}'>{html.escape(name)} "
+            f"{'↑' if entry.better == 'higher' else '↓'}</th>"
+            for name, entry in shown.items()
         )
-        body = ""
-        for method, row in values.items():
-            cells = ""
-            for measure in shown:
-                value = row.get(measure.name)
-                text = "–" if value is None or not math.isfinite(value) else f"{value:.{measure.digits}f}"
-                is_best = text != "–" and value == best[measure.name] and len(values) > 1
-                cells += f"<td class='number'>{f'<strong>{text}</strong>' if is_best else text}</td>"
-            body += f"<tr><th scope='row'>{html.escape(method)}</th>{cells}</tr>"
+        texts = {name: _measure_texts(name, entry, values) for name, entry in shown.items()}
+        body = "".join(
+            f"<tr><th scope='row'>{html.escape(method)}</th>"
+            + "".join(f"<td class='number'>{texts[name][method]}</td>" for name in shown)
+            + "</tr>"
+            for method in values
+        )
         legend = "".join(
-            f"<dt>{html.escape(measure.name)}{f' ({html.escape(measure.unit)})' if measure.unit else ''}</dt>"
-            f"<dd>{html.escape(measure.formula)}; <em>{measure.better} is better</em></dd>"
-            for measure in shown
+            f"<dt>{html.escape(name)}{f' ({html.escape(entry.unit)})' if entry.unit else ''}</dt>"
+            f"<dd>{html.escape(entry.formula)}; <em>{entry.better} is better</em></dd>"
+            for name, entry in shown.items()
         )
         self._parts.append(
             f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -203,11 +187,21 @@ def _cell(value: object) -> str:
     return f"<td>{html.escape('–' if value is None else str(value))}</td>"
 
 
-def _best(values: Mapping[str, Mapping[str, float | None]], measure: Measure) -> float | None:
-    finite = [v for row in values.values() if (v := row.get(measure.name)) is not None and math.isfinite(v)]
-    if not finite:
-        return None
-    return max(finite) if measure.better == "higher" else min(finite)
+def _measure_texts(name: str, entry: Measure, values: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
+    """Method -> what stands in the table; equal figures are equally bold."""
+    digits = 2 if entry.unit in ("dB", "grey levels", "1e-3") else 3
+    texts = {
+        method: None if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+        for method, value in ((method, row.get(name)) for method, row in values.items())
+    }
+    finite = [text for text in texts.values() if text is not None]
+    best = None
+    if len(values) > 1 and finite:
+        best = max(finite, key=float) if entry.better == "higher" else min(finite, key=float)
+    return {
+        method: "–" if text is None else f"<strong>{text}</strong>" if text == best else text
+        for method, text in texts.items()
+    }
 
 
 _STYLE = """

@@ -36,6 +36,18 @@ class EmptyMaskWarning(UserWarning):
     """The mask has grey values, but none that counts as hole."""
 
 
+class UnusableInput(ValueError):
+    """Image and mask that cannot be worked on. `reason` is a short name to count by: `size-mismatch`, `all-hole`,
+    `unreadable-array`."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 @dataclass(frozen=True)
 class InpaintResult:
     """What `Inpainter` made of one image."""
@@ -93,7 +105,8 @@ class Inpainter:
         back; the memory is chosen from the image as it came. A mask without hole gives the input back. A hole of more
         than half the image that also covers more than half of its border warns that the mask may be inverted.
 
-        Raises `ValueError` for a mask or result of another size, for nothing but hole, for types it cannot read.
+        Raises `UnusableInput` (a `ValueError`) naming the image: a mask or result of another size, nothing but hole,
+        an array that is no image.
         """
         original = _as_pillow(image, "image", image_id)
         rgb = to_rgb(original)
@@ -106,7 +119,8 @@ class Inpainter:
         if not hole.any():
             return self._unchanged(image, rgb, notes)
         if hole.all():
-            raise ValueError(f"{_named(image_id)}the mask leaves nothing but hole: no texture to fill it from")
+            message = "the mask leaves nothing but hole: no texture to fill it from"
+            raise UnusableInput("all-hole", _named(image_id) + message)
         notes += _polarity_notes(hole, image_id)
 
         result, coarse, candidates, cells_yx = self._fill(rgb, hole, donor, image_id)
@@ -191,26 +205,19 @@ def hole_mask(mask: np.ndarray | Image.Image, *, image_id: str = "") -> tuple[np
     or 16 bits as integers, everything else by its grey value; alpha is ignored. Grey values of which none is above 127
     warn.
 
-    Raises `ValueError` for more than two dimensions and for values out of range.
+    Raises `UnusableInput` for more than two dimensions and for values out of range.
     """
     if isinstance(mask, Image.Image):
         plain = mask.mode in ("1", "L", "I") or mask.mode.startswith("I;16")
         values = np.asarray(mask if plain else Image.fromarray(to_rgb(mask)).convert("L"))
     else:
         values = np.asarray(mask)
-    if values.ndim != 2:
-        raise ValueError(f"{_named(image_id)}the mask must have two dimensions (H, W), got {values.shape}")
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8), ()
-    low, high = (values.min(), values.max()) if values.size else (0, 0)
-    if values.dtype.kind == "f":
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"{_named(image_id)}a float mask must lie in [0, 1], got [{low:g}, {high:g}]")
+    trouble = _mask_trouble(values)
+    if trouble:
+        raise UnusableInput("unreadable-array", _named(image_id) + trouble)
+    if values.dtype.kind in "bf":
         return (values > 0.5).astype(np.uint8), ()
-    if values.dtype.kind not in "ui":
-        raise ValueError(f"{_named(image_id)}the mask must be bool, integer or float, got {values.dtype}")
-    if low < 0 or high > 65535:
-        raise ValueError(f"{_named(image_id)}mask values must lie in [0, 255] or [0, 65535], got [{low}, {high}]")
+    high = values.max()
     if high <= 1:
         return values.astype(np.uint8), ()
     grey = values >> 8 if high > 255 else values
@@ -220,6 +227,19 @@ def hole_mask(mask: np.ndarray | Image.Image, *, image_id: str = "") -> tuple[np
         notes = (f"the mask has values up to {high}, none above {MASK_THRESHOLD}: nothing counts as hole",)
         warnings.warn(_named(image_id) + notes[0], EmptyMaskWarning, stacklevel=3)
     return hole, notes
+
+
+def _mask_trouble(values: np.ndarray) -> str:
+    if values.ndim != 2 or values.size == 0:
+        return f"the mask must have two dimensions (H, W), got {values.shape}"
+    if values.dtype.kind not in "buif":
+        return f"the mask must be bool, integer or float, got {values.dtype}"
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f" and not (low >= 0 and high <= 1):
+        return f"a float mask must lie in [0, 1], got [{low:g}, {high:g}]"
+    if values.dtype.kind in "ui" and not (low >= 0 and high <= 65535):
+        return f"mask values must lie in [0, 255] or [0, 65535], got [{low}, {high}]"
+    return ""
 
 
 def _polarity_notes(hole: np.ndarray, image_id: str) -> tuple[str, ...]:
@@ -243,18 +263,20 @@ def _as_pillow(image: np.ndarray | Image.Image, what: str, image_id: str) -> Ima
     readable = (kind == np.uint8 and (grey or colour)) or (kind == np.uint16 and grey)
     if array.size == 0 or not readable:
         hint = "; a float image in [0, 1] is (image * 255).round().astype('uint8')" if kind.kind == "f" else ""
-        raise ValueError(
+        raise UnusableInput(
+            "unreadable-array",
             f"{_named(image_id)}{what} must be a Pillow image or a uint8 array (H, W), (H, W, 3) or (H, W, 4), "
-            f"or uint16 (H, W), got {kind} {shape}{hint}"
+            f"or uint16 (H, W), got {kind} {shape}{hint}",
         )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _check_size(what: str, size: tuple[int, ...], rgb: np.ndarray, image_id: str) -> None:
     if tuple(size) != rgb.shape[:2]:
-        raise ValueError(
+        raise UnusableInput(
+            "size-mismatch",
             f"{_named(image_id)}{what} is {size[0]}x{size[1]} (height x width), "
-            f"the image is {rgb.shape[0]}x{rgb.shape[1]}; they must have the same size"
+            f"the image is {rgb.shape[0]}x{rgb.shape[1]}; they must have the same size",
         )
 
 

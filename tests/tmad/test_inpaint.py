@@ -1,0 +1,322 @@
+"""The inference API: any size and mode in, valid pixels bit-identical, bounded chunks, clear refusals."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.tmad.tiny import MODEL, make_image, make_mask
+from tmad.config import MemoryConfig, RetrievalConfig
+from tmad.images import to_rgb
+from tmad.inpaint import EmptyMaskWarning, Inpainter, MaskPolarityWarning, UnusableInput, hole_mask
+from tmad.model import TMAD
+
+
+@pytest.fixture(scope="module")
+def model() -> TMAD:
+    return TMAD(MODEL, seed=3)
+
+
+@pytest.fixture(scope="module")
+def inpainter(model: TMAD) -> Inpainter:
+    return Inpainter(model)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return make_image(seed, side=max(height, width, 8))[:height, :width]
+
+
+def box(height: int, width: int) -> np.ndarray:
+    """A hole in the upper left part that leaves at least one valid pixel."""
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[: max(1, height // 2), : max(1, width // 2)] = 1
+    return mask
+
+
+@pytest.mark.parametrize(
+    "size", [(64, 64), (50, 71), (16, 33), (17, 16), (15, 15), (9, 40), (3, 5), (1, 9), (40, 1), (2, 1)]
+)
+def test_any_size_keeps_its_size_and_every_valid_pixel(inpainter: Inpainter, size: tuple[int, int]) -> None:
+    image, mask = picture(*size), box(*size)
+    result = inpainter(image, mask)
+    assert isinstance(result.output, np.ndarray)
+    assert result.output.shape == image.shape
+    assert result.output.dtype == np.uint8
+    assert np.array_equal(result.output[mask == 0], image[mask == 0])
+    assert np.array_equal(result.coarse[mask == 0], image[mask == 0])
+    assert result.hole_fraction == pytest.approx(mask.mean())
+
+
+def test_the_hole_is_filled_with_something_else_than_was_there(inpainter: Inpainter) -> None:
+    image, mask = picture(64, 64), make_mask()
+    result = inpainter(image, mask)
+    inside = mask > 0
+    assert (np.asarray(result.output)[inside] != image[inside]).any(axis=-1).mean() > 0.9
+    assert (np.asarray(result.output)[inside] != result.coarse[inside]).any(axis=-1).mean() > 0.9
+
+
+def test_what_lies_in_the_hole_has_no_influence(inpainter: Inpainter) -> None:
+    image, mask = picture(50, 71), box(50, 71)
+    other = np.where(mask[..., None] > 0, 255 - image, image)
+    assert np.array_equal(inpainter(image, mask).output, inpainter(other, mask).output)
+
+
+def in_mode(mode: str) -> Image.Image:
+    rgb = Image.fromarray(picture(40, 52))
+    if mode == "I;16":
+        return Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    if mode in ("RGBA", "LA", "PA"):
+        alpha = Image.fromarray(np.arange(40 * 52, dtype=np.int64).reshape(40, 52).astype(np.uint8))
+        base = rgb.convert("L" if mode == "LA" else "RGB")
+        base.putalpha(alpha)
+        return base.convert(mode)
+    if mode == "P with transparency":
+        palette = rgb.quantize(32)
+        palette.info["transparency"] = 3
+        return palette
+    return rgb.convert(mode)
+
+
+MODES = ["1", "L", "LA", "P", "P with transparency", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_image_mode_is_filled_and_valid_colours_stay(inpainter: Inpainter, mode: str) -> None:
+    image, mask = in_mode(mode), box(40, 52)
+    result = inpainter(image, mask)
+    assert isinstance(result.output, Image.Image)
+    assert result.output.size == image.size
+    assert np.array_equal(to_rgb(result.output)[mask == 0], to_rgb(image)[mask == 0])
+    assert not np.array_equal(to_rgb(result.output), to_rgb(image))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_plain_modes_come_back_as_they_were_with_alpha_and_every_valid_byte(inpainter: Inpainter, mode: str) -> None:
+    image, mask = in_mode(mode), box(40, 52)
+    output = inpainter(image, mask).output
+    assert isinstance(output, Image.Image)
+    assert output.mode == mode
+    assert np.array_equal(np.asarray(output)[mask == 0], np.asarray(image)[mask == 0])
+    if mode.endswith("A"):
+        assert output.getchannel("A").tobytes() == image.getchannel("A").tobytes()
+
+
+@pytest.mark.parametrize("channels", [0, 3, 4])
+def test_arrays_come_back_as_arrays_of_their_shape(inpainter: Inpainter, channels: int) -> None:
+    image = picture(20, 30)
+    image = image[:, :, 0] if channels == 0 else np.dstack([image, image])[:, :, :channels]
+    output = inpainter(image, box(20, 30)).output
+    assert isinstance(output, np.ndarray)
+    assert output.shape == image.shape
+    assert np.array_equal(output[box(20, 30) == 0], image[box(20, 30) == 0])
+
+
+def test_chunks_of_any_size_give_the_same_picture(model: TMAD) -> None:
+    image, mask = picture(100, 90), box(100, 90)
+    whole = Inpainter(model, cells_per_chunk=10_000)(image, mask)
+    for cells_per_chunk in (1, 7):
+        chunked = Inpainter(model, cells_per_chunk=cells_per_chunk)(image, mask)
+        # Matrix products round differently by size: half a grey level can fall to either side.
+        difference = np.asarray(chunked.output).astype(int) - np.asarray(whole.output)
+        assert np.abs(difference).max() <= 1
+        assert np.array_equal(chunked.candidates, whole.candidates)
+        assert np.array_equal(chunked.cells_yx, whole.cells_yx)
+
+
+def test_no_chunk_is_larger_than_it_may_be(model: TMAD, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    synthesize = model.synthesize
+    monkeypatch.setattr(
+        model, "synthesize", lambda coarse, pool, cells: sizes.append(cells.shape[1]) or synthesize(coarse, pool, cells)
+    )
+    result = Inpainter(model, cells_per_chunk=5)(picture(100, 90), box(100, 90))
+    assert max(sizes) == 5
+    assert sum(sizes) == len(result.cells_yx) == 12
+
+
+def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memory(model: TMAD) -> None:
+    image, mask = picture(64, 64), make_mask()
+
+    def pools(seed: int, image_id: str) -> bytes:
+        return Inpainter(model, seed=seed)(image, mask, image_id=image_id).candidates.tobytes()
+
+    first = Inpainter(model)(image, mask, image_id="a")
+    torch.manual_seed(99)
+    again = Inpainter(model)(image, mask, image_id="a")
+    assert np.array_equal(first.output, again.output)
+    assert pools(0, "a") == pools(0, "a")
+    assert pools(0, "a") != pools(1, "a")
+    assert pools(0, "a") != pools(0, "b")
+
+
+def test_candidates_are_exact_patches_of_the_image_where_the_memory_is_clean() -> None:
+    config = replace(MODEL, memory=MemoryConfig(pool_size=4, rule="clean", stride_divisor=2))
+    image, mask = picture(64, 64), np.zeros((64, 64), dtype=np.uint8)
+    mask[:16, :16] = 1
+    result = Inpainter(TMAD(config))(image, mask)
+    windows = np.lib.stride_tricks.sliding_window_view(image, (16, 16), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
+    assert result.candidates.shape == (1, config.retrieval.num_candidates, 16, 16, 3)
+    for patch in result.candidates[0]:
+        assert (windows == patch).all(axis=(2, 3, 4)).any()
+
+
+def test_the_memory_of_an_image_that_needs_padding_lies_inside_the_image(
+    model: TMAD, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+    read = model.read_memory
+    monkeypatch.setattr(model, "read_memory", lambda coarse, yx: seen.update(yx=yx) or read(coarse, yx))
+    Inpainter(model)(picture(50, 71), box(50, 71))
+    assert int(seen["yx"][..., 0].max()) + MODEL.patch_size <= 50
+    assert int(seen["yx"][..., 1].max()) + MODEL.patch_size <= 71
+
+
+def test_only_cells_that_touch_the_hole_are_synthesized(inpainter: Inpainter) -> None:
+    mask = np.zeros((64, 70), dtype=np.uint8)
+    mask[15:17, 69] = 1
+    result = inpainter(picture(64, 70), mask)
+    assert result.cells_yx.tolist() == [[0, 64], [16, 64]]
+
+
+def test_no_hole_gives_the_input_back(inpainter: Inpainter) -> None:
+    for image in (picture(20, 30), in_mode("I;16"), in_mode("CMYK")):
+        size = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+        result = inpainter(image, np.zeros(size, dtype=np.uint8))
+        assert type(result.output) is type(image) or isinstance(result.output, Image.Image)
+        assert np.array_equal(np.asarray(result.output), np.asarray(image))
+        assert result.output is not image
+        assert result.hole_fraction == 0
+        assert len(result.candidates) == 0
+
+
+def test_nothing_but_hole_is_refused_with_the_name_of_the_image(inpainter: Inpainter) -> None:
+    with pytest.raises(UnusableInput, match=r"^sea/7\.jpg: the mask leaves nothing but hole") as error:
+        inpainter(picture(20, 30), np.ones((20, 30), dtype=np.uint8), image_id="sea/7.jpg")
+    assert error.value.reason == "all-hole"
+
+
+def test_another_size_is_refused_with_both_sizes(inpainter: Inpainter) -> None:
+    with pytest.raises(ValueError, match=r"a: mask is 30x20 \(height x width\), the image is 20x30"):
+        inpainter(picture(20, 30), box(30, 20), image_id="a")
+    with pytest.raises(ValueError, match=r"filled is 64x64 .* the image is 20x30"):
+        inpainter(picture(20, 30), box(20, 30), filled=picture(64, 64))
+
+
+def test_a_mask_that_looks_inverted_warns_and_is_used_as_it_is(inpainter: Inpainter) -> None:
+    mask = 1 - make_mask()
+    with pytest.warns(
+        MaskPolarityWarning, match=r"b: the mask may be inverted: 78% of the image and 100% of its border"
+    ):
+        result = inpainter(picture(64, 64), mask, image_id="b")
+    assert result.notes[0].startswith("the mask may be inverted")
+    assert np.array_equal(np.asarray(result.output)[mask == 0], picture(64, 64)[mask == 0])
+
+
+def test_a_large_hole_inside_the_image_does_not_warn(inpainter: Inpainter) -> None:
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[2:62, 2:62] = 1
+    assert inpainter(picture(64, 64), mask).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (np.array([[True, False]]), [[1, 0]]),
+        (np.array([[0, 1]], dtype=np.uint8), [[0, 1]]),
+        (np.array([[0, 1]], dtype=np.int64), [[0, 1]]),
+        (np.array([[0, 127, 128, 255]], dtype=np.uint8), [[0, 0, 1, 1]]),
+        (np.array([[0, 32767, 32768, 65535]], dtype=np.uint16), [[0, 0, 1, 1]]),
+        (np.array([[0.0, 0.5, 0.51, 1.0]]), [[0, 0, 1, 1]]),
+        (Image.fromarray(np.array([[0, 255, 200]], dtype=np.uint8)), [[0, 1, 1]]),
+        (Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).convert("1"), [[0, 1]]),
+        (Image.fromarray(np.array([[[0, 0, 0, 255], [255, 255, 255, 0]]], dtype=np.uint8)), [[0, 1]]),
+        (Image.fromarray(np.array([[0, 40000]], dtype=np.uint16)), [[0, 1]]),
+    ],
+)
+def test_every_kind_of_mask_is_read_by_the_stated_rule(mask: np.ndarray | Image.Image, expected: list) -> None:
+    hole, notes = hole_mask(mask)
+    assert hole.dtype == np.uint8
+    assert hole.tolist() == expected
+    assert notes == ()
+
+
+def test_a_grey_mask_without_a_hole_warns() -> None:
+    with pytest.warns(EmptyMaskWarning, match="values up to 9, none above 127: nothing counts as hole"):
+        hole, notes = hole_mask(np.array([[0, 9]], dtype=np.uint8))
+    assert hole.sum() == 0
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((4, 4, 3), dtype=np.uint8), r"two dimensions \(H, W\), got \(4, 4, 3\)"),
+        (np.full((4, 4), 7.0), r"must lie in \[0, 1\], got \[7, 7\]"),
+        (np.full((4, 4), np.nan), r"must lie in \[0, 1\]"),
+        (np.full((4, 4), -1), r"mask values must lie in .* got \[-1, -1\]"),
+        (np.full((4, 4), "x"), "must be bool, integer or float"),
+    ],
+)
+def test_a_mask_that_cannot_be_read_is_refused(mask: np.ndarray, message: str) -> None:
+    with pytest.raises(UnusableInput, match=message):
+        hole_mask(mask)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((8, 8, 3)), np.zeros((8, 8, 2), dtype=np.uint8), np.zeros((0, 8, 3), dtype=np.uint8)]
+)
+def test_an_array_that_is_no_image_is_refused(inpainter: Inpainter, image: np.ndarray) -> None:
+    with pytest.raises(UnusableInput, match="must be a Pillow image or a uint8 array"):
+        inpainter(image, box(8, 8))
+
+
+def test_behind_a_foreign_result_psnet_alone_works_and_valid_pixels_stay(
+    model: TMAD, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, mask = picture(50, 71), box(50, 71)
+    foreign = np.where(mask[..., None] > 0, picture(50, 71, seed=5), 255 - image)
+    monkeypatch.setattr(model, "predict_coarse", lambda *_: pytest.fail("the coarse network was asked"))
+    result = Inpainter(model)(image, mask, filled=foreign)
+    assert np.array_equal(np.asarray(result.output)[mask == 0], image[mask == 0])
+    assert np.array_equal(result.coarse, np.where(mask[..., None] > 0, foreign, image))
+    assert not np.array_equal(result.output, result.coarse)
+
+
+def test_a_foreign_result_changes_the_result(inpainter: Inpainter) -> None:
+    image, mask = picture(64, 64), make_mask()
+    dark, light = (inpainter(image, mask, filled=np.full_like(image, value)).output for value in (0, 255))
+    assert not np.array_equal(dark, light)
+
+
+def test_the_own_coarse_result_handed_in_as_foreign_gives_nearly_the_same(inpainter: Inpainter) -> None:
+    image, mask = picture(64, 64), make_mask()
+    own = inpainter(image, mask)
+    behind = inpainter(image, mask, filled=own.coarse)
+    # The coarse result was rounded to uint8 on its way.
+    assert np.abs(np.asarray(behind.output).astype(int) - np.asarray(own.output)).max() <= 6
+
+
+def test_the_weighted_sum_mode_is_usable_too() -> None:
+    config = replace(MODEL, retrieval=replace(MODEL.retrieval, mode="weighted_sum"))
+    assert isinstance(config.retrieval, RetrievalConfig)
+    image, mask = picture(64, 64), make_mask()
+    result = Inpainter(TMAD(config))(image, mask)
+    assert np.array_equal(np.asarray(result.output)[mask == 0], image[mask == 0])
+
+
+def test_inference_leaves_no_gradients_and_no_warnings(model: TMAD) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Inpainter(model)(picture(33, 33), box(33, 33))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+
+
+def test_a_chunk_of_no_cells_is_refused(model: TMAD) -> None:
+    with pytest.raises(ValueError, match="cells_per_chunk must be at least 1, got 0"):
+        Inpainter(model, cells_per_chunk=0)
