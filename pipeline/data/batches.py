@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray.data
 
 from pipeline.data.fetch import read_portion
 from pipeline.data.order import WINDOW_BYTES, chunks
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder, unpack_mask
+from pipeline.data.tasks import run_tasks
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
 from tmad.batch import Batch, Sample, collate, make_sample
 from tmad.images import UnreadableImage, decode_image, to_rgb
 from tmad.rng import numpy_generator
 
-_MAX_BLOCKS = 1000
 _READING_TASKS = 2
 
 
@@ -62,11 +60,11 @@ def training_batches(
     steps = max(0, -(-(total_images - start_images) // batch_images))
     stop = start_images + steps * batch_images
     portions = [
-        {"portion": json.dumps({"position": position, "pieces": [dataclasses.asdict(piece) for piece in portion]})}
+        {"position": position, "pieces": [dataclasses.asdict(piece) for piece in portion]}
         for position, portion in chunks(manifest, seed=seed, start=start_images, stop=stop)
     ]
     read = partial(
-        _read_portions, folder=folder, start=start_images, batch=batch_images, rank=rank, world_size=world_size
+        read_portion, folder=folder, start=start_images, batch=batch_images, rank=rank, world_size=world_size
     )
     make = partial(_sample, seed=seed, patch_size=patch_size, num_cells=num_cells, flip=flip)
     return _decoded(_stream(portions, read, mine), make, decode_threads, prefetch_batches)
@@ -133,29 +131,18 @@ def _share(batch_images: int, rank: int, world_size: int) -> int:
     return batch_images // world_size
 
 
-def _stream(portions: list[dict[str, str]], read: Any, batch: int) -> Iterator[list[dict[str, Any]]]:
+def _stream(
+    portions: list[dict[str, Any]], read: Callable[[dict[str, Any]], pa.Table], batch: int
+) -> Iterator[list[dict[str, Any]]]:
     """Rows of one batch after the other, through Ray Data, in order, with bounded memory."""
     if not portions:
         return
-    dataset = ray.data.from_items(portions, override_num_blocks=min(len(portions), _MAX_BLOCKS)).map_batches(
-        read,
-        batch_size=1,
-        batch_format="numpy",
-        # Reading takes no processor to speak of; asking for none, it cannot starve when workers hold them all.
-        num_cpus=0,
-        compute=ray.data.TaskPoolStrategy(size=_READING_TASKS),
+    # Reading takes no processor to speak of; asking for none, it cannot starve when training holds them all.
+    dataset = run_tasks(
+        portions, read, num_cpus=0, at_once=_READING_TASKS, in_order=True, buffer_bytes=4 * WINDOW_BYTES
     )
-    dataset.context.enable_progress_bars = False
-    options = dataset.context.execution_options
-    options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(object_store_memory=4 * WINDOW_BYTES)
     for table in dataset.iter_batches(batch_size=batch, batch_format="pyarrow", prefetch_batches=2):
         yield _rows(table)
-
-
-def _read_portions(block: dict[str, np.ndarray], **place: Any) -> Iterator[pa.Table]:
-    for portion in block["portion"]:
-        yield read_portion(json.loads(portion), **place)
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
@@ -173,7 +160,9 @@ def _grouped(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[st
         yield group
 
 
-def _decoded(groups: Iterator[list[dict[str, Any]]], make: Any, threads: int, ahead: int) -> Iterator[Batch]:
+def _decoded(
+    groups: Iterator[list[dict[str, Any]]], make: Callable[[dict[str, Any]], Sample], threads: int, ahead: int
+) -> Iterator[Batch]:
     """Decode *ahead* batches before they are asked for."""
     pending: deque[list[Future[Sample]]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -27,6 +26,7 @@ from pipeline.cluster import start_ray
 from pipeline.data.records import RecordConfig, make_records
 from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard
 from pipeline.data.source import Source, open_source
+from pipeline.data.tasks import run_tasks
 from pipeline.errors import ConfigMismatch, MissingInput, StorageFailed, TooManyBadImages
 from pipeline.storage import absolute, exists, join, list_files, read_bytes, redact, remove, size, write_atomic
 from tmad.config import STRICT, PositiveInt
@@ -156,14 +156,13 @@ def _run(todo: Sequence[dict[str, Any]], source: Source, out: str, config: Prepa
         return
     start_ray()
     make_shard = partial(_make_shard, source=source, out=out, config=config)
-    dataset = ray.data.from_items(list(todo), override_num_blocks=len(todo)).map(make_shard, num_cpus=1)
-    dataset.context.enable_progress_bars = False
+    dataset = run_tasks(todo, make_shard, num_cpus=1)
     for rows in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
         for text in rows["receipt"]:
             yield json.loads(text)
 
 
-def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: PrepareConfig) -> dict[str, str]:
+def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: PrepareConfig) -> pa.Table:
     """Write one shard, then its receipt; running it twice writes the same bytes twice."""
     rows: list[dict[str, Any]] = []
     drops: list[dict[str, Any]] = []
@@ -189,7 +188,7 @@ def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: Prepa
     if rows:
         write_atomic(join(out, _file(task["index"], "parquet")), data)
     receipt = {
-        "index": int(task["index"]),
+        "index": task["index"],
         "inputs": task["inputs"],
         "images": len(task["keys"]),
         "drops": drops,
@@ -202,7 +201,7 @@ def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: Prepa
     }
     text = json.dumps(receipt, sort_keys=True)
     write_atomic(join(out, _file(task["index"], "json")), text.encode())
-    return {"receipt": text}
+    return pa.table({"receipt": [text]})
 
 
 def _file(index: int, ending: str) -> str:

@@ -1,0 +1,37 @@
+"""Photographs to a prepared set: Parquet shards of crops, holes and memory coordinates, and a manifest.
+
+Examples:
+  python jobs/prepare.py --source photos/train --out data/train
+  python jobs/prepare.py --source photos/train --out data/train --short-side 256 384 --crops-per-image 4
+  python jobs/prepare.py --source s3://bucket/paris --out s3://bucket/sets/paris --mask rectangle \
+      --memory.rule clean --memory.stride-divisor 2
+  ray job submit --working-dir . -- python jobs/prepare.py --source s3://bucket/places --out s3://bucket/sets/places
+
+Stopped at any moment, the same command goes on where it was. An image that cannot be used is left out and listed with
+its reason in quarantine.jsonl.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pipeline.cli import parse, run_job
+from pipeline.data.prepare import PrepareConfig, prepare
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepare the set that *argv* asks for and print its manifest's digest and counts."""
+    command = parse(PrepareConfig, argv, prog="prepare.py", description=__doc__ or "")
+    if command.dry_run:
+        print(command.resolved())
+        return
+    manifest = prepare(command.config)
+    print(f"{command.config.out}: {manifest.records} records in {len(manifest.shards)} shards, {manifest.digest}")
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,210 @@
+"""Files of every kind to uint8 RGB and back."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tmad.images import (
+    UnreadableImage,
+    crop_scaled,
+    decode_image,
+    decode_mask,
+    restore_mode,
+    scaled_size,
+    to_mask,
+    to_model,
+    to_rgb,
+    to_uint8,
+)
+
+
+def encoded(image: Image.Image, kind: str = "png", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def bomb_png(width: int, height: int) -> bytes:
+    """A valid PNG header that promises width x height pixels and holds next to none."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+PHOTO = encoded(Image.fromarray(noise(40, 60, 3)), "jpeg")
+
+UNREADABLE = {
+    "zero bytes": (b"", "empty-file: the file has no bytes"),
+    "a text": (b"no image at all", "not-an-image: 15 bytes that begin with b'no image'"),
+    "a truncated JPEG": (PHOTO[: len(PHOTO) // 2], "truncated: OSError: image file is truncated"),
+    "a truncated PNG": (encoded(Image.fromarray(noise(64, 64, 3)))[:3000], "truncated: OSError"),
+    "a PNG with a broken header": (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "not-an-image"),
+    "a corrupt GIF": (encoded(Image.fromarray(noise(9, 9)), "gif")[:-40], "truncated: OSError"),
+    "a bomb": (bomb_png(9_000, 9_950), "too-large: "),
+    "a bomb beyond Pillow's limit": (bomb_png(60_000, 60_000), "too-large: Image size (3600000000 pixels) exceeds"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not-an-image"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_no_usable_image_is_refused_with_its_reason(name):
+    data, message = UNREADABLE[name]
+    with pytest.raises(UnreadableImage) as caught:
+        decode_image(data)
+    assert str(caught.value).startswith(message)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_bomb_is_refused_before_a_pixel_is_decoded(monkeypatch):
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImage, match="too-large"):
+        decode_image(bomb_png(9_000, 9_950))
+    with pytest.raises(UnreadableImage, match="too-large: 20x10 pixels, at most 199"):
+        decode_image(encoded(Image.new("RGB", (20, 10))), max_pixels=199)
+
+
+def test_rgb_grey_and_alpha_keep_their_values():
+    rgb, alpha = noise(5, 7, 3), noise(5, 7, seed=1)
+    rgba = np.dstack([rgb, alpha])
+    grey = rgb[..., 0]
+    assert np.array_equal(to_rgb(decode_image(encoded(Image.fromarray(rgb)))), rgb)
+    assert np.array_equal(to_rgb(decode_image(encoded(Image.fromarray(rgba)))), rgb)
+    assert np.array_equal(to_rgb(decode_image(encoded(Image.fromarray(grey)))), np.dstack([grey] * 3))
+    la = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))
+    assert np.array_equal(to_rgb(decode_image(encoded(la))), np.dstack([grey] * 3))
+
+
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_palette_gives_its_colours_whether_or_not_one_is_transparent(transparent):
+    rgb = np.repeat(np.repeat(noise(2, 2, 3), 4, axis=0), 4, axis=1)
+    image = Image.fromarray(rgb).quantize(4)
+    options = {"transparency": 0} if transparent else {}
+    decoded = decode_image(encoded(image, **options))
+    assert decoded.mode == "P"
+    assert np.array_equal(to_rgb(decoded), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(kind):
+    values = np.array([[0, 128, 129, 257, 32896, 65534, 65535]], np.uint16)
+    rgb = to_rgb(decode_image(encoded(Image.fromarray(values), kind)))
+    assert rgb[0, :, 0].tolist() == [0, 0, 1, 1, 128, 255, 255]
+    assert rgb.shape == (1, 7, 3)
+
+
+def test_32_bit_integers_are_read_as_16_bits_and_floats_by_their_range():
+    integers = Image.fromarray(np.array([[-5, 257, 70000]], np.int32))
+    assert to_rgb(integers)[0, :, 0].tolist() == [0, 1, 255]
+    unit = Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32))
+    assert to_rgb(unit)[0, :, 0].tolist() == [0, 128, 255]
+    wide = Image.fromarray(np.array([[-3.0, np.nan, 99.6, 300.0]], np.float32))
+    assert to_rgb(wide)[0, :, 0].tolist() == [0, 0, 100, 255]
+
+
+def test_cmyk_one_bit_and_ycbcr_are_converted():
+    red = Image.new("CMYK", (2, 1), (0, 255, 255, 0))
+    assert to_rgb(decode_image(encoded(red, "tiff"))).tolist() == [[[255, 0, 0], [255, 0, 0]]]
+    assert to_rgb(decode_image(encoded(red, "jpeg", quality=100)))[0, 0].tolist() == pytest.approx([254, 0, 0], abs=3)
+    bits = Image.fromarray(np.array([[True, False]]))
+    assert to_rgb(decode_image(encoded(bits))).tolist() == [[[255] * 3, [0] * 3]]
+    assert to_rgb(Image.new("YCbCr", (1, 1), (255, 128, 128))).tolist() == [[[255, 255, 255]]]
+
+
+def test_an_unknown_colour_mode_is_refused_by_name():
+    with pytest.raises(UnreadableImage, match="unsupported-mode: colour mode LAB"):
+        to_rgb(Image.new("LAB", (2, 2)))
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_frame_is_taken(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if kind == "webp" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert to_rgb(decode_image(data))[3, 3].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_shown_upright(orientation):
+    upright = Image.fromarray(noise(4, 6, 3))
+    inverse = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(inverse[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shown = decode_image(encoded(stored, exif=exif))
+    assert np.array_equal(to_rgb(shown), np.asarray(upright))
+    assert (shown.format is None) == (orientation != 1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 1)])
+def test_images_of_a_few_pixels_are_decoded(size):
+    assert to_rgb(decode_image(encoded(Image.new("RGB", size, "white")))).shape == (size[1], size[0], 3)
+
+
+def test_a_mask_is_white_for_the_hole():
+    grey = np.array([[0, 127, 128, 255]], np.uint8)
+    assert decode_mask(encoded(Image.fromarray(grey))).tolist() == [[0, 0, 1, 1]]
+    assert to_mask(Image.fromarray(np.array([[True, False]]))).tolist() == [[1, 0]]
+    assert to_mask(Image.fromarray(np.array([[0, 65535]], np.uint16))).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
+def test_a_result_in_its_originals_mode_keeps_untouched_pixels_to_the_last_bit(mode):
+    original = Image.fromarray(noise(16, 16, 4)).convert(mode)
+    assert restore_mode(to_rgb(original), original).mode == mode
+    assert np.array_equal(np.asarray(restore_mode(to_rgb(original), original)), np.asarray(original))
+
+
+def test_other_modes_come_back_as_documented():
+    palette = Image.fromarray(noise(8, 8, 3)).quantize(16)
+    see_through = palette.copy()
+    see_through.info["transparency"] = 0
+    modes = {
+        "1": Image.fromarray(np.eye(8) > 0),
+        "I;16": Image.fromarray(np.full((8, 8), 1000, np.uint16)),
+        "P": palette,
+        "CMYK": Image.new("CMYK", (8, 8)),
+    }
+    found = {mode: restore_mode(to_rgb(image), image).mode for mode, image in modes.items()}
+    assert found == {"1": "L", "I;16": "L", "P": "RGB", "CMYK": "RGB"}
+    assert restore_mode(to_rgb(see_through), see_through).getchannel("A").getextrema() == (0, 255)
+
+
+def test_a_result_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"must be \(4, 6, 3\) uint8 like its original, got \(6, 4, 3\)"):
+        restore_mode(noise(6, 4, 3), Image.new("RGB", (6, 4)))
+
+
+def test_a_crop_of_the_scaled_image_is_cut_from_it():
+    rgb = noise(60, 90, 3)
+    assert scaled_size(60, 90, 30) == (30, 45)
+    assert np.array_equal(crop_scaled(rgb, short_side=60, top=3, left=7, size=32), rgb[3:35, 7:39])
+    whole = np.asarray(Image.fromarray(rgb).resize((45, 30), Image.Resampling.LANCZOS))
+    part = crop_scaled(rgb, short_side=30, top=5, left=20, size=16)
+    assert np.abs(part.astype(int) - whole[5:21, 20:36]).max() <= 1
+    with pytest.raises(ValueError, match=r"16-pixel square at \(15, 0\) leaves the scaled image 30x45"):
+        crop_scaled(rgb, short_side=30, top=15, left=0, size=16)
+
+
+def test_every_value_survives_the_way_into_the_model_and_back():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert to_model(values).min() == -1
+    assert to_model(values).max() == 1
+    assert torch.equal(to_uint8(to_model(values)), values)
+    assert to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
