@@ -1,0 +1,84 @@
+"""What the tests of `pipeline` share: MLflow in one SQLite file, a tiny model artifact, a small prepared set."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data.schema import RECORD_SCHEMA, Manifest, Shard, pack_mask
+from pipeline.report import png_bytes
+from pipeline.tracking import mlflow_client
+from tests.tmad.tiny import MODEL, make_image, make_mask
+from tmad.checkpoint import save_model
+from tmad.model import TMAD
+
+SetMaker = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def tracking_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables made, which takes MLflow seconds, and nothing in it."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow_client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def tracking_uri(tracking_template: Path, tmp_path: Path) -> str:
+    """A tracking URI of its own for each test."""
+    path = tmp_path / "tracking" / "mlflow.db"
+    path.parent.mkdir()
+    shutil.copy(tracking_template, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of an untrained tiny model; not to be written to."""
+    folder = tmp_path_factory.mktemp("artifact") / "model"
+    save_model(TMAD(MODEL, seed=3), folder)
+    return folder
+
+
+@pytest.fixture
+def make_set(tmp_path: Path) -> SetMaker:
+    """Writes a prepared set of PNG crops in one shard and returns its folder."""
+
+    def make(num_images: int = 3, *, side: int = 64, masks: list[np.ndarray] | None = None, name: str = "set") -> str:
+        folder = tmp_path / name
+        rows = []
+        for index in range(num_images):
+            mask = make_mask(side) if masks is None else masks[index]
+            rows.append(
+                {
+                    "image_id": f"photo-{index}.png#0",
+                    "image": png_bytes(make_image(index, side)),
+                    "height": side,
+                    "width": side,
+                    "masks": [pack_mask(mask)],
+                    "pool_yx": [[0, 0]],
+                    "hole_fraction": [float(mask.mean())],
+                    "label": None,
+                    "source": {"key": f"photo-{index}.png", "size": 1, "sha256": "0"},
+                }
+            )
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), buffer, row_group_size=2)
+        (folder / "shards").mkdir(parents=True)
+        (folder / "shards" / "00000.parquet").write_bytes(buffer.getvalue())
+        digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+        shard = Shard("shards/00000.parquet", num_images, len(buffer.getvalue()), digest, "a", "z")
+        settings = {"masks_per_image": 1, "crop_size": side, "patch_size": 16, "mask": "rectangle"}
+        manifest = Manifest(settings, [shard], num_images, num_images, {}, num_images, row_group_rows=2)
+        (folder / "manifest.json").write_text(manifest.to_json())
+        return str(folder)
+
+    return make
