@@ -7,7 +7,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-CODE := tmad pipeline jobs tests benchmarks
+CODE := $(wildcard tmad pipeline jobs tests benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format-check lint types format mlflow clean
