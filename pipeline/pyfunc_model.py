@@ -28,9 +28,10 @@ class InpainterModel(PythonModel):
         """Load the weights, once a process."""
         self.inpainter = Inpainter(load_model(Path(context.artifacts[ARTIFACT])))
 
-    def predict(
-        self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None
-    ) -> np.ndarray:
+    # The signature states the types; MLflow would warn that hints of `predict` are missing, or not its own kind.
+    _skip_type_hint_validation = True
+
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Fill the holes of a stack of images of one size.
 
         Each image is treated as if it came alone. Raises `ValueError` that names what is wrong with which input.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,21 @@ def register_model(
 
 def write_pyfunc_model(folder: Path, target: Path, *, digest: str) -> None:
     """Write the artifact in *folder* as an MLflow pyfunc model to the new folder *target*; no server is involved."""
-    import mlflow.pyfunc
+    with warnings.catch_warnings():
+        # MLflow 3.17 warns about its own chat classes, and that a signature without an example may be wrong.
+        warnings.filterwarnings(
+            "ignore", ".*(Any type hint is inferred as|input example was not provided)", UserWarning
+        )
+        import mlflow.pyfunc
 
-    mlflow.pyfunc.save_model(
-        path=str(target),
-        python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-        artifacts={ARTIFACT: str(folder.absolute())},
-        signature=model_signature(),
-        pip_requirements=[f"{package}=={metadata.version(package)}" for package in REQUIREMENTS],
-        metadata={"model_digest": digest},
-    )
+        mlflow.pyfunc.save_model(
+            path=str(target),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={ARTIFACT: str(folder.absolute())},
+            signature=model_signature(),
+            pip_requirements=[f"{package}=={metadata.version(package)}" for package in REQUIREMENTS],
+            metadata={"model_digest": digest},
+        )
 
 
 def model_signature() -> Any:
