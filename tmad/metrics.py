@@ -226,14 +226,6 @@ class Summary:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._at_cap[name] += name in MEASURES and value == MEASURES[name].cap
 
-    def merge(self, other: Summary) -> None:
-        """Take over the images of another summary, for sets measured by several workers."""
-        self.num_images += other.num_images
-        self._counts.update(other._counts)
-        self._at_cap.update(other._at_cap)
-        for name, value in other._sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-
     def means(self) -> dict[str, float | None]:
         """Mean of each measure over the images where it had a value; none where it never had one."""
         return {name: self._sums[name] / count if count else None for name, count in self._counts.items()}

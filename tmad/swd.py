@@ -50,8 +50,7 @@ class SlicedWasserstein:
     """Collects patches image by image; what it holds is bounded whatever the size of the set.
 
     Each patch draws a random rank from (seed, image_id), and the `max_patches` of lowest rank are kept for each level
-    and region: a uniform sample of all patches which depends neither on the order of the images nor, with `merge`, on
-    how they were split over workers.
+    and region: a uniform sample of all patches which does not depend on the order of the images.
     """
 
     def __init__(
@@ -104,17 +103,6 @@ class SlicedWasserstein:
                 patches = np.stack([_cut(image, chosen) for image in sides], axis=1)
                 self._samples[region][level].add(ranks, patches)
         self._used["hole"] += in_hole
-
-    def merge(self, other: SlicedWasserstein) -> None:
-        """Take over the images of another one with the same settings; raises `ValueError` if they differ."""
-        mine, others = ((s.side, s.seed, s.patches_per_image, s.max_patches) for s in (self, other))
-        if mine != others:
-            raise ValueError(f"only equal settings merge; side, seed, patches are {mine} here and {others} there")
-        self.num_images += other.num_images
-        for region, samples in self._samples.items():
-            self._used[region] += other._used[region]
-            for sample, its in zip(samples, other._samples[region], strict=True):
-                sample.add(*its.kept())
 
     def levels(self, variant: str) -> list[float | None]:
         """The distance of each level x 1000, finest first, for a name of `VARIANTS`; none for a level without patch."""
