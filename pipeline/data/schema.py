@@ -144,6 +144,7 @@ class Manifest:
         return int(self.settings["patch_size"])
 
     def to_json(self) -> str:
+        """The content of manifest.json."""
         return json.dumps({"digest": self.digest, **dataclasses.asdict(self)}, indent=2, sort_keys=True) + "\n"
 
     @staticmethod
