@@ -132,7 +132,7 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
 
 def configure_logging(run: str = "", rank: int | None = None) -> None:
     """Send log lines to stderr with time, level, run name and rank where given; libraries only from warnings up."""
-    where = "".join(f"{part} " for part in (run, None if rank is None else f"rank {rank}") if part)
+    where = "" if not run else f"{run} " if rank is None else f"{run}[{rank}] "
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(LOG_FORMAT.format(run=where.replace("%", "%%")), datefmt="%H:%M:%S"))
     root = logging.getLogger()

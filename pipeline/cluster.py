@@ -30,9 +30,9 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     """Start or join Ray; does nothing where this process already has it.
 
     With `RAY_ADDRESS` set, which `ray job submit` does, the cluster there is joined; otherwise Ray starts on this
-    machine and ends with the process. *dashboard* belongs to an embedded Ray only (sweeps need it to give resources
-    back; training does not). A joined cluster must have this project's packages: from the submitted working directory,
-    installed, or, on machines that share this one's files, from here.
+    machine and ends with the process. *dashboard* belongs to an embedded Ray only; sweeps need it, as without it the
+    resources of a trial that is stopped are never given back. A joined cluster must have this project's packages: from
+    the submitted working directory, installed, or, on machines that share this one's files, from here.
     """
     if ray.is_initialized():
         return
@@ -41,7 +41,10 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+    # An embedded Ray without dashboard has Ray Train complain of that once a second, in every worker's stderr; training
+    # brings its own log lines to the driver, and Ray's session logs keep the rest.
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     began = time.monotonic()
     if os.environ.get("RAY_ADDRESS"):
         submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

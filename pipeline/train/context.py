@@ -109,10 +109,12 @@ class RayContext:
         self.workers: Workers = DistributedWorkers()
 
     def same_everywhere(self, value: Tensor) -> bool:
+        """Compare by one all-reduce."""
         return _same_everywhere(value.to(self.device))
 
     @contextmanager
     def newest_checkpoint(self) -> Iterator[Path | None]:
+        """The newest one that Ray's controller has registered."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             yield None
@@ -121,6 +123,7 @@ class RayContext:
             yield Path(folder)
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> None:
+        """Upload, and wait until the controller has it in its books."""
         checkpoint = Checkpoint.from_directory(str(folder)) if folder is not None else None
         # A name that depends on the images alone: a repeated stretch overwrites what a crash left half-written.
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
@@ -142,13 +145,16 @@ class LocalContext:
         self.checkpoints = checkpoints
 
     def same_everywhere(self, value: Tensor) -> bool:
+        """Nothing to compare with."""
         return True
 
     @contextmanager
     def newest_checkpoint(self) -> Iterator[Path | None]:
+        """The last one by name."""
         yield max(self.checkpoints.glob("*"), default=None)
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> None:
+        """Copy the folder."""
         assert folder is not None
         shutil.copytree(folder, self.checkpoints / name, dirs_exist_ok=True)
 

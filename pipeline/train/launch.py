@@ -12,33 +12,34 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
-import ray.data
-import torch
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 
 from pipeline import storage
-from pipeline.cli import configure_logging, one_line
+from pipeline.cli import one_line
 from pipeline.cluster import joined, require, start_ray
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
-from pipeline.data.batches import evaluation_batches, training_batches
 from pipeline.data.schema import Manifest, read_manifest
 from pipeline.environment import environment
 from pipeline.errors import ConfigMismatch, TMADError, TrainingFailed
-from pipeline.pretrained import load_perceptual, resolve_perceptual
+from pipeline.pretrained import resolve_perceptual
 from pipeline.registry import register_model
 from pipeline.tracking import Tracker, resolve_tracking_uri
-from pipeline.train.context import RayContext
-from pipeline.train.loop import Feed, train_loop
-from tmad.batch import Batch
+from pipeline.train.relay import relayed_logs
+from pipeline.train.worker import work
 from tmad.checkpoint import model_digest
-from tmad.step import NonFiniteLoss
 
 CPUS_FOR_DATA = 1
 """Kept free beside the workers: without one, Ray Data never gets a turn and the job stands still."""
@@ -80,7 +81,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         "metrics": storage.join(folder, "metrics.jsonl"),
     }
     try:
-        summary = _fit(folder, config, job)
+        with relayed_logs() as relay:
+            summary = _fit(folder, config, {**job, "relay": relay})
         finished = _finish(folder, config, summary, tracking_uri, run_id)
     except BaseException as error:
         Tracker(tracking_uri, run_id).finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -203,13 +205,16 @@ def _open_tracking(
 def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
     workers = config.workers
     each = {"CPU": workers.cpus_per_worker, **({"GPU": 1.0} if workers.use_gpu else {})}
+    # Type checkers are shown the older classes behind these names, which lack some of the arguments.
     failures: dict[str, Any] = {
         "max_failures": workers.max_failures,
         "controller_failure_limit": workers.controller_failure_limit,
     }
-    work: Any = _work  # Ray's annotation allows no result, its `Result.return_value` carries one.
+    # Ray's own notes on each checkpoint and worker group; ours say the same.
+    quiet: dict[str, Any] = {"logging_config": LoggingConfig(log_level="WARNING")}
+    worker: Any = work  # Ray's annotation allows no result, its `Result.return_value` carries one.
     trainer = TorchTrainer(
-        work,
+        worker,
         train_loop_config=job,
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=each
@@ -220,6 +225,7 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
             storage_path=folder,
             failure_config=FailureConfig(**failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.schedule.keep_checkpoints),
+            **quiet,
         ),
     )
     try:
@@ -230,56 +236,6 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
     if "failed" in summary:
         raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}")
     return summary
-
-
-def _work(job: dict[str, Any]) -> dict[str, Any]:
-    """One worker, from start to end; runs in Ray Train's process."""
-    config = from_json(job["config"])
-    context = RayContext()
-    configure_logging(config.name or "", context.rank if context.world_size > 1 else None)
-    if context.rank > 0:
-        logging.getLogger("pipeline").setLevel(logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    torch.set_num_threads(config.threads)
-    schedule = config.schedule
-    feed = Feed(
-        training=partial(_training_batches, config, context),
-        validation=partial(
-            evaluation_batches,
-            config.data.val,
-            rank=context.rank,
-            world_size=context.world_size,
-            batch_images=schedule.batch_images,
-            limit=schedule.validation_images,
-        ),
-    )
-    first = context.rank == 0
-    with Tracker(
-        job["tracking_uri"] if first else None,
-        job["run_id"] if first else None,
-        jsonl=job["metrics"] if first else None,
-    ) as tracker:
-        try:
-            return train_loop(config, context, feed, tracker, load_perceptual(config, job["weights"]))
-        except NonFiniteLoss as error:
-            # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
-            return {"failed": str(error)}
-
-
-def _training_batches(config: RunConfig, context: RayContext, start_images: int) -> Iterator[Batch]:
-    return training_batches(
-        config.data.train,
-        seed=config.seed,
-        batch_images=config.schedule.batch_images,
-        total_images=config.schedule.total_images,
-        rank=context.rank,
-        world_size=context.world_size,
-        start_images=start_images,
-        num_cells=config.schedule.patches_per_image,
-        patch_size=config.model.patch_size,
-        flip=config.data.flip,
-    )
 
 
 def _finish(

@@ -1,0 +1,78 @@
+"""The workers' log lines in the driver's log, as if they were its own.
+
+Ray can copy the workers' whole stderr to the driver, but with a prefix on each line and among notes of its own. Here
+only records of our loggers travel, through a small actor; the rest stays in Ray's session logs on the worker's machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+INTERVAL_S = 0.5
+"""The driver looks for new lines so often."""
+
+log = logging.getLogger(__name__)
+
+
+class Lines:
+    """Log lines on their way, in order; a Ray actor."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[int, str]] = []
+
+    def add(self, level: int, message: str) -> None:
+        """One line of a worker."""
+        self._lines.append((level, message))
+
+    def take(self) -> list[tuple[int, str]]:
+        """Lines that were not taken yet."""
+        lines, self._lines = self._lines, []
+        return lines
+
+
+class RelayHandler(logging.Handler):
+    """Sends records to a `Lines` actor without waiting; *prefix* tells the workers apart."""
+
+    def __init__(self, lines: Any, prefix: str = "") -> None:
+        super().__init__()
+        self._lines = lines
+        self._prefix = prefix
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send *record*; an actor that is gone is no reason to stop."""
+        self._lines.add.remote(record.levelno, self._prefix + self.format(record))
+
+
+@contextlib.contextmanager
+def relayed_logs() -> Iterator[Any]:
+    """Give the actor that workers send to; until the end of the block a thread logs here what arrives there."""
+    # Without a processor of its own: it must not take one from the workers.
+    lines: Any = ray.remote(num_cpus=0)(Lines).remote()
+    over = threading.Event()
+
+    def copy() -> None:
+        while True:
+            last = over.wait(INTERVAL_S)
+            try:
+                for level, message in ray.get(lines.take.remote(), timeout=30):
+                    log.log(level, "%s", message)
+            except RayError:
+                return  # Ray itself is gone; whoever waits for the training hears of it
+            if last:
+                return
+
+    thread = threading.Thread(target=copy, name="relay-logs", daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        over.set()
+        thread.join(timeout=60)
+        ray.kill(lines)

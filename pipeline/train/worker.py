@@ -1,0 +1,86 @@
+"""What one worker of Ray Train does: set itself up, read its share, run the loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import ray.data
+import torch
+
+from pipeline.cli import configure_logging
+from pipeline.config import RunConfig, from_json
+from pipeline.data.batches import evaluation_batches, training_batches
+from pipeline.pretrained import load_perceptual
+from pipeline.tracking import Tracker
+from pipeline.train.context import RayContext, TrainContext
+from pipeline.train.loop import Feed, train_loop
+from pipeline.train.relay import RelayHandler
+from tmad.batch import Batch
+from tmad.step import NonFiniteLoss
+
+
+def work(job: dict[str, Any]) -> dict[str, Any]:
+    """One worker from start to end, in Ray Train's process; *job* as `launch.train` makes it.
+
+    Returns the loop's summary, or `{"failed": cause}` where a restart would only fail again.
+    """
+    config = from_json(job["config"])
+    context = RayContext()
+    _set_up_logging(config, context, job["relay"])
+    torch.set_num_threads(config.threads)
+    first = context.rank == 0
+    tracker = Tracker(
+        job["tracking_uri"] if first else None,
+        job["run_id"] if first else None,
+        jsonl=job["metrics"] if first else None,
+    )
+    perceptual = load_perceptual(config, job["weights"])
+    with tracker:
+        try:
+            return train_loop(config, context, data_feed(config, context), tracker, perceptual)
+        except NonFiniteLoss as error:
+            # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
+            return {"failed": str(error)}
+
+
+def data_feed(config: RunConfig, context: TrainContext) -> Feed:
+    """This worker's share of the prepared sets."""
+    place = {"rank": context.rank, "world_size": context.world_size}
+    schedule = config.schedule
+
+    def training(start_images: int) -> Iterator[Batch]:
+        return training_batches(
+            config.data.train,
+            seed=config.seed,
+            batch_images=schedule.batch_images,
+            total_images=schedule.total_images,
+            start_images=start_images,
+            num_cells=schedule.patches_per_image,
+            patch_size=config.model.patch_size,
+            flip=config.data.flip,
+            **place,
+        )
+
+    validation = partial(
+        evaluation_batches,
+        config.data.val,
+        batch_images=schedule.batch_images,
+        limit=schedule.validation_images,
+        **place,
+    )
+    return Feed(training=training, validation=validation)
+
+
+def _set_up_logging(config: RunConfig, context: TrainContext, lines: Any) -> None:
+    configure_logging(config.name or "", context.rank)
+    relay = RelayHandler(lines, f"worker {context.rank}: " if context.rank else "")
+    for ours in ("tmad", "pipeline"):
+        logger = logging.getLogger(ours)
+        logger.addHandler(relay)
+        # What all workers would say alike, the first one says.
+        logger.setLevel(logging.INFO if context.rank == 0 else logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    ray.data.DataContext.get_current().enable_progress_bars = False

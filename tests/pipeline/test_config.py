@@ -1,0 +1,204 @@
+"""The run configuration: checked, repeated from JSON, compared, and made from a command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import one_line, parse, run_job
+from pipeline.cluster import shortage
+from pipeline.config import (
+    DataConfig,
+    PerceptualConfig,
+    RunConfig,
+    ScheduleConfig,
+    WorkersConfig,
+    difference,
+    digest,
+    from_json,
+    refusal,
+    to_json,
+)
+from pipeline.errors import TMADError
+from pipeline.presets import PRESETS, places_rectangle, smoke
+from tmad.config import OptimConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def _logging_as_before() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json_unchanged(name: str) -> None:
+    config = PRESETS[name]()
+    assert from_json(to_json(config)) == config
+
+
+def test_a_misspelt_name_in_json_is_refused_with_the_near_one() -> None:
+    values = json.loads(to_json(smoke()))
+    values["schedule"]["batch_image"] = values["schedule"].pop("batch_images")
+    with pytest.raises(ValueError, match=r"schedule\.batch_image \(did you mean batch_images"):
+        from_json(json.dumps(values))
+
+
+def test_broken_json_names_the_line() -> None:
+    with pytest.raises(ValueError, match="line 2"):
+        from_json('{\n"seed": }')
+
+
+def test_a_batch_must_divide_among_the_workers() -> None:
+    with pytest.raises(ValueError, match=r"batch_images must be a multiple of workers.num_workers \(3\), got 16"):
+        RunConfig(workers=WorkersConfig(num_workers=3))
+
+
+def test_training_and_validation_sets_must_differ() -> None:
+    with pytest.raises(ValueError, match=r"data.train and data.val must be different"):
+        RunConfig(data=DataConfig(train="a", val="a"))
+
+
+def test_a_name_may_not_leave_its_folder() -> None:
+    with pytest.raises(ValueError, match="name must be letters"):
+        RunConfig(name="../other")
+
+
+def test_a_run_trains_at_least_one_batch() -> None:
+    with pytest.raises(ValueError, match="at least one batch"):
+        ScheduleConfig(coarse_images=0, joint_images=0)
+
+
+def test_perceptual_features_off_is_a_weight_of_zero_in_the_step() -> None:
+    config = replace(smoke(), perceptual=PerceptualConfig(features="off"))
+    assert config.loss.weight_perceptual > 0
+    assert config.training.loss.weight_perceptual == 0
+    assert replace(config, perceptual=PerceptualConfig()).training.loss == config.loss
+
+
+def test_difference_lists_every_changed_setting() -> None:
+    changed = replace(smoke(), seed=1, optim=OptimConfig(lr=2e-4))
+    assert difference(smoke(), changed) == [
+        "seed: 0 -> 1",
+        "optim.lr: 0.0001 -> 0.0002",
+        "optim.ema_halflife_images: 8.0 -> 10000.0",
+    ]
+
+
+def test_machines_and_records_may_change_on_resume_but_not_what_is_learned() -> None:
+    elsewhere = replace(smoke(), workers=WorkersConfig(num_workers=4), runs="other", name="again")
+    assert refusal(smoke(), elsewhere) == []
+    assert digest(smoke()) == digest(elsewhere)
+    assert refusal(smoke(), replace(smoke(), seed=7)) == ["seed: 0 -> 7"]
+    assert digest(smoke()) != digest(replace(smoke(), seed=7))
+
+
+def test_rectangles_take_clean_windows_and_25_cells() -> None:
+    config = places_rectangle()
+    assert (config.model.memory.rule, config.model.memory_stride) == ("clean", 16)
+    assert config.schedule.patches_per_image == 25
+
+
+def test_single_settings_go_on_top_of_a_preset_and_are_read_by_type() -> None:
+    command = parse(RunConfig, ["--preset", "smoke", "--optim.lr", "1e-5", "--loss.no-relativistic"], PRESETS)
+    assert command.config.optim.lr == 1e-5
+    assert command.config.loss.relativistic is False
+    assert command.config.model == smoke().model
+    assert command.dry_run is False
+
+
+def test_the_file_of_an_earlier_run_repeats_it(tmp_path: Path) -> None:
+    saved = tmp_path / "config.json"
+    saved.write_text(to_json(replace(smoke(), name="first", seed=3)))
+    command = parse(RunConfig, ["--config", str(saved), "--name", "second", "--dry-run"], PRESETS)
+    assert command.config == replace(smoke(), name="second", seed=3)
+    assert command.dry_run is True
+    assert from_json(command.resolved()) == command.config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--preset", "smok"], "unknown preset 'smok'; did you mean smoke?"),
+        (["--preset", "smoke", "--config", "x.json"], "exclude each other"),
+        (["--config", "nowhere.json"], "there is no nowhere.json"),
+    ],
+)
+def test_a_wrong_start_is_one_clear_error(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        parse(RunConfig, argv, PRESETS)
+
+
+def test_an_unknown_option_ends_with_code_2_and_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(RunConfig, ["--preset", "smoke", "--optim.lrr", "1"], PRESETS)
+    assert stopped.value.code == 2
+    assert "--optim.lr " in capsys.readouterr().err
+
+
+def test_out_of_range_on_the_command_line_names_field_and_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(RunConfig, ["--preset", "smoke", "--schedule.batch-images", "5"], PRESETS)
+    assert "schedule.batch_images must be a multiple" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.usefixtures("_logging_as_before")
+@pytest.mark.parametrize("error", [TMADError("too small"), ValueError("too\nsmall")])
+def test_an_expected_error_is_one_line_and_exit_code_1(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_job(lambda argv: _fail(error), [])
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith("E too small")
+
+
+@pytest.mark.usefixtures("_logging_as_before")
+def test_debug_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_job(lambda argv: _fail(ValueError("bad")), ["--debug"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_logging_as_before")
+def test_an_unexpected_error_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError):
+        run_job(lambda argv: _fail(KeyError("bug")), [])
+
+
+def test_pydantic_errors_become_one_line() -> None:
+    with pytest.raises(ValueError, match="patch_size") as caught:
+        from_json('{"model": {"patch_size": 6}, "seed": -1}')
+    line = one_line(caught.value)
+    assert "\n" not in line
+    assert "seed: Input should be greater than or equal to 0, got -1" in line
+
+
+def test_a_shortage_names_what_is_missing() -> None:
+    assert shortage({"CPU": 3, "GPU": 2}, {"CPU": 8.0, "GPU": 1.0}) == "1 GPU missing"
+    assert shortage({"CPU": 3}, {"CPU": 3.0}) == ""
+
+
+def test_the_job_prints_its_configuration_from_any_folder(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "train_places.py"), "--preset", "smoke", "--seed", "5", "--dry-run"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert from_json(done.stdout) == replace(smoke(), seed=5)
+    assert "6 steps" in done.stderr
+    assert list(tmp_path.iterdir()) == []
