@@ -66,7 +66,7 @@ def make_photo(seed: int, height: int = 256, width: int = 256) -> np.ndarray:
     draw = ImageDraw.Draw(image)
     for _ in range(4):
         left, top = int(rng.integers(width)), int(rng.integers(height))
-        right, bottom = left + int(rng.integers(8, 8 + width // 3)), top + int(rng.integers(8, 8 + height // 3))
+        right, bottom = left + int(rng.integers(8, 9 + width // 3)), top + int(rng.integers(8, 9 + height // 3))
         colour = tuple(int(value) for value in rng.integers(0, 256, 3))
         (draw.ellipse if rng.random() < 0.5 else draw.rectangle)((left, top, right, bottom), fill=colour)
     return np.asarray(image)

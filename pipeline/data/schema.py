@@ -28,15 +28,21 @@ from pipeline.storage import exists, file_system, is_remote, join, read_bytes, r
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
+
+def _list(kind: pa.DataType) -> pa.DataType:
+    """A list type with the name that Parquet gives its items, so that a schema read back equals the one written."""
+    return pa.list_(pa.field("element", kind))
+
+
 RECORD_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
         pa.field("image", pa.binary(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
-        pa.field("masks", pa.list_(pa.binary()), nullable=False),
-        pa.field("pool_yx", pa.list_(pa.list_(pa.int16())), nullable=False),
-        pa.field("hole_fraction", pa.list_(pa.float32()), nullable=False),
+        pa.field("masks", _list(pa.binary()), nullable=False),
+        pa.field("pool_yx", _list(_list(pa.int16())), nullable=False),
+        pa.field("hole_fraction", _list(pa.float32()), nullable=False),
         pa.field("label", pa.int64()),
         pa.field(
             "source",

@@ -35,12 +35,13 @@ def run_tasks(
     the object store are used at most for what was made and not yet taken.
     """
     items = [{"task": json.dumps(task)} for task in tasks]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), _MAX_BLOCKS)).map_batches(
+    blocks = min(len(items), _MAX_BLOCKS)
+    dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         partial(_run, function=function),
         batch_size=1,
         batch_format="numpy",
         num_cpus=num_cpus,
-        compute=None if at_once is None else ray.data.TaskPoolStrategy(size=at_once),
+        compute=None if at_once is None else ray.data.TaskPoolStrategy(size=min(at_once, blocks)),
     )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
