@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, leaky, out_conv
 from tmad.config import CarafeConfig, CoarseConfig
@@ -30,8 +31,23 @@ class CoarseNet(nn.Module):
 
         Returns I_s (B, 3, H, W), clipped to [-1, 1].
         """
-        result: Tensor = self.layers(torch.cat([masked, mask], dim=1))
-        return result.clamp(-1, 1)
+        result: Tensor = _Clip.apply(self.layers(torch.cat([masked, mask], dim=1)))
+        return result
+
+
+class _Clip(torch.autograd.Function):
+    """Clip to [-1, 1]; the gradient passes unchanged.
+
+    A plain clip has no gradient beyond the range: a network that one large step throws there never comes back.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return x.clamp(-1, 1)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        return grad
 
 
 def compose(fill: Tensor, image: Tensor, mask: Tensor) -> Tensor:
