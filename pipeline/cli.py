@@ -145,7 +145,11 @@ def configure_logging(run: str = "", rank: int | None = None) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of *error* without line breaks; pydantic's are reduced to `field: what is wrong`."""
+    """The message of *error* without line breaks and without Ray's traceback around it; pydantic's are reduced to
+    `field: what is wrong`."""
+    # An error from a Ray task is a class of both kinds, whose text is the remote traceback.
+    if isinstance(cause := getattr(error, "cause", None), Exception):
+        error = cause
     if isinstance(error, ValidationError):
         parts = []
         for item in error.errors(include_url=False):

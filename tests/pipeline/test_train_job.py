@@ -1,0 +1,203 @@
+"""Training with Ray, from a prepared set to a registered model: two workers, one run a name, a worker that dies."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.cluster import require
+from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
+from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.errors import ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
+from pipeline.models import load_any_model
+from pipeline.presets import smoke
+from pipeline.tracking import mlflow_client, read_json_lines
+from pipeline.train.launch import train
+from tests.conftest import make_photo
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prepared sets of 32-pixel crops: ten for training, four for validation."""
+    folder = tmp_path_factory.mktemp("train")
+    for which, count in (("train", 10), ("val", 4)):
+        photos = folder / "photos" / which
+        photos.mkdir(parents=True)
+        for number in range(count):
+            seed = number + (100 if which == "val" else 0)
+            Image.fromarray(make_photo(seed, 40, 48)).save(photos / f"{number}.png")
+        model = smoke().model
+        prepare(
+            PrepareConfig(
+                source=str(photos),
+                out=str(folder / which),
+                crop_size=32,
+                patch_size=model.patch_size,
+                memory=model.memory,
+                images_per_shard=4,
+                row_group_rows=2,
+            )
+        )
+    return folder
+
+
+def _config(place: Path, name: str, **changes: Any) -> RunConfig:
+    base = replace(
+        smoke(),
+        name=name,
+        runs=str(place / "runs"),
+        data=DataConfig(train=str(place / "train"), val=str(place / "val")),
+        tracking=TrackingConfig(uri="none"),
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The smoke run, to its end, tracked and registered."""
+    return train(_config(place, "whole", tracking=TrackingConfig(experiment="smoke", registered_name="tmad-smoke")))
+
+
+def test_two_workers_train_both_phases_and_register_the_model(place: Path, finished: dict[str, Any]) -> None:
+    run = place / "runs" / "whole"
+    assert finished["images"] == 24
+    assert {"val/psnr_hole", "val/coarse_psnr_hole"} <= finished["validation"].keys()
+    assert json.loads((run / "finished.json").read_text()) == finished
+    assert sorted(path.name for path in (run / "checkpoints").glob("images_*")) == [
+        "images_000000000016",
+        "images_000000000024",
+    ]
+    steps = [row["step"] for row in read_json_lines(str(run / "metrics.jsonl"))]
+    assert steps == [8, 8, 16, 16, 24, 24]
+    assert from_json((run / "config.json").read_text()).schedule == smoke().schedule
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"]
+    assert environment["data_digests"].keys() == {"train", "val"}
+
+    registered = finished["registered"]
+    assert registered["uri"] == "models:/tmad-smoke@champion"
+    by_name = load_any_model(registered["uri"], tracking_uri=finished["tracking_uri"])
+    by_folder = load_any_model(str(run))
+    assert all(torch.equal(a, b) for a, b in zip(by_name.parameters(), by_folder.parameters(), strict=True))
+    client = mlflow_client(finished["tracking_uri"])
+    tracked = client.get_run(finished["mlflow_run_id"])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["schedule.joint_images"] == "16"
+    assert {"loss/gan_patch", "val/psnr_hole", "rate/images_per_s"} <= tracked.data.metrics.keys()
+
+
+def test_the_same_command_again_says_finished_and_does_nothing(
+    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("pipeline.train.launch._fit", refuse)
+    config = _config(place, "whole", workers=WorkersConfig(num_workers=4))
+    with caplog.at_level(logging.INFO):
+        assert train(config) == finished
+    assert "run whole is finished" in caplog.text
+
+
+def test_other_settings_under_the_same_name_are_refused_with_the_difference(
+    place: Path, finished: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigMismatch, match=r"run whole .*\(seed: 0 -> 3\).*another --name"):
+        train(_config(place, "whole", seed=3))
+
+
+def test_other_data_in_the_same_folder_is_refused(place: Path, finished: dict[str, Any]) -> None:
+    swapped = place / "runs" / "whole" / "data.json"
+    before = swapped.read_text()
+    swapped.write_text(json.dumps({**json.loads(before), "train": "0123456789abcdef"}))
+    try:
+        with pytest.raises(ConfigMismatch, match=r"data.train: content 0123456789abcdef -> "):
+            train(_config(place, "whole"))
+    finally:
+        swapped.write_text(before)
+
+
+def test_a_worker_that_is_killed_changes_nothing_in_the_result(
+    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _config(place, "killed", workers=replace(smoke().workers, max_failures=1))
+    metrics = str(place / "runs" / "killed" / "metrics.jsonl")
+
+    def past_the_first_checkpoint() -> bool:
+        return any(row["step"] > 8 for row in read_json_lines(metrics))
+
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_a_worker_when, args=(past_the_first_checkpoint, killed), daemon=True)
+    killer.start()
+    with caplog.at_level(logging.INFO):
+        summary = train(config)
+    killer.join(timeout=10)
+    assert len(killed) == 1
+    assert "continuing after" in caplog.text
+    assert summary["model_digest"] == finished["model_digest"]
+
+
+def _kill_a_worker_when(ready: Callable[[], bool], killed: list[int]) -> None:
+    """Kill one of this session's training workers, once."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if ready() and (workers := _training_workers()):
+            os.kill(workers[-1], signal.SIGKILL)
+            killed.append(workers[-1])
+            return
+        time.sleep(0.02)
+
+
+def _training_workers() -> list[int]:
+    """Process ids of Ray Train's workers among the grandchildren of this process."""
+    parents: dict[int, int] = {}
+    names: dict[int, str] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            names[int(folder.name)] = (folder / "cmdline").read_text()
+        except OSError:
+            continue
+    ours = [pid for pid, parent in parents.items() if parents.get(parent) == os.getpid()]
+    return sorted(pid for pid in ours if names[pid].startswith("ray::RayTrainWorker"))
+
+
+def test_losses_that_are_not_finite_stop_without_a_retry(place: Path) -> None:
+    config = _config(place, "nan", optim=replace(smoke().optim, lr=1e30, max_bad_steps=2))
+    with pytest.raises(TrainingFailed, match=r"steps in a row were not finite .*with --name nan goes on"):
+        train(config)
+
+
+def test_more_than_the_cluster_has_is_refused_before_anything_waits(place: Path) -> None:
+    config = _config(place, "huge", workers=WorkersConfig(num_workers=2, use_gpu=True, cpus_per_worker=100))
+    with pytest.raises(ClusterTooSmall, match=r"asked for 201 CPU, 2 GPU, the cluster has 4 CPU.*197 CPU missing"):
+        train(config)
+    require({"CPU": 4})
+
+
+def test_a_set_prepared_for_another_model_is_refused(place: Path) -> None:
+    model = replace(smoke().model, patch_size=16)
+    with pytest.raises(ValueError, match=r"prepared for patch_size 8, model.patch_size is 16"):
+        train(_config(place, "other-patch", model=model))
+    with pytest.raises(ValueError, match=r"patches_per_image is 17, but a crop of 32 pixels has 16 cells"):
+        train(_config(place, "many-cells", schedule=replace(smoke().schedule, patches_per_image=17)))
+
+
+def test_a_missing_set_is_refused(place: Path) -> None:
+    with pytest.raises(MissingInput, match="nowhere"):
+        train(_config(place, "nothing", data=DataConfig(train=str(place / "nowhere"), val=str(place / "val"))))
+    assert not (place / "runs" / "nothing").exists()
