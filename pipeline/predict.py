@@ -144,7 +144,7 @@ def inpaint_folder(config: InpaintConfig) -> Summary:
     digest = model_digest(folder)
     ledger_uri = storage.join(config.output, LEDGER)
     there = set(storage.list_files(config.output)) if storage.exists(config.output) else set()
-    kept = _finished(read_json_lines(ledger_uri), there, digest=digest, seed=config.seed)
+    kept = finished(read_json_lines(ledger_uri), there, digest=digest, seed=config.seed)
     rows = {row.input: row for row in dropped} | {item.input: kept[item.input] for item in pairs if item.input in kept}
     missing = [item for item in pairs if item.input not in kept]
     log.info(
@@ -159,7 +159,7 @@ def inpaint_folder(config: InpaintConfig) -> Summary:
         ledger.close()
     _write_ledger(ledger_uri, rows.values())
     summary = _summary(rows.values(), kept=len(pairs) - len(missing), seconds=time.monotonic() - began, digest=digest)
-    _report_failures(summary, total=len(images), limit=config.max_failed_fraction, ledger=ledger_uri)
+    report_failures(summary, total=len(images), limit=config.max_failed_fraction, ledger=ledger_uri)
     return summary
 
 
@@ -296,7 +296,7 @@ def _fill_all(pairs: Sequence[Pair], config: InpaintConfig, folder: Path, digest
 
 def _num_actors(config: InpaintConfig, num_pairs: int) -> int:
     if config.num_actors is not None:
-        return config.num_actors
+        return min(config.num_actors, num_pairs)
     there = ray.cluster_resources()
     if config.use_gpu:
         return max(1, min(int(there.get("GPU", 0)), num_pairs))
@@ -317,7 +317,7 @@ def _check_folders(config: InpaintConfig) -> None:
             )
 
 
-def _finished(ledger: Sequence[Mapping[str, Any]], there: set[str], *, digest: str, seed: int) -> dict[str, Row]:
+def finished(ledger: Sequence[Mapping[str, Any]], there: set[str], *, digest: str, seed: int) -> dict[str, Row]:
     """Inputs that an earlier call finished: by this model and seed, with the result still there."""
     latest = {row["input"]: row for row in ledger if set(row) == set(Row.__dataclass_fields__)}
     return {
@@ -348,7 +348,8 @@ def _summary(rows: Iterable[Row], *, kept: int, seconds: float, digest: str) -> 
     )
 
 
-def _report_failures(summary: Summary, *, total: int, limit: float, ledger: str) -> None:
+def report_failures(summary: Summary, *, total: int, limit: float, ledger: str) -> None:
+    """Warn about what was not filled; raise `TooManyBadImages` if more than *limit* of *total*, or all, failed."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.items())
     if summary.failed > limit * total or summary.failed == total:
         raise TooManyBadImages(

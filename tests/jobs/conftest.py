@@ -1,0 +1,4 @@
+"""Fixtures of the pipeline's tests that the jobs' tests use too."""
+
+from tests.pipeline.conftest import make_set as make_set
+from tests.pipeline.conftest import model_folder as model_folder

@@ -1,0 +1,65 @@
+"""`jobs/evaluate.py` as a program: help, dry run from another folder, errors as one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.evaluate import main
+
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "jobs" / "evaluate.py"
+
+
+def test_a_dry_run_from_another_folder_prints_the_resolved_settings(tmp_path: Path) -> None:
+    arguments = ["--model", "runs/demo", "--methods", "tmad", "coarse", "--limit", "5", "--dry-run"]
+    run = subprocess.run([sys.executable, str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    settings = json.loads(run.stdout)
+    assert (settings["model"], settings["methods"], settings["limit"]) == ("runs/demo", ["tmad", "coarse"], 5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--model", "gone", "--data", "nowhere", "--methods", "tmad"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert "nowhere" in run.stderr
+
+
+def test_an_unknown_option_is_refused_with_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--model", "m", "--limmit", "5"])
+    assert end.value.code == 2
+    assert "--limit" in capsys.readouterr().err
+
+
+def test_the_means_are_printed(
+    model_folder: Path, make_set, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(
+        [
+            "--model",
+            str(model_folder),
+            "--data",
+            make_set(1),
+            "--out",
+            str(tmp_path / "out"),
+            "--methods",
+            "tmad",
+            "coarse",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert code == 0
+    assert "psnr_hole" in said
+    assert "coarse result of the same model" in said
+    assert said.strip().endswith("out/report.html")

@@ -1,0 +1,60 @@
+"""`jobs/inpaint.py` as a program: dry run from another folder, errors as one line, a folder filled."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.inpaint import main
+from pipeline.report import png_bytes
+from tests.tmad.tiny import make_image, make_mask
+
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "jobs" / "inpaint.py"
+PLACES = ["--input", "photos", "--masks", "masks", "--output", "out", "--model", "model"]
+
+
+def test_a_dry_run_from_another_folder_prints_the_resolved_settings(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *PLACES, "--num-actors", "3", "--dry-run"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    settings = json.loads(run.stdout)
+    assert (settings["input"], settings["num_actors"], settings["mask_suffix"]) == ("photos", 3, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, str(SCRIPT), *PLACES], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert "there is no folder photos" in run.stderr
+
+
+def test_a_required_option_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(PLACES[:6])
+    assert end.value.code == 2
+    assert "--model" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+def test_a_folder_is_filled_and_the_counts_are_printed(
+    ray_session: None, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, content in (("photos", make_image(0)), ("masks", make_mask() * np.uint8(255))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(png_bytes(content))
+    places = [
+        f"--{name}={tmp_path / place}" for name, place in (("input", "photos"), ("masks", "masks"), ("output", "out"))
+    ]
+    assert main([*places, "--model", str(model_folder), "--num-actors", "1"]) == 0
+    assert "1 filled in" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "ledger.jsonl"]
