@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tmad.config import TMADConfig, TrainingConfig, from_dict
+from tmad.config import TMADConfig, from_dict
 from tmad.model import TMAD
 from tmad.step import TrainingState
 
@@ -51,7 +51,7 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> TMA
     unknown setting, a damaged file, or weights that do not fit the configuration (missing, unexpected, reshaped).
     """
     folder = Path(folder)
-    stored = _read_json(folder, CONFIG_FILE)
+    stored = _read_json(folder, CONFIG_FILE, "model")
     model = TMAD(from_dict(TMADConfig, stored["model"]))
     tensors = _read_tensors(folder, WEIGHTS_FILE)
     problems = mismatches(tensors, dict(model.state_dict()))
@@ -87,7 +87,7 @@ def load_state(state: TrainingState, folder: Path | str) -> None:
     configuration.
     """
     folder = Path(folder)
-    stored = _read_json(folder, COUNTERS_FILE)
+    stored = _read_json(folder, COUNTERS_FILE, "counters", "config")
     changed = differences(stored["config"], json.loads(json.dumps(asdict(state.config))))
     if changed:
         raise ValueError(f"{folder} was made with another configuration: {'; '.join(changed)}")
@@ -123,16 +123,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str, *parts: str) -> dict[str, Any]:
+    """The object in a JSON file, with a format version that is ours and at least the named *parts*."""
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(
             f"looked for {name} in {folder}: " + ("no such file" if folder.is_dir() else "no such folder")
         )
-    stored: dict[str, Any] = json.loads(path.read_text())
-    version = stored.get("format_version")
+    try:
+        stored: dict[str, Any] = json.loads(path.read_text())
+        version = stored.get("format_version")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}")
+    missing = [part for part in parts if part not in stored]
+    if missing:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return stored
 
 

@@ -257,7 +257,7 @@ class TrainingState:
         return metrics, finite
 
     def _apply(self, loss: Tensor, name: str, workers: Workers) -> tuple[Tensor, bool]:
-        """Backward, average over the workers, clip, update; returns the norm before clipping and whether it is finite."""
+        """Backward, average over the workers, clip, update; gives the norm before clipping and whether it is finite."""
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -328,7 +328,10 @@ class TrainingState:
             state.clear()
             for key, parameter in parameters:
                 prefix = f"adam/{name}/{key}/"
-                if f"{prefix}step" in tensors:
+                present = [item for item in ADAM_TENSORS if prefix + item in tensors]
+                if 0 < len(present) < len(ADAM_TENSORS):
+                    raise ValueError(f"the saved {prefix} has {', '.join(present)} and not all of {ADAM_TENSORS}")
+                if present:
                     moments = {item: tensors[prefix + item].clone() for item in ADAM_TENSORS}
                     state[parameter] = {
                         item: value if item == "step" else value.to(parameter.device) for item, value in moments.items()
