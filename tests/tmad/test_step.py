@@ -1,0 +1,574 @@
+"""The training step: what each term and module learns, what a zero weight leaves out, what a bad step leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tmad.test_losses import equation_6, equation_7, flat, mean, region_twin, softplus, variation_twin
+from tests.tmad.tiny import (
+    TRAINING,
+    Features,
+    make_batch,
+    make_state,
+    moved,
+    snapshot,
+    train,
+    with_loss,
+    with_optim,
+)
+from tmad.config import TrainingConfig
+from tmad.images import to_model
+from tmad.patches import cell_corners, cut
+from tmad.step import NonFiniteLoss, TrainingState, cosine_restarts
+
+WEIGHTS = {
+    "weight_hole": "coarse_hole",
+    "weight_valid": "coarse_valid",
+    "weight_l1": "l1",
+    "weight_perceptual": "perceptual",
+    "weight_tv": "tv",
+    "weight_gan_patch": "gan_patch",
+    "weight_gan_global": "gan_global",
+}
+"""Each weight of Eq. 1, 8, 9 and the name of its term among the metrics."""
+
+STILL = 1e-12
+"""A learning rate that moves nothing worth mentioning."""
+
+PLAIN_CRITICS = replace(TRAINING, critics=replace(TRAINING.critics, spectral_norm=False))
+"""Without the power iteration a score does not depend on how often the critic was asked before."""
+
+
+def only(name: str, config: TrainingConfig = TRAINING) -> TrainingConfig:
+    """*config* with one weight at 1 and all others at 0."""
+    return with_loss(config, **{weight: float(weight == name) for weight in WEIGHTS})
+
+
+def step(state: TrainingState, phase: str = "joint", **more: object) -> dict[str, Tensor]:
+    batch = more.pop("batch", None) or make_batch()
+    return state.step(batch, phase, global_batch=len(batch), progress=0.0, **more)  # type: ignore[arg-type]
+
+
+class Recorder:
+    """One worker that keeps copies of the gradients it is shown, and of the scalars whose mean is asked."""
+
+    def __init__(self, poison: str = "") -> None:
+        self.gradients: list[dict[int, Tensor]] = []
+        self.means: list[float] = []
+        self.poison = poison
+
+    def mean(self, value: Tensor) -> Tensor:
+        self.means.append(float(value.detach()))
+        return value
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = list(parameters)
+        self.gradients.append({id(p): p.grad.clone() for p in parameters})
+        if self.poison:
+            parameters[-1].grad.view(-1)[0] = float(self.poison)
+
+
+def gradients(config: TrainingConfig, phase: str = "joint") -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Gradients by name of each update of one step (critics first where they take part), and the step's metrics."""
+    state, recorder = make_state(config), Recorder()
+    names = {
+        id(parameter): f"{part}.{name}"
+        for part in ("model", "patch_critic", "global_critic")
+        for name, parameter in getattr(state, part).named_parameters()
+    }
+    metrics = step(state, phase, workers=recorder)
+    return [{names[key]: value for key, value in update.items()} for update in recorder.gradients], metrics
+
+
+def minus(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value - b[name] if name in b else value for name, value in a.items()}
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Equal up to rounding, relative to the largest gradient; a missing gradient is zero."""
+    largest = max(float(value.abs().max()) for value in [*a.values(), *b.values()])
+    assert largest > 0
+    for name in a.keys() | b.keys():
+        zero = torch.zeros(())
+        difference = (a.get(name, zero) - b.get(name, zero)).abs().max()
+        assert float(difference) < 1e-4 * largest, name
+
+
+# What learns
+
+
+def test_one_joint_step_moves_every_parameter_of_every_module() -> None:
+    state = make_state()
+    parts = {
+        "coarse": state.model.coarse,
+        "theta": state.model.retrieval.embed_query,
+        "phi": state.model.retrieval.embed_memory,
+        "backbone": state.model.psnet.encoder,
+        "texture": nn.ModuleList([state.model.psnet.texture_half, state.model.psnet.texture_quarter]),
+        "decoder": nn.ModuleList([state.model.psnet.up_half, state.model.psnet.up_full, state.model.psnet.decode]),
+        "patch critic": state.patch_critic,
+        "global critic": state.global_critic,
+        "average": state.ema_model,
+    }
+    before = {name: snapshot(part) for name, part in parts.items()}
+    step(state)
+    for name, part in parts.items():
+        still = before[name].keys() - moved(before[name], part)
+        # Relative scores do not depend on the last bias of the patch critic (Eq. 6); only rounding may move it.
+        assert still <= ({"layers.6.bias"} if name == "patch critic" else set()), (name, still)
+    assert sum(p.numel() for p in state.model.parameters()) == sum(
+        value.numel() for name in list(parts)[:6] for value in before[name].values()
+    )
+
+
+def test_the_coarse_phase_moves_the_coarse_network_and_nothing_else() -> None:
+    state = make_state()
+    before = {name: snapshot(getattr(state, name)) for name in ("model", "patch_critic", "global_critic")}
+    metrics = step(state, "coarse")
+    names = moved(before["model"], state.model)
+    assert names == {name for name in before["model"] if name.startswith("coarse.")}
+    assert not moved(before["patch_critic"], state.patch_critic)
+    assert not moved(before["global_critic"], state.global_critic)
+    assert set(metrics) == {
+        "loss/coarse_hole",
+        "loss/coarse_valid",
+        "loss/total",
+        "grad_norm/generator",
+        "lr",
+        "bad_steps",
+    }
+
+
+@pytest.mark.parametrize("phase", ["coarse", "joint"])
+def test_on_one_batch_the_reconstruction_terms_fall(phase: str) -> None:
+    history = train(make_state(), 20, phase, fixed=True)
+    names = ["coarse_hole", "coarse_valid", "total"] + (["l1", "perceptual"] if phase == "joint" else [])
+    for name in [f"loss/{name}" for name in names]:
+        assert history[-1][name] < 0.9 * history[0][name], name
+
+
+@pytest.mark.parametrize("weight", [weight for weight in WEIGHTS if "gan" not in weight])
+def test_each_term_falls_when_it_is_the_only_one(weight: str) -> None:
+    history = train(make_state(with_optim(only(weight), lr=5e-3)), 16, fixed=True)
+    name = f"loss/{WEIGHTS[weight]}"
+    assert history[-1][name] < 0.95 * history[0][name]
+    assert history[-1]["loss/total"] == history[-1][name]
+
+
+@pytest.fixture(scope="module")
+def trained_critics() -> tuple[TrainingState, list[dict]]:
+    """A state whose critics have learnt one batch by heart while the generator stood still, and how they did it."""
+    state = make_state(with_loss(with_optim(lr=STILL, lr_critics=5e-3), gradient_penalty=0.1))
+    return state, train(state, 8, fixed=True)
+
+
+def test_the_critics_tell_real_from_fake_while_the_generator_stands_still(trained_critics: tuple) -> None:
+    _, history = trained_critics
+    for name in ("critic_patch", "critic_global"):
+        assert history[-1][f"loss/{name}"] < 0.9 * history[0][f"loss/{name}"]
+        assert history[-1][f"{name}/real"] > history[-1][f"{name}/fake"] + 0.5
+
+
+@pytest.mark.parametrize("relativistic", [True, False])
+@pytest.mark.parametrize("weight", ["weight_gan_patch", "weight_gan_global"])
+def test_each_adversarial_term_falls_while_the_critics_stand_still(
+    weight: str, relativistic: bool, trained_critics: tuple
+) -> None:
+    config = with_loss(with_optim(only(weight), lr_critics=STILL, lr=1e-3), relativistic=relativistic)
+    state, (critics, _) = make_state(config), trained_critics
+    state.restore(critics.tensors(), critics.counters())
+    history = train(state, 8, fixed=True)
+    name = WEIGHTS[weight]
+    assert history[-1][f"loss/{name}"] < 0.8 * history[0][f"loss/{name}"]
+    fakes = [metrics[f"{name.replace('gan', 'critic')}/fake"] for metrics in history]
+    assert fakes[-1] > fakes[0] + 0.1
+
+
+def test_the_penalty_falls_as_the_critics_are_trained_on_it() -> None:
+    history = train(make_state(with_optim(lr=STILL, lr_critics=5e-3)), 8, fixed=True)
+    for name in ("penalty/patch", "penalty/global"):
+        assert history[-1][name] < 0.7 * history[0][name]
+
+
+def test_the_total_is_the_weighted_sum_of_the_terms() -> None:
+    metrics = step(make_state())
+    expected = sum(getattr(TRAINING.loss, weight) * metrics[f"loss/{name}"] for weight, name in WEIGHTS.items())
+    torch.testing.assert_close(metrics["loss/total"], expected)
+
+
+# A weight of zero
+
+
+@pytest.fixture(scope="module")
+def still_critics() -> TrainingConfig:
+    """Critics that stand still and count no questions, so that the generator's terms can be compared between runs."""
+    return with_loss(with_optim(PLAIN_CRITICS, lr_critics=STILL), **dict.fromkeys(WEIGHTS, 0.5))
+
+
+@pytest.fixture(scope="module")
+def all_terms(still_critics: TrainingConfig) -> dict[str, Tensor]:
+    return gradients(still_critics)[0][-1]
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_term_contributes_its_own_gradient_and_with_weight_zero_nothing(
+    weight: str, still_critics: TrainingConfig, all_terms: dict[str, Tensor]
+) -> None:
+    without, metrics = gradients(with_loss(still_critics, **{weight: 0.0}))
+    alone, _ = gradients(with_loss(only(weight, still_critics), **{weight: getattr(still_critics.loss, weight)}))
+    assert f"loss/{WEIGHTS[weight]}" not in metrics
+    assert set(metrics) >= {f"loss/{name}" for other, name in WEIGHTS.items() if other != weight}
+    assert_close(minus(all_terms, without[-1]), alone[-1])
+
+
+@pytest.mark.parametrize(("weight", "critic"), [("weight_gan_patch", "patch"), ("weight_gan_global", "global")])
+def test_a_critic_whose_weight_is_zero_is_left_untouched(weight: str, critic: str) -> None:
+    state = make_state(with_loss(**{weight: 0.0}))
+    before = copy.deepcopy(getattr(state, f"{critic}_critic").state_dict())
+    metrics = train(state, 2)[-1]
+    after = getattr(state, f"{critic}_critic").state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert not [name for name in metrics if name.startswith(f"critic_{critic}") or name == f"penalty/{critic}"]
+    assert f"loss/critic_{critic}" not in metrics
+    other = "global" if critic == "patch" else "patch"
+    assert f"loss/critic_{other}" in metrics
+
+
+def test_without_adversarial_terms_no_critic_is_asked() -> None:
+    state = make_state(with_loss(weight_gan_patch=0.0, weight_gan_global=0.0))
+    for critic in (state.patch_critic, state.global_critic):
+        critic.register_forward_hook(lambda *args: pytest.fail("a critic was asked"))
+    assert "grad_norm/critics" not in step(state)
+
+
+def test_without_the_perceptual_term_no_feature_network_is_needed_and_with_it_it_is() -> None:
+    TrainingState(with_loss(weight_perceptual=0.0))
+    with pytest.raises(ValueError, match=r"loss\.weight_perceptual is 0\.02 but no feature network was given"):
+        TrainingState(TRAINING)
+
+
+# The values of the terms, and the adversarial game
+
+
+@pytest.mark.parametrize("relativistic", [True, False])
+def test_every_term_of_a_step_equals_its_equation_written_out(relativistic: bool) -> None:
+    config = with_loss(with_optim(PLAIN_CRITICS, lr_critics=STILL), relativistic=relativistic)
+    state, batch = make_state(config), make_batch()
+    twin = copy.deepcopy(state)
+    metrics = {name: float(value) for name, value in step(state, batch=batch).items()}
+
+    image, mask = to_model(batch.image), batch.mask.float()
+    with torch.no_grad():
+        out = twin.model(image, mask, batch.pool_yx, batch.cells)
+        target = cut(image, cell_corners(batch.cells, patch_size=16, width=64), 16)
+        reals = torch.cat([out.candidates.flatten(0, 2), target.flatten(0, 1)])
+        real, fake = twin.patch_critic(reals), twin.patch_critic(out.patches.flatten(0, 1))
+        memory = twin.patch_critic(out.pool.flatten(0, 1))
+        global_real, global_fake = twin.global_critic(image), twin.global_critic(out.output)
+        maps = [Features()(x.flatten(0, 1)) for x in (out.patches, target)]
+    assert len(reals) == 2 * 9 * (2 + 1)
+    r, f = flat(real), flat(fake)
+    alone = mean([softplus(-x) for x in r]) + mean([softplus(x) for x in f]), mean([softplus(-x) for x in f])
+    blend = flat(global_real), flat(global_fake)
+    expected = {
+        "loss/coarse_hole": region_twin(out.coarse_raw, image, mask),
+        "loss/coarse_valid": region_twin(out.coarse_raw, image, 1 - mask),
+        "loss/l1": float((out.patches - target).abs().mean()),
+        "loss/perceptual": sum(float((a - b).abs().mean()) for a, b in zip(*maps, strict=True)),
+        "loss/tv": variation_twin(out.output, mask),
+        "loss/critic_patch": equation_6(real, fake) if relativistic else alone[0],
+        "loss/gan_patch": equation_7(memory, real, fake) if relativistic else alone[1],
+        "loss/critic_global": mean([softplus(-x) for x in blend[0]]) + mean([softplus(x) for x in blend[1]]),
+        "loss/gan_global": mean([softplus(-x) for x in blend[1]]),
+        "critic_patch/real": mean(r),
+        "critic_patch/fake": mean(f),
+        "critic_global/real": mean(blend[0]),
+        "critic_global/fake": mean(blend[1]),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_common_mean_is_asked_of_the_workers_for_both_expectations_of_both_sides() -> None:
+    recorder = Recorder()
+    metrics = step(make_state(PLAIN_CRITICS), workers=recorder)
+    # Critic and generator each ask for the mean of the fakes' scores, then of the reals'.
+    assert recorder.means[:2] == pytest.approx(
+        [float(metrics["critic_patch/fake"]), float(metrics["critic_patch/real"])]
+    )
+    assert len(recorder.means) == 4
+    for config, phase in ((with_loss(relativistic=False), "joint"), (TRAINING, "coarse")):
+        recorder = Recorder()
+        step(make_state(config), phase, workers=recorder)
+        assert recorder.means == []
+
+
+def test_each_update_sees_the_gradients_of_its_own_networks_only() -> None:
+    updates, _ = gradients(TRAINING)
+    assert len(updates) == 2
+    critics, generator = ({name.split(".")[0] for name in update} for update in updates)
+    assert critics == {"patch_critic", "global_critic"}
+    assert generator == {"model"}
+
+
+def test_after_a_step_every_network_can_learn_again_and_holds_no_gradient() -> None:
+    state = make_state()
+    step(state)
+    for module in (state.model, state.patch_critic, state.global_critic):
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
+
+
+def test_the_penalty_is_applied_every_nth_step_and_n_times_as_strong() -> None:
+    none, one, three = (
+        gradients(with_loss(PLAIN_CRITICS, **changes))[0][0]
+        for changes in ({"gradient_penalty": 0.0}, {"gp_every": 1}, {"gp_every": 3})
+    )
+    assert_close(minus(three, none), {name: 3 * value for name, value in minus(one, none).items()})
+    history = train(make_state(with_loss(gp_every=3)), 4)
+    for name in ("penalty/patch", "penalty/global"):
+        assert [name in metrics for metrics in history] == [True, False, False, True]
+
+
+def test_without_a_penalty_none_is_computed() -> None:
+    metrics = step(make_state(with_loss(gradient_penalty=0.0)))
+    assert not [name for name in metrics if name.startswith("penalty")]
+
+
+def test_the_penalty_mixes_with_the_weights_the_batch_brings() -> None:
+    batch = make_batch()
+    values = []
+    for mix in (batch.mix, 1 - batch.mix):
+        metrics = step(make_state(), batch=replace(batch, mix=mix))
+        values.append((float(metrics["penalty/patch"]), float(metrics["penalty/global"])))
+    assert values[0][0] != values[1][0]
+    assert values[0][1] != values[1][1]
+
+
+# Rates, norms, counters
+
+
+def test_the_cosine_falls_from_one_and_restarts_with_each_period() -> None:
+    assert cosine_restarts(0, 4) == 1
+    assert cosine_restarts(0.125, 4) == pytest.approx(0.5)
+    assert cosine_restarts(0.2499999, 4) == pytest.approx(0, abs=1e-6)
+    assert [cosine_restarts(p, 4) for p in (0.25, 0.5, 0.75)] == [1, 1, 1]
+    assert cosine_restarts(0.5, 1) == pytest.approx(0.5)
+    assert cosine_restarts(1 / 3, 1) == pytest.approx((1 + math.cos(math.pi / 3)) / 2)
+    assert [cosine_restarts(p, 4) for p in (1, 1.7)] == [pytest.approx(0, abs=1e-12)] * 2
+
+
+@pytest.mark.parametrize(("progress", "factor"), [(0.0, 1.0), (0.25, 0.5), (0.5, 1.0), (1.0, 0.0)])
+def test_progress_drives_the_rates_of_generator_and_critics(progress: float, factor: float) -> None:
+    state = make_state(with_optim(lr=1e-3, lr_critics=4e-3, min_lr=1e-5, cosine_periods=2))
+    metrics = state.step(make_batch(), "coarse", global_batch=2, progress=progress)
+    rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
+    assert rates["generator"] == pytest.approx(1e-5 + factor * (1e-3 - 1e-5))
+    assert rates["critics"] == pytest.approx(1e-5 + factor * (4e-3 - 1e-5))
+    assert float(metrics["lr"]) == pytest.approx(rates["generator"])
+
+
+def test_the_reported_norm_is_the_one_before_clipping_and_the_update_uses_the_clipped_gradient() -> None:
+    state, recorder = make_state(with_optim(clip_grad_norm=1e-3, betas=(0.5, 0.999))), Recorder()
+    metrics = step(state, workers=recorder)
+    for name, update in zip(("critics", "generator"), recorder.gradients, strict=True):
+        norm = torch.stack([value.norm() for value in update.values()]).norm()
+        torch.testing.assert_close(metrics[f"grad_norm/{name}"], norm)
+        assert norm > 0.01
+        moments = [moment["exp_avg"] for moment in state.optimizers[name].state.values()]
+        # Adam's first moment after one step is (1 - beta1) times the gradient it was given.
+        assert float(torch.stack([m.norm() for m in moments]).norm()) / 0.5 == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_limit_of_zero_does_not_clip() -> None:
+    state, recorder = make_state(with_optim(clip_grad_norm=0)), Recorder()
+    step(state, workers=recorder)
+    moments = [moment["exp_avg"] for moment in state.optimizers["generator"].state.values()]
+    norm = torch.stack([value.norm() for value in recorder.gradients[1].values()]).norm()
+    torch.testing.assert_close(2 * torch.stack([m.norm() for m in moments]).norm(), norm)
+
+
+def test_images_are_counted_over_all_workers() -> None:
+    state = make_state()
+    for _ in range(3):
+        state.step(make_batch(), "coarse", global_batch=8, progress=0.0)
+    assert state.counters() == {"images_seen": 24, "steps": 3, "bad_steps": 0, "bad_steps_in_row": 0}
+
+
+def test_metrics_are_detached_scalars() -> None:
+    for name, value in step(make_state()).items():
+        assert value.ndim == 0, name
+        assert not value.requires_grad, name
+
+
+# Determinism and precision
+
+
+@pytest.mark.parametrize("phase", ["coarse", "joint"])
+def test_the_same_seed_and_batches_give_the_same_weights_to_the_last_bit(phase: str) -> None:
+    states = [make_state(seed=seed) for seed in (4, 4, 5)]
+    histories = [train(state, 3, phase) for state in states]
+    assert histories[0] == histories[1]
+    assert histories[0] != histories[2]
+    a, b = states[0].tensors(), states[1].tensors()
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def test_a_step_draws_nothing() -> None:
+    state = make_state()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    step(state)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_seed_of_a_state_fixes_critics_too_and_they_differ_between_seeds() -> None:
+    a, b, c = (make_state(seed=seed).patch_critic.state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    weights = [name for name in a if name.endswith("original")]
+    assert not any(torch.equal(a[name], c[name]) for name in weights)
+
+
+def test_bfloat16_keeps_losses_in_single_precision_and_near_those_of_it() -> None:
+    exact = step(make_state())
+    state = make_state(replace(TRAINING, precision="bf16"))
+    rough = step(state)
+    assert set(rough) == set(exact)
+    for name, value in rough.items():
+        assert value.dtype == torch.float32, name
+        if name.startswith(("loss/", "penalty/")):
+            assert float(value) == pytest.approx(float(exact[name]), rel=0.03), name
+    assert {parameter.dtype for parameter in state.model.parameters()} == {torch.float32}
+
+
+# Bad steps
+
+
+class Poisoned(Features):
+    """A feature network that answers NaN while *bad* is set."""
+
+    bad = True
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        factor = math.nan if self.bad else 1.0
+        return [factor * features for features in super().forward(images)]
+
+
+def weights_of(state: TrainingState, *parts: str) -> dict[str, Tensor]:
+    """All weights and Adam moments; power-iteration vectors, which follow the weights, left out."""
+    chosen = tuple(f"{part}/" for part in parts)
+    return {
+        name: value.clone()
+        for name, value in state.tensors().items()
+        if name.startswith(chosen) and not name.endswith(("._u", "._v"))
+    }
+
+
+def assert_unchanged(before: dict[str, Tensor], state: TrainingState, *parts: str) -> None:
+    after = weights_of(state, *parts)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_a_nan_in_the_batch_skips_the_step_and_changes_no_weight() -> None:
+    state, batch = make_state(), make_batch()
+    train(state, 1)
+    mix = batch.mix.clone()
+    mix[0, 0] = math.nan
+    everything = ("model", "ema", "patch_critic", "global_critic", "adam")
+    before = weights_of(state, *everything)
+    metrics = step(state, batch=replace(batch, mix=mix))
+    assert_unchanged(before, state, *everything)
+    assert state.counters() == {"images_seen": 4, "steps": 2, "bad_steps": 1, "bad_steps_in_row": 1}
+    assert float(metrics["bad_steps"]) == 1
+    assert not metrics["grad_norm/critics"].isfinite()
+
+
+def test_a_nan_in_a_loss_skips_the_generators_update_and_the_average() -> None:
+    state = TrainingState(TRAINING, perceptual=Poisoned())
+    before = weights_of(state, "model", "ema", "adam/generator")
+    metrics = step(state)
+    assert_unchanged(before, state, "model", "ema", "adam/generator")
+    assert (state.bad_steps, state.bad_steps_in_row) == (1, 1)
+    assert not metrics["loss/perceptual"].isfinite()
+    assert metrics["loss/l1"].isfinite()
+
+
+@pytest.mark.parametrize("phase", ["coarse", "joint"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gradient_of_another_worker_that_is_not_finite_skips_the_step_here_too(phase: str, value: str) -> None:
+    state = make_state()
+    everything = ("model", "ema", "patch_critic", "global_critic", "adam")
+    before = weights_of(state, *everything)
+    metrics = step(state, phase, workers=Recorder(poison=value))
+    assert_unchanged(before, state, *everything)
+    assert state.bad_steps == 1
+    name = "grad_norm/generator" if phase == "coarse" else "grad_norm/critics"
+    assert not metrics[name].isfinite()
+
+
+def test_training_goes_on_after_a_bad_step_and_the_row_is_broken() -> None:
+    network = Poisoned()
+    state = TrainingState(TRAINING, perceptual=network)
+    train(state, 2)
+    network.bad = False
+    history = train(state, 2)
+    assert (state.bad_steps, state.bad_steps_in_row) == (2, 0)
+    assert all(math.isfinite(value) for metrics in history for value in metrics.values())
+    for module in (state.model, state.patch_critic):
+        assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_terms() -> None:
+    network = Poisoned()
+    state = TrainingState(with_optim(max_bad_steps=3), perceptual=network)
+    train(state, 2)
+    network.bad = False
+    train(state, 1)
+    network.bad = True
+    train(state, 2)
+    with pytest.raises(NonFiniteLoss) as caught:
+        train(state, 1)
+    message = str(caught.value)
+    assert "3 steps in a row were not finite (after 12 images)" in message
+    assert "not finite in the last one: loss/perceptual, loss/total, grad_norm/generator;" in message
+    assert "optim.max_bad_steps" in message
+    assert state.bad_steps == 5
+
+
+def test_the_error_survives_the_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(NonFiniteLoss("3 steps in a row")))
+    assert isinstance(error, NonFiniteLoss)
+    assert str(error) == "3 steps in a row"
+
+
+# Continuation in memory; through files: test_checkpoint.py
+
+
+def test_a_restored_state_is_independent_of_the_tensors_it_came_from() -> None:
+    state = make_state()
+    train(state, 2)
+    tensors = state.tensors()
+    kept = {name: value.clone() for name, value in tensors.items()}
+    other = make_state(seed=9)
+    other.restore(kept, state.counters())
+    train(other, 1)
+    saved = state.tensors()
+    assert all(torch.equal(value, saved[name]) for name, value in kept.items())
+
+
+def test_tensors_of_another_network_are_refused_by_its_name() -> None:
+    state = make_state()
+    tensors = state.tensors()
+    tensors["patch_critic/layers.0.bias"] = torch.zeros(99)
+    with pytest.raises(ValueError, match=r"(?s)saved patch_critic does not fit this configuration.*layers\.0\.bias"):
+        make_state().restore(tensors, state.counters())
+    del tensors["patch_critic/layers.0.bias"]
+    with pytest.raises(ValueError, match=r"(?s)saved patch_critic.*Missing key"):
+        make_state().restore(tensors, state.counters())
