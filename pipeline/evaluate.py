@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
@@ -102,6 +103,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     tracking_uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if config.mlflow_run is not None and tracking_uri is None:
         raise ValueError("mlflow_run needs tracking_uri (or MLFLOW_TRACKING_URI), the server or file that holds it")
+    if config.use_gpu and not torch.cuda.is_available():
+        raise ValueError("use_gpu is set, but PyTorch sees no CUDA device here; leave it out to run on the CPU")
     classical = classical_fill() if "classical" in config.methods else None
     manifest = read_manifest(config.data)
     if config.mask_variant >= manifest.num_variants:

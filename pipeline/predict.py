@@ -51,7 +51,7 @@ class InpaintConfig:
     """A batch inpainting job."""
 
     input: str
-    """Folder or URI of the images; subfolders are searched."""
+    """Folder or URI of the images; subfolders are searched. On several machines: a place that all of them see."""
     masks: str
     """Folder or URI of the masks, white = hole, named like their images (any image ending)."""
     output: str
@@ -283,6 +283,8 @@ def _fill_all(pairs: Sequence[Pair], config: InpaintConfig, folder: Path, digest
         num_cpus=None if config.use_gpu else config.cpus_per_actor,
         num_gpus=1 if config.use_gpu else None,
     )
+    rows.context.enable_progress_bars = False
+    rows.context.print_on_execution_start = False
     began = last = time.monotonic()
     for count, row in enumerate(rows.iter_rows(), start=1):
         yield Row(**row)

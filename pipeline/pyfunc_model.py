@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
@@ -25,8 +26,9 @@ class InpainterModel(PythonModel):
     """T-MAD behind MLflow's `predict`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the weights, once a process."""
-        self.inpainter = Inpainter(load_model(Path(context.artifacts[ARTIFACT])))
+        """Load the weights, once a process; on the GPU where there is one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.inpainter = Inpainter(load_model(Path(context.artifacts[ARTIFACT]), device=device))
 
     # The signature states the types; MLflow would warn that hints of `predict` are missing, or not its own kind.
     _skip_type_hint_validation = True

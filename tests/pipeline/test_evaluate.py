@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.errors import MissingInput, ModelNotFound
@@ -141,6 +142,9 @@ def test_wrong_settings_are_refused_by_name(model_folder: Path, make_set: SetMak
         run(model_folder, data, tmp_path, methods=())
     with pytest.raises(ValueError, match="methods"):
         run(model_folder, data, tmp_path, methods=("tmda",))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device here"):
+            run(model_folder, data, tmp_path, methods=("tmad",), use_gpu=True)
     with pytest.raises(MissingInput):
         run(model_folder, str(tmp_path / "gone"), tmp_path, methods=("tmad",))
     with pytest.raises(ModelNotFound):
