@@ -107,7 +107,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(image)[:, :, :3])
     if image.mode not in ("RGB", "RGBX", "L", "1", "P", "CMYK", "YCbCr", "HSV"):
         raise UnreadableImage("unsupported-mode", f"colour mode {image.mode}")
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _deep_grey(image: Image.Image) -> np.ndarray:

@@ -6,7 +6,6 @@ and coordinates; decoding happens here, in a few threads of the process that tra
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ from tmad.images import UnreadableImage, decode_image, to_rgb
 from tmad.rng import numpy_generator
 
 _READING_TASKS = 2
+_MAX_RAY_TASKS = 200
 
 
 def training_batches(
@@ -60,7 +60,7 @@ def training_batches(
     steps = max(0, -(-(total_images - start_images) // batch_images))
     stop = start_images + steps * batch_images
     portions = [
-        {"position": position, "pieces": [dataclasses.asdict(piece) for piece in portion]}
+        {"position": position, "pieces": [vars(piece) for piece in portion]}
         for position, portion in chunks(manifest, seed=seed, start=start_images, stop=stop)
     ]
     read = partial(
@@ -139,7 +139,13 @@ def _stream(
         return
     # Reading takes no processor to speak of; asking for none, it cannot starve when training holds them all.
     dataset = run_tasks(
-        portions, read, num_cpus=0, at_once=_READING_TASKS, in_order=True, buffer_bytes=4 * WINDOW_BYTES
+        portions,
+        read,
+        num_cpus=0,
+        at_once=_READING_TASKS,
+        in_order=True,
+        buffer_bytes=4 * WINDOW_BYTES,
+        max_ray_tasks=_MAX_RAY_TASKS,
     )
     for table in dataset.iter_batches(batch_size=batch, batch_format="pyarrow", prefetch_batches=2):
         yield _rows(table)

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
-_MAX_BLOCKS = 1000
-"""Beyond so many tasks several are run one after the other in one of Ray's, which keeps its bookkeeping small."""
+BLOCK_BYTES = 8 * 2**20
+"""Rows are handed on in blocks of about this size."""
 
 
 def run_tasks(
@@ -27,15 +27,17 @@ def run_tasks(
     at_once: int | None = None,
     in_order: bool = False,
     buffer_bytes: int | None = None,
+    max_ray_tasks: int = 10_000,
 ) -> ray.data.Dataset:
     """A lazy data set of the tables that *function* makes of each task (a JSON object).
 
     *num_cpus* processors are asked for by each running task, *at_once* of them run at most (none = as many as there
     are processors). *in_order*: rows come in the order of the tasks, otherwise as they are finished. *buffer_bytes* of
-    the object store are used at most for what was made and not yet taken.
+    the object store are used at most for what was made and not yet taken. Beyond *max_ray_tasks*, several tasks are run
+    one after the other in one of Ray's, which keeps its bookkeeping small.
     """
     items = [{"task": json.dumps(task)} for task in tasks]
-    blocks = min(len(items), _MAX_BLOCKS)
+    blocks = min(len(items), max_ray_tasks)
     dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         partial(_run, function=function),
         batch_size=1,
@@ -45,6 +47,8 @@ def run_tasks(
     )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
+    # Ray's default of 128 MiB delays the first batch until so much is read, and a few such blocks fill the store.
+    dataset.context.target_max_block_size = BLOCK_BYTES
     options = dataset.context.execution_options
     options.preserve_order = in_order
     if buffer_bytes is not None:
