@@ -38,8 +38,8 @@ Method = Literal["tmad", "coarse", "classical"]
 
 METHOD_TITLES: Mapping[str, str] = {
     "tmad": "T-MAD",
-    "coarse": "coarse result of the same model",
-    "classical": "classical: biharmonic fill (scikit-image)",
+    "coarse": "coarse result of T-MAD",
+    "classical": "classical fill (biharmonic, scikit-image)",
 }
 
 PROGRESS_INTERVAL_S = 10.0
@@ -328,7 +328,7 @@ def evaluation_report(result: Evaluation, report: Report | None = None) -> Repor
         report.heading("Pictures")
         report.text(
             "The hole is white in the input. Candidates: the most similar patch of the image's own texture memory at "
-            "each cell that touches the hole; PSNet makes the result from four of them and the coarse result."
+            "each cell that touches the hole; PSNet makes the result from several of them and the coarse result."
         )
         report.pictures(result.pictures)
     return report

@@ -63,31 +63,29 @@ class Report:
     def measures(
         self, values: Mapping[str, Mapping[str, float | None]], measures: Mapping[str, Measure] = MEASURES
     ) -> None:
-        """Add the table method x measure, the best of each measure in bold, and how each is computed below it.
+        """Add a table with a row for each measure, its formula under its name, and a column for each method.
 
-        *values*: method, then measure, then its mean; what is missing or not finite shows as a dash.
+        *values*: method, then measure, then its mean; what is missing or not finite shows as a dash. The best of each
+        measure is bold.
         """
-        shown = {name: entry for name, entry in measures.items() if any(name in row for row in values.values())}
-        head = "<th scope='col'>method</th>" + "".join(
-            f"<th scope='col' class='number' title='{html.escape(entry.formula, quote=True)}'>{html.escape(name)} "
-            f"{'↑' if entry.better == 'higher' else '↓'}</th>"
-            for name, entry in shown.items()
-        )
-        texts = {name: _measure_texts(name, entry, values) for name, entry in shown.items()}
-        body = "".join(
-            f"<tr><th scope='row'>{html.escape(method)}</th>"
-            + "".join(f"<td class='number'>{texts[name][method]}</td>" for name in shown)
-            + "</tr>"
-            for method in values
-        )
-        legend = "".join(
-            f"<dt>{html.escape(name)}{f' ({html.escape(entry.unit)})' if entry.unit else ''}</dt>"
-            f"<dd>{html.escape(entry.formula)}; <em>{entry.better} is better</em></dd>"
-            for name, entry in shown.items()
-        )
+        head = "".join(f"<th scope='col' class='number'>{html.escape(method)}</th>" for method in values)
+        body = ""
+        for name, entry in measures.items():
+            if not any(name in row for row in values.values()):
+                continue
+            texts = _measure_texts(name, entry, values)
+            unit = f", {html.escape(entry.unit)}" if entry.unit else ""
+            arrow = "↑" if entry.better == "higher" else "↓"
+            body += (
+                f"<tr><th scope='row'><code>{html.escape(name)}</code>{unit} {arrow} {entry.better} is better"
+                f"<small>{html.escape(entry.formula)}</small></th>"
+                + "".join(f"<td class='number'>{texts[method]}</td>" for method in values)
+                + "</tr>"
+            )
         self._parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-            f"<p class='note'>↑ higher is better, ↓ lower is better; best in bold.</p><dl>{legend}</dl>"
+            '<div class="scroll"><table class="measures">'
+            f"<thead><tr><th scope='col'>measure</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+            "<p class='note'>Means over the images; the best of each measure is bold.</p>"
         )
 
     def pictures(self, rows: Sequence[tuple[str, Mapping[str, Picture]]]) -> None:
@@ -219,11 +217,14 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-bottom: .25rem; border-b
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .35rem .8rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th { white-space: nowrap; }
+code { font-family: ui-monospace, monospace; }
 th[scope=row] { font-weight: 600; white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
-dl { font-size: .88rem; color: var(--soft); display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; }
-dt { font-family: ui-monospace, monospace; color: var(--ink); }
-dd { margin: 0; }
+.measures th[scope=row] { white-space: normal; font-weight: 400; min-width: 11rem; }
+.measures code { font-weight: 600; }
+.measures small { display: block; color: var(--soft); font-size: .82rem; max-width: 38rem; }
+.measures thead th { white-space: normal; vertical-align: bottom; max-width: 11rem; }
+.facts td { overflow-wrap: anywhere; }
 pre { background: var(--band); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; font-size: .88rem; }
 .pictures { width: 100%; min-width: 44rem; table-layout: fixed; }
 .pictures td { padding: 0 .3rem .7rem 0; border: 0; }
@@ -233,5 +234,8 @@ img { display: block; width: 100%; height: auto; border-radius: 3px; cursor: zoo
 img:focus { position: fixed; inset: 0; margin: auto; width: auto; height: auto; min-height: min(90vh, 90vw);
   max-width: 96vw; max-height: 96vh; object-fit: contain; z-index: 9; cursor: zoom-out; background: var(--page);
   box-shadow: 0 0 0 100vmax rgb(0 0 0 / .75); outline: none; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
+@media (max-width: 40rem) {
+  th[scope=row] { white-space: normal; }
+  th, td { padding-right: .5rem; }
+  table { font-size: .82rem; } }
 """

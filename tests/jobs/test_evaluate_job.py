@@ -61,5 +61,5 @@ def test_the_means_are_printed(
     said = capsys.readouterr().out
     assert code == 0
     assert "psnr_hole" in said
-    assert "coarse result of the same model" in said
+    assert "coarse result of T-MAD" in said
     assert said.strip().endswith("out/report.html")
