@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline.data.fetch import read_portion
 from pipeline.data.order import WINDOW_BYTES, chunks
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder, unpack_mask
-from pipeline.data.tasks import run_tasks
+from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
 from tmad.batch import Batch, Sample, collate, make_sample
@@ -147,7 +147,7 @@ def _stream(
         buffer_bytes=4 * WINDOW_BYTES,
         max_ray_tasks=_MAX_RAY_TASKS,
     )
-    for table in dataset.iter_batches(batch_size=batch, batch_format="pyarrow", prefetch_batches=2):
+    for table in iterate(dataset, batch_size=batch, batch_format="pyarrow", prefetch_batches=2):
         yield _rows(table)
 
 

@@ -26,7 +26,7 @@ from pipeline.cluster import start_ray
 from pipeline.data.records import RecordConfig, make_records
 from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard
 from pipeline.data.source import Source, open_source
-from pipeline.data.tasks import run_tasks
+from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import ConfigMismatch, MissingInput, StorageFailed, TooManyBadImages
 from pipeline.storage import absolute, exists, join, list_files, read_bytes, redact, remove, size, write_atomic
 from tmad.config import STRICT, PositiveInt
@@ -157,7 +157,7 @@ def _run(todo: Sequence[dict[str, Any]], source: Source, out: str, config: Prepa
     start_ray()
     make_shard = partial(_make_shard, source=source, out=out, config=config)
     dataset = run_tasks(todo, make_shard, num_cpus=1)
-    for rows in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+    for rows in iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0):
         for text in rows["receipt"]:
             yield json.loads(text)
 

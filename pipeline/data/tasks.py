@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
+from ray.exceptions import RayTaskError
+
+from pipeline.errors import TMADError
 
 BLOCK_BYTES = 8 * 2**20
 """Rows are handed on in blocks of about this size."""
@@ -57,6 +60,16 @@ def run_tasks(
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     return dataset
+
+
+def iterate(dataset: ray.data.Dataset, **options: Any) -> Iterator[Any]:
+    """`dataset.iter_batches(**options)`; what a task raised comes out as itself instead of Ray's report about it."""
+    try:
+        yield from dataset.iter_batches(**options)
+    except RayTaskError as error:
+        if isinstance(error.cause, (TMADError, ValueError)):
+            raise error.cause from None
+        raise
 
 
 def _run(block: dict[str, np.ndarray], *, function: Callable[[dict[str, Any]], pa.Table]) -> Iterator[pa.Table]:

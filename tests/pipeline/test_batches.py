@@ -176,6 +176,9 @@ def test_a_shard_that_is_gone_is_named(prepared, tmp_path):
     (portion,) = portions(read_manifest(str(folder)), stop=22)
     with pytest.raises(CorruptSet, match=r"the shard .*shards/00001.parquet cannot be read"):
         read_portion(portion, folder=str(folder), start=0, batch=2, rank=0, world_size=1)
+    with pytest.raises(CorruptSet, match=r"the shard .*shards/00001.parquet cannot be read") as caught:
+        list(training_batches(str(folder), total_images=24, **RUN))
+    assert type(caught.value) is CorruptSet
 
 
 # The order itself

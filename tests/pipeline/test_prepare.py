@@ -179,13 +179,10 @@ def test_a_set_is_the_same_to_the_last_byte_however_it_is_made(prepared, photo_f
     def one_process_backwards(tasks, function, **_):
         in_turn.extend(tasks)
 
-        class Dataset:
-            def iter_batches(self, **_):
-                yield from (function(task).to_pydict() for task in reversed(tasks))
-
-        return Dataset()
+        return [function(task).to_pydict() for task in reversed(tasks)]
 
     monkeypatch.setattr(prepare_module, "run_tasks", one_process_backwards)
+    monkeypatch.setattr(prepare_module, "iterate", lambda tables, **_: tables)
     prepare(config)
     assert len(in_turn) == 3
     assert files_of(tmp_path / "again") == files_of(prepared)
