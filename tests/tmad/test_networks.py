@@ -104,6 +104,22 @@ def test_the_coarse_network_keeps_the_size_and_stays_in_range(height_width: tupl
     assert result.max() == 1
 
 
+def test_a_coarse_output_beyond_the_range_finds_its_way_back() -> None:
+    net, image, mask = (
+        CoarseNet(CoarseConfig(base_width=4), CarafeConfig(kernel=3)),
+        rand(1, 3, 16, 16),
+        torch.zeros(1, 1, 16, 16),
+    )
+    with torch.no_grad():
+        net.layers[-1].bias.fill_(3.0)
+    optimizer = torch.optim.SGD([net.layers[-1].bias], lr=2.0)
+    for _ in range(10):
+        optimizer.zero_grad()
+        net(image, mask).square().mean().backward()
+        optimizer.step()
+    assert net.layers[-1].bias.abs().max() < 1
+
+
 def test_the_coarse_network_reads_the_mask() -> None:
     net, image = CoarseNet(CoarseConfig(base_width=4), CarafeConfig()), rand(1, 3, 16, 16)
     assert not torch.allclose(net(image, torch.zeros(1, 1, 16, 16)), net(image, torch.ones(1, 1, 16, 16)))
