@@ -23,7 +23,7 @@ GLOBAL_BATCH = 4
 WORLD = 2
 # A rate so small that Adam, which divides by a gradient's size, cannot blow rounding up into a difference of weights; a
 # penalty weight that lets the relativistic terms be seen beside it.
-CONFIG = with_optim(with_loss(gradient_penalty=0.1), lr=1e-7, lr_critics=1e-7)
+CONFIG = with_optim(with_loss(gradient_penalty=0.01), lr=1e-7, lr_critics=1e-7)
 
 
 class Recorder:
@@ -135,7 +135,10 @@ def test_two_workers_have_the_gradients_of_one(ranks: list[dict[str, Any]], alon
 def test_relativistic_means_of_one_share_would_be_another_gradient(
     ranks: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:
-    assert _relative(ranks[0]["local means"]["gradients"][0], alone["gradients"][0]) > 2e-4
+    wrong, right = (
+        _relative(ranks[0][kind]["gradients"][0], alone["gradients"][0]) for kind in ("local means", "right")
+    )
+    assert wrong > 20 * right
 
 
 def test_workers_keep_equal_weights_to_the_last_bit(ranks: list[dict[str, Any]]) -> None:
