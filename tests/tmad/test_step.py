@@ -149,7 +149,7 @@ def test_the_coarse_phase_moves_the_coarse_network_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("phase", ["coarse", "joint"])
 def test_on_one_batch_the_reconstruction_terms_fall(phase: str) -> None:
-    history = train(make_state(), 20, phase, fixed=True)
+    history = train(make_state(), 16, phase, fixed=True)
     names = ["coarse_hole", "coarse_valid", "total"] + (["l1", "perceptual"] if phase == "joint" else [])
     for name in [f"loss/{name}" for name in names]:
         assert history[-1][name] < 0.9 * history[0][name], name
@@ -157,7 +157,7 @@ def test_on_one_batch_the_reconstruction_terms_fall(phase: str) -> None:
 
 @pytest.mark.parametrize("weight", [weight for weight in WEIGHTS if "gan" not in weight])
 def test_each_term_falls_when_it_is_the_only_one(weight: str) -> None:
-    history = train(make_state(with_optim(only(weight), lr=5e-3)), 16, fixed=True)
+    history = train(make_state(with_optim(only(weight), lr=5e-3)), 12, fixed=True)
     name = f"loss/{WEIGHTS[weight]}"
     assert history[-1][name] < 0.95 * history[0][name]
     assert history[-1]["loss/total"] == history[-1][name]
