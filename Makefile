@@ -10,7 +10,7 @@ READY := $(VENV)/ready
 CODE := $(wildcard tmad pipeline jobs tests benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format-check lint types format mlflow clean
+.PHONY: help setup demo test check format-check lint types format bench mlflow clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -46,6 +46,9 @@ types: $(READY)  ## the type checker
 format: $(READY)  ## format the code and repair what the linter can repair
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
+
+bench: $(READY)  ## the benchmarks, one after the other; reports go to benchmarks/reports (use a quiet machine)
+	for name in carafe retrieval training_step inference; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 mlflow: $(READY)  ## open the MLflow UI on the runs of this machine
 	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db"

@@ -1,0 +1,220 @@
+"""Filling one image: seconds and memory by size, hole and chunk; exact savings against their literal forms."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import carafe_forms as forms
+from benchmarks.harness import Options, Report, Table, convolution_limit, interleave, mb, peak_bytes, start
+from benchmarks.scenes import centred_hole, picture
+from tmad.blocks import DownBlock
+from tmad.config import CoarseConfig, MemoryConfig, PSNetConfig, TMADConfig
+from tmad.inpaint import Inpainter, InpaintResult
+from tmad.model import TMAD
+from tmad.patches import hole_cells
+
+DESCRIPTION = """
+Seconds and peak tensor memory of `tmad.inpaint.Inpainter` on one image with a hole over a quarter of its area, from
+array to array: by size of the chunks and of the hole, and beside the same network with single parts written as the
+paper writes them. Weights are random: time does not depend on them.
+
+Examples:
+  python benchmarks/inference.py
+  python benchmarks/inference.py --sizes 512 --chunks 8 32
+  python benchmarks/inference.py --quick
+"""
+
+SHIPPED = "shipped"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceOptions(Options):
+    """Options of this benchmark."""
+
+    sizes: tuple[int, ...] = (256, 512)
+    """Sides of the images, pixels; two tables each."""
+    chunks: tuple[int, ...] = (4, 16)
+    """Cells that go through retrieval and PSNet at once, beside all of them."""
+
+
+class Halve(nn.Module):
+    """Nearest-neighbour halving: every second pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2)."""
+        return x[..., ::2, ::2]
+
+
+def literal_down_blocks(model: TMAD) -> TMAD:
+    """A copy whose down-blocks convolve at full size and halve afterwards, as Table I writes them."""
+    model = copy.deepcopy(model)
+    for block in [module for module in model.modules() if isinstance(module, DownBlock)]:
+        strided = block[2]
+        assert isinstance(strided, nn.Conv2d)
+        strided.stride = (1, 1)
+        block.append(Halve())
+    return model
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure every size and write the report; returns the exit code."""
+    options = start(InferenceOptions, argv, prog="inference.py", description=DESCRIPTION)
+    report = Report("inference", "Inference: seconds and memory", options)
+    if options.quick:
+        options = replace(options, sizes=(64,), chunks=(1, 2))
+    model = TMAD(configuration(options)).eval()
+    limit = convolution_limit()
+    for size in options.sizes:
+        _measure_holes(size, model, limit, report, options)
+        _measure_forms(size, model, report, options)
+    report.write()
+    return 0
+
+
+def configuration(options: InferenceOptions) -> TMADConfig:
+    """The defaults; with --quick a small network."""
+    if not options.quick:
+        return TMADConfig()
+    return TMADConfig(
+        patch_size=16,
+        coarse=CoarseConfig(base_width=4, num_res_blocks=1),
+        memory=MemoryConfig(pool_size=6),
+        psnet=PSNetConfig(base_width=4, num_res_blocks=1, num_texture_res_blocks=1),
+    )
+
+
+def _measure_holes(size: int, model: TMAD, limit: float, report: Report, options: InferenceOptions) -> None:
+    """Holes over a quarter and a sixteenth of the image and of one pixel; the largest in chunks of several sizes."""
+    image = picture(size, "inference")
+    large, small = centred_hole(size, size // 2), centred_hole(size, size // 4)
+
+    def fill(mask: np.ndarray, chunk: int) -> Callable[[], InpaintResult]:
+        inpainter = Inpainter(model, cells_per_chunk=chunk, keep_candidates=False)
+        return lambda: inpainter(image, mask)
+
+    cells = len(hole_cells(large, model.config.patch_size))
+    quarter, sixteenth = f"hole {size // 2} x {size // 2}", f"hole {size // 4} x {size // 4}"
+    chunked = {f"{quarter}, chunks of {chunk}": fill(large, chunk) for chunk in options.chunks if chunk < cells}
+    whole = f"{quarter}, its {cells} cells at once"
+    chunked[whole] = fill(large, cells)
+    calls = {
+        **chunked,
+        f"{sixteenth}, its cells at once": fill(small, cells),
+        "hole of one pixel: little but the coarse network": fill(centred_hole(size, 1), cells),
+    }
+    macs = {name: _macs(model, call) for name, call in calls.items()}
+    peaks = {name: peak_bytes(call) for name, call in calls.items()}
+    reference = _pixels(calls[whole])
+    apart = max(int((_pixels(call) != reference).sum()) for call in chunked.values())
+    timings = interleave(calls, options)
+    rows = [
+        [
+            name,
+            f"{timing.median_s:.3g}",
+            f"{timing.times(timings[whole]):.2f}",
+            f"{100 * timing.spread:.0f} %",
+            mb(peaks[name]),
+            f"{macs[name] / 1e9:.3g}",
+            f"{100 * 2 * macs[name] / 1e9 / timing.median_s / limit:.0f} %",
+        ]
+        for name, timing in timings.items()
+    ]
+    header = ["call", "s", "× all at once", "spread", "peak MB", "GMAC", "of the convolution limit"]
+    note = (
+        f"Convolution limit of this machine: {limit:.0f} GFLOP/s. GMAC counts the networks' convolutions, "
+        "not CARAFE's reassembly. Values that differ between chunks of different sizes: "
+        f"{apart} of {reference.size}."
+    )
+    figures = {"peak_bytes": peaks, "macs": macs, "convolution_limit_gflops": limit, "values_apart": apart}
+    report.add(Table(f"{size} x {size}: holes and chunks", header, rows, note), figures, timings)
+
+
+def _measure_forms(size: int, model: TMAD, report: Report, options: InferenceOptions) -> None:
+    """The same fill with single parts in another form."""
+    image, mask = picture(size, "inference"), centred_hole(size, size // 2)
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    variants: dict[str, tuple[TMAD, Any]] = {
+        SHIPPED: (model, None),
+        "down-blocks literal: convolve, then halve": (literal_down_blocks(model), None),
+        "CARAFE unfolded after up-sampling": (model, forms.unfolded_large),
+        "CARAFE unfolded before up-sampling": (model, forms.unfolded_small),
+        "CARAFE by blocks of rows": (model, forms.shifts_rows),
+        "weights in channels-last": (channels_last, None),
+        "CARAFE by nearest neighbour: not the method, a floor": (model, forms.nearest),
+    }
+
+    def fill(network: TMAD, form: Any) -> Callable[[], InpaintResult]:
+        inpainter = Inpainter(network, keep_candidates=False)
+        if form is None:
+            return lambda: inpainter(image, mask)
+
+        def call() -> InpaintResult:
+            with patch("tmad.carafe.reassemble", form):
+                return inpainter(image, mask)
+
+        return call
+
+    calls = {name: fill(*variant) for name, variant in variants.items()}
+    peaks = {name: peak_bytes(call) for name, call in calls.items()}
+    reference = _pixels(calls[SHIPPED])
+    apart = {name: np.abs(_pixels(call) - reference) for name, call in calls.items()}
+    timings = interleave(calls, options)
+    rows = [
+        [
+            name,
+            f"{timing.median_s:.3g}",
+            f"{timing.times(timings[SHIPPED]):.2f}",
+            f"{100 * timing.spread:.0f} %",
+            mb(peaks[name]),
+            str(int((apart[name] > 0).sum())),
+            str(int(apart[name].max())),
+        ]
+        for name, timing in timings.items()
+    ]
+    header = ["form", "s", "× shipped", "spread", "peak MB", "values that differ", "by at most, grey levels"]
+    figures = {"peak_bytes": peaks, **_agreement(apart)}
+    note = f"Of {reference.size} values. A rounding of a last bit can move a value that lies between two grey levels."
+    report.add(Table(f"{size} x {size}: forms", header, rows, note), figures, timings)
+
+
+def _agreement(apart: Mapping[str, np.ndarray]) -> dict[str, dict[str, int]]:
+    return {
+        "values_apart": {name: int((values > 0).sum()) for name, values in apart.items()},
+        "grey_levels_apart": {name: int(values.max()) for name, values in apart.items()},
+    }
+
+
+def _pixels(call: Callable[[], InpaintResult]) -> np.ndarray:
+    """The filled image as int64, so that differences do not wrap around."""
+    return np.asarray(call().output).astype(np.int64)
+
+
+def _macs(model: TMAD, call: Callable[[], object]) -> int:
+    """Multiply-adds of the convolutions of *model* during *call*."""
+    counts: list[int] = []
+
+    def count(layer: nn.Module, _: object, out: Tensor) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        counts.append(out.numel() * layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1])
+
+    hooks = [layer.register_forward_hook(count) for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    call()
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

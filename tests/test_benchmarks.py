@@ -1,0 +1,178 @@
+"""The benchmarks run, agree with themselves and leave a report; no test looks at a time."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import carafe, carafe_forms, harness, inference, retrieval, training_step
+from benchmarks.harness import Options, Report, Table, Timing
+from tmad.carafe import reassemble
+from tmad.config import TMADConfig
+from tmad.model import TMAD
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"carafe": carafe, "retrieval": retrieval, "training_step": training_step, "inference": inference}
+MB = 10**6
+
+
+@pytest.fixture(scope="session")
+def quick_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Page and figures of every script's quick run."""
+    found = {}
+    for name, script in SCRIPTS.items():
+        folder = tmp_path_factory.mktemp(name)
+        assert script.main(["--quick", "--out", str(folder)]) == 0
+        page, figures = sorted(folder.iterdir(), key=lambda path: path.suffix, reverse=True)
+        assert page.name.endswith(f"-{name}-quick.md")
+        found[name] = page.read_text(encoding="utf-8"), json.loads(figures.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_quick_run_reports_where_it_ran_and_every_sample(name: str, quick_runs: dict[str, Any]) -> None:
+    page, content = quick_runs[name]
+    for part in ("Commit:", "Processor:", "Versions:", f"torch {torch.__version__}", "times mean nothing"):
+        assert part in page
+    assert f"- **Command:** python benchmarks/{name}.py --quick\n" in page
+    assert content["environment"]["threads"] == 1
+    assert content["figures"]
+    for title, figures in content["figures"].items():
+        assert f"## {title}\n" in page
+        assert figures["samples"]
+        assert all(len(timing["wall_s"]) == 2 for timing in figures["samples"].values())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_benchmark_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        SCRIPTS[name].main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python benchmarks/{name}.py" in text
+    assert "--keep-pages" in text
+
+
+def test_a_benchmark_runs_as_a_script_from_another_folder(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "retrieval.py"
+    run = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_all_forms_of_carafe_agree_and_the_shipped_one_needs_less_memory_than_unfolding(
+    quick_runs: dict[str, Any],
+) -> None:
+    for figures in quick_runs["carafe"][1]["figures"].values():
+        memory = figures["memory"]
+        assert set(memory) == set(carafe.EAGER)
+        assert max(entry["difference"] for entry in memory.values()) < 1e-6
+        assert max(entry["gradient_difference"] for entry in memory.values()) < 1e-5
+        shipped, unfolded = memory[carafe.SHIPPED], memory[carafe.REFERENCE]
+        assert shipped["forward_peak"] < unfolded["forward_peak"] / 5
+        assert shipped["saved"] < unfolded["saved"] / 3
+
+
+def test_the_agreement_of_carafe_can_fail() -> None:
+    features, weights = torch.rand(1, 2, 6, 6), torch.rand(1, 4, 25, 6, 6).softmax(2)
+    right = reassemble(features, weights, 5)
+    assert carafe._difference([carafe_forms.shifts(features, weights, 5)], [right]) < 1e-6
+    assert carafe._difference([carafe_forms.nearest(features, weights, 5)], [right]) > 1e-3
+
+
+def test_only_the_gather_is_exact_under_autocast_and_deaf_to_other_patches_nan(quick_runs: dict[str, Any]) -> None:
+    (figures,) = quick_runs["retrieval"][1]["figures"].values()
+    shipped, *formulas = (figures["forms"][name] for name in (retrieval.SHIPPED, retrieval.LITERAL, retrieval.ONE_HOT))
+    assert shipped["exact_share"] == shipped["exact_share_bf16"] == 1
+    assert shipped["nan_share"] == 0
+    for one in formulas:
+        assert one["difference"] < 1e-6
+        assert one["exact_share_bf16"] < 1
+        assert one["nan_share"] > 0
+    assert max(one["gradient_difference"] for one in [shipped, *formulas]) < 1e-5
+
+
+def test_the_training_report_has_both_phases_at_each_batch_and_the_parts_left_out(quick_runs: dict[str, Any]) -> None:
+    page, content = quick_runs["training_step"]
+    (figures,) = content["figures"].values()
+    joint, coarse = (figures["peak_bytes"][f"{phase} step, batch 2"] for phase in ("joint", "coarse"))
+    assert joint > coarse > 0
+    assert figures["peak_bytes"]["joint step without VGG-19, batch 1"] < figures["peak_bytes"]["joint step, batch 1"]
+    assert "gradient penalty" in page.split("Share of the joint step")[1]
+    assert set(figures["samples"]) == set(figures["images"])
+
+
+def test_chunks_and_exact_forms_give_the_shipped_image(quick_runs: dict[str, Any]) -> None:
+    holes, forms = quick_runs["inference"][1]["figures"].values()
+    assert holes["values_apart"] == 0
+    exact = {name: value for name, value in forms["grey_levels_apart"].items() if "not the method" not in name}
+    assert len(exact) == len(forms["grey_levels_apart"]) - 1
+    assert max(exact.values()) <= 1
+    other = set(forms["grey_levels_apart"]) - set(exact)
+    assert max(forms["values_apart"][name] for name in other) > 0, "another function is told apart"
+
+
+def test_literal_down_blocks_do_the_same_with_more_multiplications() -> None:
+    model = TMAD(TMADConfig()).eval()
+    literal = inference.literal_down_blocks(model)
+    image, mask = torch.rand(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(literal.predict_coarse(image, mask), model.predict_coarse(image, mask))
+        counts = [inference._macs(one, lambda one=one: one.predict_coarse(image, mask)) for one in (model, literal)]
+    assert counts[0] < counts[1]
+
+
+def test_peak_counts_what_is_held_at_once_and_not_what_was_released() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.empty(MB // 4)
+
+    def together() -> list[torch.Tensor]:
+        return [torch.empty(MB // 4) for _ in range(3)]
+
+    assert harness.peak_bytes(one_after_the_other) == MB
+    assert harness.peak_bytes(together) == 3 * MB
+
+
+def test_saved_counts_each_storage_once_and_leaves_out_what_is_known() -> None:
+    x = torch.rand(1000, requires_grad=True)
+    assert harness.saved_bytes(lambda: (x * x) * x) == 2 * 4000
+    assert harness.saved_bytes(lambda: (x * x) * x, without=[x]) == 4000
+
+
+def test_variants_take_turns_in_an_order_that_rotates() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = harness.interleave(calls, Options(rounds=3), warm=True)
+    assert "".join(order) == "abc" + "bca" + "cab"
+    assert [len(timing.wall_s) for timing in timings.values()] == [3, 3, 3]
+    assert gc.get_freeze_count() == 0, "the collector is back to normal"
+
+
+def test_no_round_begins_after_the_limit_but_the_first_always_runs() -> None:
+    timings = harness.interleave({"a": lambda: None}, Options(rounds=50, limit_s=0))
+    assert len(timings["a"].wall_s) == 1
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    disturbed, other = Timing([1.0, 30.0, 1.0], [1.0] * 3), Timing([2.0, 60.0, 2.2], [2.0] * 3)
+    assert other.times(disturbed) == 2.0
+    assert disturbed.median_s == 1.0
+
+
+def test_a_report_names_the_options_that_differ_from_their_defaults_but_no_folder(tmp_path: Path) -> None:
+    options = retrieval.RetrievalOptions(batches=(2, 3), keep_pages=True, out=tmp_path)
+    report = Report("retrieval", "Title", options)
+    report.add(Table("One", ["what", "ms"], [["a", "1"]]), {}, {"a": Timing([1.0], [0.5])})
+    page = report.write()
+    text = page.read_text(encoding="utf-8")
+    assert "python benchmarks/retrieval.py --keep-pages --batches 2 3\n" in text
+    assert "freed pages kept" in text
+    assert "wall / processor time 2.00" in text
+    assert str(tmp_path) not in text + page.with_suffix(".json").read_text(encoding="utf-8")
