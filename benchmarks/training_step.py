@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Options, Report, Table, Timing, interleave, mb, ms, peak_bytes, start
+from benchmarks.harness import Options, Report, Table, interleave, mb, ms, peak_bytes, start
 from benchmarks.scenes import training_batch
 from tmad.config import CoarseConfig, CriticsConfig, LossConfig, MemoryConfig, PSNetConfig, TMADConfig, TrainingConfig
 from tmad.perceptual import untrained_vgg19
@@ -93,51 +93,55 @@ def _measure(size: int, vgg: nn.Module, report: Report, options: TrainingStepOpt
         batch = training_batch(config.model, side=size, images=images, cells=cells)
         return lambda: state.step(batch, phase, global_batch=images, progress=0.0)
 
-    calls: dict[str, Callable[[], dict[str, Tensor]]] = {}
-    images_of: dict[str, int] = {}
+    title = f"{size} x {size}, {cells} cells an image"
+    whole: dict[str, Step] = {}
     for images in options.batches:
-        calls[f"coarse step, batch {images}"] = steps(full, "coarse", images)
-        calls[f"{JOINT}, batch {images}"] = steps(full, "joint", images)
-        images_of |= dict.fromkeys(list(calls)[-2:], images)
-    first = options.batches[0]
-    for part, weights in without_parts(config.loss).items():
-        name = f"{JOINT} {part}, batch {first}"
-        state = TrainingState(replace(config, loss=weights), perceptual=vgg)
-        calls[name] = steps(state, "joint", first)
-        images_of[name] = first
+        whole[f"coarse step, batch {images}"] = Step(images, steps(full, "coarse", images))
+        whole[f"{JOINT}, batch {images}"] = Step(images, steps(full, "joint", images))
+    note = "Peaks are beyond weights, Adam's moments and averaged weights."
+    _compare(f"{title}: steps", whole, note, report, options)
 
+    first = options.batches[0]
+    parts = {JOINT: Step(first, steps(full, "joint", first))}
+    for part, weights in without_parts(config.loss).items():
+        state = TrainingState(replace(config, loss=weights), perceptual=vgg)
+        parts[part] = Step(first, steps(state, "joint", first))
+    _compare(f"{title}: what the parts of the joint step take at batch {first}", parts, "", report, options)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that can be repeated."""
+
+    images: int
+    run: Callable[[], dict[str, Tensor]]
+
+
+def _compare(title: str, steps: dict[str, Step], note: str, report: Report, options: TrainingStepOptions) -> None:
+    """Peaks, which also warm up, then times."""
     losses: dict[str, dict[str, Tensor]] = {}
-    peaks = {name: peak_bytes(lambda name=name: losses.update({name: calls[name]()})) for name in calls}  # type: ignore[misc]
+    peaks = {name: peak_bytes(lambda name=name: losses.update({name: steps[name].run()})) for name in steps}  # type: ignore[misc]
     for name, values in losses.items():
         if not all(value.isfinite() for value in values.values()):
             raise ArithmeticError(f"{name}: a loss is not finite, the time would mean nothing")
-    timings = interleave(calls, options, warm=True)
+    timings = interleave({name: step.run for name, step in steps.items()}, options, warm=True)
     rows = [
         [
             name,
             ms(timing.median_s),
             f"{100 * timing.spread:.0f} %",
-            f"{images_of[name] / timing.median_s:.3g}",
+            f"{steps[name].images / timing.median_s:.3g}",
             mb(peaks[name]),
-            mb(peaks[name] / images_of[name]),
+            mb(peaks[name] / steps[name].images),
         ]
         for name, timing in timings.items()
     ]
     header = ["step", "ms", "spread", "images/s", "peak MB", "peak MB an image"]
-    note = f"{_shares(timings, first)} Peaks are beyond weights, Adam's moments and averaged weights."
-    figures = {"peak_bytes": peaks, "images": images_of, "cells": cells}
-    report.add(Table(f"{size} x {size}, {cells} cells an image", header, rows, note), figures, timings)
-
-
-def _shares(timings: dict[str, Timing], images: int) -> str:
-    """What each part takes of the joint step: 1 - time without it / time with it."""
-    whole = timings[f"{JOINT}, batch {images}"]
-    saved = {
-        part.removeprefix("without "): 1 - timings[f"{JOINT} {part}, batch {images}"].times(whole)
-        for part in without_parts(LossConfig())
-    }
-    listed = ", ".join(f"{part} {100 * share:.0f} %" for part, share in saved.items())
-    return f"Share of the joint step at batch {images}, by leaving it out: {listed}."
+    if JOINT in steps:
+        header.append("share of what is left out")
+        for row, timing in zip(rows, timings.values(), strict=True):
+            row.append("" if row[0] == JOINT else f"{100 * (1 - timing.times(timings[JOINT])):.0f} %")
+    report.add(Table(title, header, rows, note), {"peak_bytes": peaks}, timings)
 
 
 if __name__ == "__main__":

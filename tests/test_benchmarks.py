@@ -15,7 +15,7 @@ import torch
 from benchmarks import carafe, carafe_forms, harness, inference, retrieval, training_step
 from benchmarks.harness import Options, Report, Table, Timing
 from tmad.carafe import reassemble
-from tmad.config import TMADConfig
+from tmad.config import LossConfig, TMADConfig
 from tmad.model import TMAD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,13 +99,12 @@ def test_only_the_gather_is_exact_under_autocast_and_deaf_to_other_patches_nan(q
 
 
 def test_the_training_report_has_both_phases_at_each_batch_and_the_parts_left_out(quick_runs: dict[str, Any]) -> None:
-    page, content = quick_runs["training_step"]
-    (figures,) = content["figures"].values()
-    joint, coarse = (figures["peak_bytes"][f"{phase} step, batch 2"] for phase in ("joint", "coarse"))
-    assert joint > coarse > 0
-    assert figures["peak_bytes"]["joint step without VGG-19, batch 1"] < figures["peak_bytes"]["joint step, batch 1"]
-    assert "gradient penalty" in page.split("Share of the joint step")[1]
-    assert set(figures["samples"]) == set(figures["images"])
+    whole, parts = quick_runs["training_step"][1]["figures"].values()
+    steps = whole["peak_bytes"]
+    assert set(steps) == {f"{phase} step, batch {images}" for phase in ("coarse", "joint") for images in (1, 2)}
+    assert steps["joint step, batch 2"] > steps["coarse step, batch 2"] > steps["coarse step, batch 1"] > 0
+    assert set(parts["samples"]) == {training_step.JOINT, *training_step.without_parts(LossConfig())}
+    assert parts["peak_bytes"]["without VGG-19"] < parts["peak_bytes"][training_step.JOINT]
 
 
 def test_chunks_and_exact_forms_give_the_shipped_image(quick_runs: dict[str, Any]) -> None:
