@@ -20,6 +20,10 @@ RESIDUAL_INIT = 0.1
 grow with their number [D]."""
 
 
+START_NOISE = 0.1
+"""Share of the He initialisation that is kept beside a linear start, so that the halves of a pair can part [D]."""
+
+
 def conv(in_channels: int, out_channels: int, size: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A convolution that keeps the size (divided by *stride*), He-initialised for a leaky ReLU behind it."""
     layer = nn.Conv2d(in_channels, out_channels, size, stride=stride, padding=dilation * (size // 2), dilation=dilation)
@@ -33,6 +37,33 @@ def out_conv(in_channels: int, out_channels: int = 3) -> nn.Conv2d:
     layer = conv(in_channels, out_channels, 1)
     with torch.no_grad():
         layer.weight *= RESIDUAL_INIT
+    return layer
+
+
+@torch.no_grad()
+def start_linear(layer: nn.Conv2d, *, first: bool = False, last: bool = False) -> nn.Conv2d:
+    """Re-initialise *layer* so that a stack of such layers starts as a linear map that hands its input through [D].
+
+    "Looks-linear" initialisation (Balduzzi et al. 2017): channels come in pairs x and -x, of which one always passes
+    the leaky ReLU, so that x = (leaky(x) - leaky(-x)) / (1 + leak) survives any depth. The map between the first
+    halves is the identity as far as it goes, and random beyond. *first*: the input is no pair; *last*: the output.
+    Without normalisation layers this is what lets the coarse network start as "shrink and enlarge the picture" instead
+    of having to find that out. Returns *layer*.
+    """
+    layer.weight *= START_NOISE
+    out_half = layer.out_channels if last else layer.out_channels // 2
+    in_half = layer.in_channels if first else layer.in_channels // 2
+    shape = (out_half, in_half, *layer.kernel_size)
+    linear = torch.zeros(shape)
+    kept = min(out_half, in_half)
+    nn.init.dirac_(linear[:kept, :kept])
+    if out_half > kept:
+        nn.init.normal_(linear[kept:], std=math.prod(shape[1:]) ** -0.5)
+    if not first:
+        linear = torch.cat([linear, -linear], dim=1) / (1 + LEAK)
+    if not last:
+        linear = torch.cat([linear, -linear])
+    layer.weight[: linear.shape[0], : linear.shape[1]] += linear
     return layer
 
 
@@ -70,11 +101,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, dilation: int = 1) -> None:
         super().__init__()
-        self.branch = nn.Sequential(
-            conv(channels, channels, dilation=dilation), leaky(), conv(channels, channels), leaky()
-        )
+        second = conv(channels, channels)
         with torch.no_grad():
-            self.branch[2].weight *= RESIDUAL_INIT
+            second.weight *= RESIDUAL_INIT
+        self.branch = nn.Sequential(conv(channels, channels, dilation=dilation), leaky(), second, leaky())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -98,9 +128,9 @@ class _Scale(nn.Module):
 def normalise_spectra(module: nn.Module) -> None:
     """Put spectral normalisation (Miyato et al. 2018) on every convolution inside *module*.
 
-    [D] Each weight, taken as a (C_out, C_in * size^2) matrix, is held at the spectral norm that a random one
-    of its shape with standard deviation 1/sqrt(fan_in) has, 1 + sqrt(C_out / fan_in), instead of at 1. At 1, a stack without other normalisation
-    loses half of its signal in every layer: PSNet's output started with a standard deviation of 0.0006.
+    [D] Each weight, taken as a (C_out, fan_in) matrix, is held at the spectral norm that a random one of its shape with
+    standard deviation 1/sqrt(fan_in) has, 1 + sqrt(C_out / fan_in), instead of at 1. At 1, a stack without other
+    normalisation loses half of its signal in every layer: PSNet's output started with a standard deviation of 0.0006.
     The bound is a constant either way, so the network stays as Lipschitz as it was at the start.
     """
     for layer in [child for child in module.modules() if isinstance(child, nn.Conv2d)]:

@@ -17,6 +17,24 @@ from tmad.config import CarafeConfig
 SCALE = 2
 
 
+START_SPREAD = 0.004
+"""Added to every tap of the kernels that up-sampling starts with, before they are normalised."""
+
+
+def bilinear_kernels(kernel: int) -> Tensor:
+    """The (4, kernel^2) reassembly kernels of bilinear up-sampling by 2, sub-pixels and taps in raster order.
+
+    Up-sampling starts with these [D]. Started from equal taps, as the CARAFE paper's own code does, three levels blur
+    over 35 pixels, and the network spends its first thousands of images on learning to be sharp (docs/log.md).
+    """
+    taps = torch.zeros(SCALE, kernel)
+    half = kernel // 2
+    taps[:, half] = 0.75
+    if half:
+        taps[0, half - 1] = taps[1, half + 1] = 0.25
+    return torch.einsum("ai,bj->abij", taps, taps).reshape(SCALE * SCALE, kernel * kernel)
+
+
 class _Reassemble(torch.autograd.Function):
     """Weighted sums over shifted views; see `reassemble`. Saves its inputs, recomputes the rest."""
 
@@ -91,9 +109,9 @@ class Carafe(nn.Module):
         )
         nn.init.xavier_uniform_(self.compress.weight)
         nn.init.zeros_(self.compress.bias)  # type: ignore[arg-type]
-        # Nearly equal kernels at the start: up-sampling begins as a 5x5 mean.
         nn.init.normal_(self.encode.weight, std=0.001)
-        nn.init.zeros_(self.encode.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.encode.bias.copy_((bilinear_kernels(config.kernel) + START_SPREAD).log().flatten())  # type: ignore[union-attr]
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W); the kernel softmax runs in float32."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, leaky, out_conv
+from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, leaky, start_linear
 from tmad.config import CarafeConfig, CoarseConfig
 
 
@@ -20,11 +22,18 @@ class CoarseNet(nn.Module):
         self.layers = nn.Sequential(
             conv(4, widths[0], 1),
             leaky(),
-            *(DownBlock(a, b) for a, b in zip(widths, widths[1:], strict=False)),
+            *(DownBlock(a, b) for a, b in pairwise(widths)),
             *(ResidualBlock(widths[-1], dilation) for dilation in dilations),
-            *(UpBlock(b, a, carafe) for a, b in reversed(list(zip(widths, widths[1:], strict=False)))),
-            out_conv(widths[0]),
+            *(UpBlock(b, a, carafe) for a, b in reversed(list(pairwise(widths)))),
+            conv(widths[0], 3, 1),
         )
+        start_linear(self.layers[0], first=True)  # type: ignore[arg-type]
+        start_linear(self.layers[-1], last=True)  # type: ignore[arg-type]
+        for block in self.layers:
+            if isinstance(block, (DownBlock, UpBlock)):
+                for layer in block:
+                    if isinstance(layer, nn.Conv2d):
+                        start_linear(layer)
 
     def forward(self, masked: Tensor, mask: Tensor) -> Tensor:
         """*masked* I_m (B, 3, H, W) in [-1, 1], *mask* M (B, 1, H, W) {0, 1}, sides multiples of 2^num_down_blocks.

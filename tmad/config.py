@@ -210,6 +210,13 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the networks' convolutions; losses, softmax and gradient penalty are always float32 [D]."""
 
+    def __post_init__(self) -> None:
+        if self.loss.weight_perceptual and self.model.patch_size < 16:
+            raise ValueError(
+                f"VGG-19 halves a patch four times: with loss.weight_perceptual above 0, model.patch_size must be at "
+                f"least 16, got {self.model.patch_size}"
+            )
+
 
 def from_dict(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Make a settings object from nested dictionaries, as `dataclasses.asdict` and JSON give them.

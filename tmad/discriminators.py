@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
-from tmad.blocks import DownBlock, ResidualBlock, conv, leaky, normalise_spectra
+from tmad.blocks import LEAK, DownBlock, ResidualBlock, conv, leaky, normalise_spectra
 from tmad.config import CriticsConfig
 
 
@@ -42,7 +44,7 @@ class GlobalCritic(nn.Module):
         widths = [3, base, 2 * base, 4 * base, 8 * base]
         strides = [2, 2, 2, 1]
         layers: list[nn.Module] = []
-        for a, b, stride in zip(widths, widths[1:], strides, strict=False):
+        for (a, b), stride in zip(pairwise(widths), strides, strict=True):
             layers += [_conv4(a, b, stride), leaky()]
         self.layers = nn.Sequential(*layers, _conv4(widths[-1], 1, 1))
         if config.spectral_norm:
@@ -56,7 +58,7 @@ class GlobalCritic(nn.Module):
 
 def _conv4(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
     layer = nn.Conv2d(in_channels, out_channels, 4, stride=stride, padding=1)
-    nn.init.kaiming_normal_(layer.weight, a=0.2)
+    nn.init.kaiming_normal_(layer.weight, a=LEAK)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
 

@@ -18,7 +18,7 @@ def decay(images: int, images_seen: int, halflife_images: float) -> float:
 @torch.no_grad()
 def update(average: nn.Module, model: nn.Module, keep: float) -> None:
     """average = keep * average + (1 - keep) * model, in place; buffers are copied."""
-    old, new = list(average.parameters()), list(model.parameters())
-    torch._foreach_lerp_(old, new, 1 - keep)
+    for old, new in zip(average.parameters(), model.parameters(), strict=True):
+        old.lerp_(new, 1 - keep)
     for target, source in zip(average.buffers(), model.buffers(), strict=True):
         target.copy_(source)

@@ -72,6 +72,8 @@ class Retrieval(nn.Module):
         self.config = config
         self.embed_query = embedding(config)
         self.embed_memory = embedding(config)
+        # Equal at the start, so that from the first step a cell is most similar to patches that look like it [D].
+        self.embed_memory.load_state_dict(self.embed_query.state_dict())
         dimension = config.embed_channels * patch_size**2
         self.temperature = config.temperature or math.sqrt(dimension)
 

@@ -109,8 +109,9 @@ class TrainingState:
 
         *global_batch*: images of this step over all workers; *progress*: share of the phase done, in [0, 1), which
         drives the learning rate. Returns this worker's losses, gradient norms and rates as 0-dim tensors by name.
-        A step whose gradient is not finite changes no weight and is counted; the gradients are averaged first, so all
-        workers skip alike. Raises `NonFiniteLoss` after `optim.max_bad_steps` of them in a row.
+        A gradient that is not finite changes no weight it belongs to, ends the step and is counted; if it is the
+        critics', the generator is not updated either. Gradients are averaged first, so all workers skip alike. Raises
+        `NonFiniteLoss` after `optim.max_bad_steps` of them in a row.
         """
         workers = workers or OneWorker()
         batch = batch.to(self.device)
@@ -148,6 +149,8 @@ class TrainingState:
         with self._autocast():
             coarse_raw = self.model.predict_coarse(image, mask)
         terms = self._reconstruction(coarse_raw, image, mask)
+        if not terms:
+            raise ValueError("the coarse phase has nothing to learn: loss.weight_hole and loss.weight_valid are both 0")
         return self._update_generator(terms, workers)
 
     def _joint_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], bool]:
@@ -323,6 +326,7 @@ class TrainingState:
                 module.load_state_dict(own)
             except RuntimeError as error:
                 raise ValueError(f"the saved {network} does not fit this configuration: {error}") from error
+        left = {name for name in tensors if name.split("/")[0] not in self._networks()}
         for name, parameters in self._named_optimizer_parameters().items():
             state = self.optimizers[name].state
             state.clear()
@@ -331,11 +335,15 @@ class TrainingState:
                 present = [item for item in ADAM_TENSORS if prefix + item in tensors]
                 if 0 < len(present) < len(ADAM_TENSORS):
                     raise ValueError(f"the saved {prefix} has {', '.join(present)} and not all of {ADAM_TENSORS}")
+                left -= {prefix + item for item in present}
                 if present:
                     moments = {item: tensors[prefix + item].clone() for item in ADAM_TENSORS}
                     state[parameter] = {
                         item: value if item == "step" else value.to(parameter.device) for item, value in moments.items()
                     }
+        if left or counters.keys() != self.counters().keys():
+            odd = sorted(left | (counters.keys() ^ self.counters().keys()))
+            raise ValueError(f"the saved state has other parts than this configuration: {', '.join(odd)}")
         for name, value in counters.items():
             setattr(self, name, value)
 
