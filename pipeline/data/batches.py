@@ -17,17 +17,17 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.fetch import read_portion
-from pipeline.data.order import WINDOW_BYTES, chunks
+from pipeline.data.order import chunks
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder, unpack_mask
-from pipeline.data.tasks import iterate, run_tasks
+from pipeline.data.tasks import run_stretches
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
 from tmad.batch import Batch, Sample, collate, make_sample
 from tmad.images import UnreadableImage, decode_image, to_rgb
 from tmad.rng import numpy_generator
 
-_READING_TASKS = 2
-_MAX_RAY_TASKS = 200
+_STRETCH_PORTIONS = 2
+"""Portions of the order, each worth a task, that are read at once; as much again is read ahead."""
 
 
 def training_batches(
@@ -135,20 +135,9 @@ def _stream(
     portions: list[dict[str, Any]], read: Callable[[dict[str, Any]], pa.Table], batch: int
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of one batch after the other, through Ray Data, in order, with bounded memory."""
-    if not portions:
-        return
     # Reading takes no processor to speak of; asking for none, it cannot starve when training holds them all.
-    dataset = run_tasks(
-        portions,
-        read,
-        num_cpus=0,
-        at_once=_READING_TASKS,
-        in_order=True,
-        buffer_bytes=4 * WINDOW_BYTES,
-        max_ray_tasks=_MAX_RAY_TASKS,
-    )
-    for table in iterate(dataset, batch_size=batch, batch_format="pyarrow", prefetch_batches=2):
-        yield _rows(table)
+    tables = run_stretches(_grouped(portions, _STRETCH_PORTIONS), read, num_cpus=0)
+    return _grouped((row for table in tables if len(table) for row in _rows(table)), batch)
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
@@ -160,8 +149,8 @@ def _rows(table: pa.Table) -> list[dict[str, Any]]:
     ]
 
 
-def _grouped(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(rows)
+def _grouped(items: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    iterator = iter(items)
     while group := list(itertools.islice(iterator, size)):
         yield group
 

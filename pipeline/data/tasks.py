@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import ray.data
 from ray.exceptions import RayTaskError
 
@@ -29,15 +32,13 @@ def run_tasks(
     num_cpus: float,
     at_once: int | None = None,
     in_order: bool = False,
-    buffer_bytes: int | None = None,
     max_ray_tasks: int = 10_000,
 ) -> ray.data.Dataset:
     """A lazy data set of the tables that *function* makes of each task (a JSON object).
 
     *num_cpus* processors are asked for by each running task, *at_once* of them run at most (none = as many as there
-    are processors). *in_order*: rows come in the order of the tasks, otherwise as they are finished. *buffer_bytes* of
-    the object store are used at most for what was made and not yet taken. Beyond *max_ray_tasks*, several tasks are run
-    one after the other in one of Ray's, which keeps its bookkeeping small.
+    are processors). *in_order*: rows come in the order of the tasks, otherwise as they are finished. Beyond
+    *max_ray_tasks*, several tasks are run one after the other in one of Ray's, which keeps its bookkeeping small.
     """
     items = [{"task": json.dumps(task)} for task in tasks]
     blocks = min(len(items), max_ray_tasks)
@@ -54,22 +55,58 @@ def run_tasks(
     dataset.context.target_max_block_size = BLOCK_BYTES
     options = dataset.context.execution_options
     options.preserve_order = in_order
-    if buffer_bytes is not None:
-        options.resource_limits = options.resource_limits.copy(object_store_memory=buffer_bytes)
     # Ray Data says on the console that its bars are off and that a run is over; our own lines say what matters.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     return dataset
 
 
-def iterate(dataset: ray.data.Dataset, **options: Any) -> Iterator[Any]:
-    """`dataset.iter_batches(**options)`; what a task raised comes out as itself instead of Ray's report about it."""
+def run_stretches(
+    stretches: Iterable[Sequence[dict[str, Any]]], function: Callable[[dict[str, Any]], pa.Table], *, num_cpus: float
+) -> Iterator[pa.Table]:
+    """The tables of one stretch of tasks after the other, in order, the next stretch being made meanwhile.
+
+    For a reader that is slow, as training is. One long pipeline would be held back by its reader, and then Ray Data's
+    executor, a thread of the reading process, turns without a pause: it took 40 % of a core, and the interpreter lock,
+    from the training step. A stretch that is made at once leaves no executor; at most two of them are in memory.
+    What a task raised comes out as itself.
+    """
+
+    def make(tasks: Sequence[dict[str, Any]]) -> list[Any]:
+        # Its operators are of no interest afterwards; the references keep the tables alive until they are read.
+        refs: list[Any] = run_tasks(tasks, function, num_cpus=num_cpus, in_order=True).to_arrow_refs()
+        return refs
+
+    with ThreadPoolExecutor(1, thread_name_prefix="stretch") as ahead, _own_errors():
+        upcoming: Future[list[Any]] | None = None
+        for tasks in stretches:
+            current, upcoming = upcoming, ahead.submit(make, tasks)
+            if current is not None:
+                yield from _tables(current.result())
+        if upcoming is not None:
+            yield from _tables(upcoming.result())
+
+
+def _tables(refs: list[Any]) -> Iterator[pa.Table]:
+    while refs:
+        yield ray.get(refs.pop(0))
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """What a task raised comes out as itself instead of Ray's report about it."""
     try:
-        yield from dataset.iter_batches(**options)
+        yield
     except RayTaskError as error:
         if isinstance(error.cause, (TMADError, ValueError)):
             raise error.cause from None
         raise
+
+
+def iterate(dataset: ray.data.Dataset, **options: Any) -> Iterator[Any]:
+    """`dataset.iter_batches(**options)`; what a task raised comes out as itself instead of Ray's report about it."""
+    with _own_errors():
+        yield from dataset.iter_batches(**options)
 
 
 def _run(block: dict[str, np.ndarray], *, function: Callable[[dict[str, Any]], pa.Table]) -> Iterator[pa.Table]:

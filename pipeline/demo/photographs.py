@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image, ImageOps
+
 from pipeline.errors import MissingInput
 
 FROM_SKIMAGE = "scikit-image, docstring of skimage.data.{}"
@@ -179,6 +181,8 @@ def installed_file(photograph: Photograph) -> Path:
 def write_photographs(out: Path) -> dict[str, int]:
     """Copy the photographs to *out*/train and *out*/val, and state where each comes from beside them.
 
+    Each training photograph also comes recoloured (`astronaut.gbr.png`): a dozen pictures show too few colours, and a
+    network that saw only these would fill every hole with them instead of with the colours around it.
     Files that are already there stay as they are. Writes PHOTOGRAPHS.md for people and photographs.json for programs.
     Returns the number of photographs by split. Raises `MissingInput` as `installed_file` does, before anything is
     written.
@@ -191,16 +195,36 @@ def write_photographs(out: Path) -> dict[str, int]:
         if not (target.is_file() and target.stat().st_size == source.stat().st_size):
             shutil.copyfile(source, target)
         counts[photograph.split] = counts.get(photograph.split, 0) + 1
+        if photograph.split == "train":
+            _write_recoloured(target)
     (out / "PHOTOGRAPHS.md").write_text("\n".join(_credits()) + "\n", encoding="utf-8")
     statement = json.dumps([asdict(photograph) for photograph in PHOTOGRAPHS], indent=2, ensure_ascii=False)
     (out / "photographs.json").write_text(statement + "\n", encoding="utf-8")
     return counts
 
 
+def _write_recoloured(photograph: Path) -> None:
+    """Variants beside *photograph*: a colour picture with its channels rotated, a grey one as its negative."""
+    with Image.open(photograph) as image:
+        grey = image.mode == "L"
+        variants = ("negative",) if grey else ("gbr", "brg")
+        for variant in variants:
+            target = photograph.with_suffix(f".{variant}.png")
+            if target.is_file():
+                continue
+            if grey:
+                recoloured = ImageOps.invert(image)
+            else:
+                bands = dict(zip("rgb", image.convert("RGB").split(), strict=True))
+                recoloured = Image.merge("RGB", [bands[letter] for letter in variant])
+            recoloured.save(target)
+
+
 def _credits() -> Iterator[str]:
     yield "# The photographs of the demo"
     yield ""
-    yield "Copied from the installed packages; each line gives what the named text states."
+    yield "Copied from the installed packages; each line gives what the named text states. Files with .gbr, .brg or"
+    yield ".negative in their name are training photographs with their colours exchanged."
     yield ""
     yield "| Photograph | Used for | Licence | Source | Stated in |"
     yield "|---|---|---|---|---|"

@@ -42,7 +42,7 @@ from tmad.rng import numpy_generator
 CELLS_PER_SIDE = 8
 """A crop is so many cells wide and high: 256 pixels for the paper's 32-pixel patches, and in proportion for others."""
 
-FREE_FORM = "brush_or_rectangle"
+FREE_FORM = "brush"
 """Family of the holes that are trained and measured."""
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class DemoConfig:
     """Local folder: the run is `<out>/demo`, its data `<out>/demo-data`, the MLflow file `<out>/mlflow.db`."""
     training: Literal["demo", "smoke"] = "demo"
     """Training preset; `smoke` passes through every stage in a minute and learns nothing of use."""
-    train_crops: PositiveInt = 24
+    train_crops: PositiveInt = 12
     """Crops of each training photograph."""
     val_crops: PositiveInt = 4
     """Crops of each validation photograph."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from pipeline.data.tasks import run_tasks
+from pipeline.data.tasks import run_stretches, run_tasks
 
 pytestmark = pytest.mark.ray
 
@@ -30,20 +31,19 @@ def test_rows_come_in_the_order_of_their_tasks_however_many_share_one_of_rays(ra
     assert found == list(range(7))
 
 
-def test_tasks_do_not_run_far_ahead_of_a_slow_reader(ray_session, tmp_path):
-    tasks = [{"number": number} for number in range(60)]
-    dataset = run_tasks(
-        tasks,
-        large_tables(tmp_path),
-        num_cpus=0,
-        at_once=2,
-        in_order=True,
-        buffer_bytes=16 * 2**20,
-        max_ray_tasks=2,
-    )
-    batches = iter(dataset.iter_batches(batch_size=1, prefetch_batches=1))
-    assert next(batches)["number"].tolist() == [0]
+def test_stretches_come_in_order_and_only_the_next_one_is_made_ahead_of_a_slow_reader(ray_session, tmp_path):
+    stretches = [[{"number": number} for number in range(first, first + 3)] for first in range(0, 30, 3)]
+    tables = run_stretches(stretches, large_tables(tmp_path), num_cpus=0)
+    found = [next(tables)["number"].to_pylist()]
     time.sleep(2)
-    ahead = len(list(tmp_path.iterdir()))
-    assert ahead < 45
-    assert sum(1 for _ in batches) == 59
+    assert len(list(tmp_path.iterdir())) == 6
+    found += [table["number"].to_pylist() for table in tables]
+    assert found == [[number] for number in range(30)]
+
+
+def test_no_thread_of_ray_data_is_left_turning_beside_a_slow_reader(ray_session, tmp_path):
+    tables = run_stretches([[{"number": 0}], [{"number": 1}]], large_tables(tmp_path), num_cpus=0)
+    next(tables)
+    time.sleep(2)
+    assert not [one.name for one in threading.enumerate() if one.name.startswith("StreamingExecutor")]
+    assert sum(1 for _ in tables) == 1
