@@ -9,7 +9,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.demo import photographs
 from pipeline.demo.photographs import PHOTOGRAPHS, Photograph, installed_file, write_photographs
@@ -71,12 +73,24 @@ def test_the_written_folder_states_licence_and_source_of_every_file_in_it(tmp_pa
     files = {path.name for split in ("train", "val") for path in (tmp_path / split).iterdir()}
     stated = {entry["file"]: entry for entry in json.loads((tmp_path / "photographs.json").read_text())}
     table = (tmp_path / "PHOTOGRAPHS.md").read_text()
-    assert files == stated.keys()
-    assert sum(counts.values()) == len(files)
+    recoloured = {name for name in files if name.split(".")[1] in ("gbr", "brg", "negative")}
+    assert files - recoloured == stated.keys()
+    assert sum(counts.values()) == len(files - recoloured)
+    training = {Path(name).stem for name, entry in stated.items() if entry["split"] == "train"}
+    assert {name.split(".")[0] for name in recoloured} == training
     for name, entry in stated.items():
         assert f"| {name} |" in table
         assert entry["licence"] in table
         assert entry["source"] in table
+
+
+def test_recoloured_photographs_hold_the_same_channels_in_another_order(tmp_path: Path) -> None:
+    write_photographs(tmp_path)
+    original = np.asarray(Image.open(tmp_path / "train" / "coffee.png").convert("RGB"))
+    rotated = np.asarray(Image.open(tmp_path / "train" / "coffee.gbr.png"))
+    assert np.array_equal(rotated, original[..., [1, 2, 0]])
+    grey = np.asarray(Image.open(tmp_path / "train" / "brick.png"))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "train" / "brick.negative.png")), 255 - grey)
 
 
 def test_writing_again_leaves_the_files_alone(tmp_path: Path) -> None:
