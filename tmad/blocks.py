@@ -125,15 +125,20 @@ class _Scale(nn.Module):
         return weight / self.bound
 
 
+SPECTRAL_GAIN = 1.2
+"""Share by which the spectral bound exceeds that of a weight with standard deviation 1/sqrt(fan_in) [D]."""
+
+
 def normalise_spectra(module: nn.Module) -> None:
     """Put spectral normalisation (Miyato et al. 2018) on every convolution inside *module*.
 
-    [D] Each weight, taken as a (C_out, fan_in) matrix, is held at the spectral norm that a random one of its shape with
-    standard deviation 1/sqrt(fan_in) has, 1 + sqrt(C_out / fan_in), instead of at 1. At 1, a stack without other
-    normalisation loses half of its signal in every layer: PSNet's output started with a standard deviation of 0.0006.
-    The bound is a constant either way, so the network stays as Lipschitz as it was at the start.
+    [D] Each weight, taken as a (C_out, fan_in) matrix, is held at SPECTRAL_GAIN times the spectral norm that a random
+    one of its shape with standard deviation 1/sqrt(fan_in) has, 1 + sqrt(C_out / fan_in), instead of at 1. At 1, a
+    stack without other normalisation loses half of its signal in every layer: PSNet's output started with a standard
+    deviation of 0.0006. The bound is a constant either way: the network stays as Lipschitz as it was at the start.
     """
     for layer in [child for child in module.modules() if isinstance(child, nn.Conv2d)]:
         fan_in = layer.weight[0].numel()
         spectral_norm(layer)
-        register_parametrization(layer, "weight", _Scale(1 + math.sqrt(layer.out_channels / fan_in)))
+        bound = SPECTRAL_GAIN * (1 + math.sqrt(layer.out_channels / fan_in))
+        register_parametrization(layer, "weight", _Scale(bound))

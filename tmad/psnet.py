@@ -34,9 +34,11 @@ class PSNet(nn.Module):
         )
         self.up_half = UpBlock(8 * base, 2 * base, carafe)
         self.up_full = UpBlock(4 * base, base, carafe)
-        self.decode = nn.Sequential(conv(base, base), leaky(), conv(base, base), leaky(), out_conv(base))
+        self.decode = nn.Sequential(conv(base, base), leaky(), conv(base, base), leaky())
         if config.spectral_norm:
             normalise_spectra(self)
+        # Not normalised: the linear output has to reach the full range, and starts small [D].
+        self.output = out_conv(base)
 
     def forward(self, windows: Tensor, candidates: Tensor) -> Tensor:
         """*windows* p~_s (M, 3, 3k, 3k) and *candidates* (M, 3 * N_c, k, k), in [-1, 1]; M cells of any images.
@@ -50,5 +52,5 @@ class PSNet(nn.Module):
         quarter = self.texture_quarter(half)
         decoded = self.up_half(torch.cat([centre, quarter], dim=1))
         decoded = self.up_full(torch.cat([decoded, half], dim=1))
-        cells: Tensor = self.decode(decoded)
+        cells: Tensor = self.output(self.decode(decoded))
         return cells + windows[..., k : 2 * k, k : 2 * k] if self.residual else cells

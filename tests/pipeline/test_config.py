@@ -81,10 +81,17 @@ def test_a_run_trains_at_least_one_batch() -> None:
 
 
 def test_perceptual_features_off_is_a_weight_of_zero_in_the_step() -> None:
-    config = replace(smoke(), perceptual=PerceptualConfig(features="off"))
+    model = replace(smoke().model, patch_size=16)
+    config = replace(smoke(), model=model, perceptual=PerceptualConfig(features="off"))
     assert config.loss.weight_perceptual > 0
     assert config.training.loss.weight_perceptual == 0
     assert replace(config, perceptual=PerceptualConfig()).training.loss == config.loss
+
+
+def test_patches_too_small_for_vgg19_are_refused_where_it_is_used() -> None:
+    with pytest.raises(ValueError, match=r"model\.patch_size must be at least 16, got 8"):
+        _ = replace(smoke(), perceptual=PerceptualConfig()).training
+    assert smoke().training.model.patch_size == 8
 
 
 def test_difference_lists_every_changed_setting() -> None:

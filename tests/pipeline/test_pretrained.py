@@ -29,7 +29,9 @@ def vgg_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _config(tmp_path: Path, **perceptual: str) -> RunConfig:
-    return replace(smoke(), runs=str(tmp_path / "runs"), perceptual=PerceptualConfig(**perceptual))
+    run = smoke()
+    model = replace(run.model, patch_size=16)
+    return replace(run, model=model, runs=str(tmp_path / "runs"), perceptual=PerceptualConfig(**perceptual))
 
 
 def _digest(path: Path) -> str:
