@@ -36,7 +36,7 @@ photographs. Not a speed: it shows that the joint phase learns what the coarse n
 
 Examples:
   python benchmarks/overfit.py
-  python benchmarks/overfit.py --joint-images 4000 --residual
+  python benchmarks/overfit.py --joint-images 4000 --no-residual
 """
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "rocket.jpg", "brick.png")
@@ -51,15 +51,15 @@ class OverfitOptions(Options):
 
     coarse_images: int = 800
     """Images of the coarse phase."""
-    joint_images: int = 2_000
+    joint_images: int = 1_400
     """Images of the joint phase."""
     batch: int = 4
     """Images of a step: all photographs."""
-    cells: int = 25
+    cells: int = 16
     """Cells of an image that a step trains."""
     family: str = "rectangle"
     """Family of the holes, one fixed hole a photograph."""
-    residual: bool = False
+    residual: bool = True
     """PSNet starts at the coarse result (`psnet.residual`)."""
 
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def configuration(options: OverfitOptions) -> TrainingConfig:
-    """The demo's training settings; PSNet starts from nothing unless asked otherwise."""
+    """The demo's training settings."""
     config = demo().training
     model = replace(config.model, psnet=replace(config.model.psnet, residual=options.residual))
     return replace(config, model=model)
