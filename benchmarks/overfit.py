@@ -59,6 +59,8 @@ class OverfitOptions(Options):
     """Cells of an image that a step trains."""
     family: str = "rectangle"
     """Family of the holes, one fixed hole a photograph."""
+    lr_critics: float = 1e-4
+    """Learning rate of both discriminators; at the generator's they tell four photographs apart too well."""
     residual: bool = True
     """PSNet starts at the coarse result (`psnet.residual`)."""
 
@@ -108,7 +110,7 @@ def configuration(options: OverfitOptions) -> TrainingConfig:
     """The demo's training settings."""
     config = demo().training
     model = replace(config.model, psnet=replace(config.model.psnet, residual=options.residual))
-    return replace(config, model=model)
+    return replace(config, model=model, optim=replace(config.optim, lr_critics=options.lr_critics))
 
 
 def scene(options: OverfitOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:
