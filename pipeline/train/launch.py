@@ -219,8 +219,12 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
         "max_failures": workers.max_failures,
         "controller_failure_limit": workers.controller_failure_limit,
     }
-    # Ray's own notes on each checkpoint and worker group; ours say the same.
-    quiet: dict[str, Any] = {"logging_config": LoggingConfig(log_level="WARNING")}
+    # Arguments that Ray's annotation of the class leaves out. Its own notes on each checkpoint and worker group say the
+    # same as ours.
+    more: dict[str, Any] = {
+        "logging_config": LoggingConfig(log_level="WARNING"),
+        "worker_runtime_env": {"env_vars": KEEP_FREED_PAGES},
+    }
     worker: Any = work  # Ray's annotation allows no result, its `Result.return_value` carries one.
     trainer = TorchTrainer(
         worker,
@@ -234,8 +238,7 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
             storage_path=folder,
             failure_config=FailureConfig(**failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.schedule.keep_checkpoints),
-            worker_runtime_env={"env_vars": KEEP_FREED_PAGES},
-            **quiet,
+            **more,
         ),
     )
     try:
