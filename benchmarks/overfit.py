@@ -59,8 +59,8 @@ class OverfitOptions(Options):
     """Cells of an image that a step trains."""
     family: str = "rectangle"
     """Family of the holes, one fixed hole a photograph."""
-    lr_critics: float = 1e-4
-    """Learning rate of both discriminators; at the generator's they tell four photographs apart too well."""
+    lr_critics: float = 4e-4
+    """Learning rate of both discriminators."""
     residual: bool = True
     """PSNet starts at the coarse result (`psnet.residual`)."""
 
