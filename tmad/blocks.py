@@ -130,14 +130,16 @@ SPECTRAL_GAIN = 1.2
 
 
 def normalise_spectra(module: nn.Module) -> None:
-    """Put spectral normalisation (Miyato et al. 2018) on every convolution inside *module*.
+    """Put spectral normalisation (Miyato et al. 2018) on every convolution inside *module* but those of CARAFE.
 
     [D] Each weight, taken as a (C_out, fan_in) matrix, is held at SPECTRAL_GAIN times the spectral norm that a random
     one of its shape with standard deviation 1/sqrt(fan_in) has, 1 + sqrt(C_out / fan_in), instead of at 1. At 1, a
     stack without other normalisation loses half of its signal in every layer: PSNet's output started with a standard
     deviation of 0.0006. The bound is a constant either way: the network stays as Lipschitz as it was at the start.
+    CARAFE's convolutions predict weights that a softmax bounds; at the bound they would start far from bilinear.
     """
-    for layer in [child for child in module.modules() if isinstance(child, nn.Conv2d)]:
+    carafe = {part for child in module.modules() if isinstance(child, Carafe) for part in child.modules()}
+    for layer in [child for child in module.modules() if isinstance(child, nn.Conv2d) and child not in carafe]:
         fan_in = layer.weight[0].numel()
         spectral_norm(layer)
         bound = SPECTRAL_GAIN * (1 + math.sqrt(layer.out_channels / fan_in))

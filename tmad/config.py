@@ -100,7 +100,8 @@ class PSNetConfig:
     spectral_norm: bool = True
     """Spectral normalisation of every convolution [P: "in PSNet"]."""
     residual: bool = False
-    """Add the coarse cell to the linear output, so that training starts at the coarse result [D]."""
+    """Add the coarse cell to the linear output, which then starts at zero: training starts at the coarse result. Goes
+    with `loss.patch_region` = hole [D]."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -169,6 +170,9 @@ class LossConfig:
     """lambda_tv of Eq. 9: total variation over the hole and its one-pixel rim [P]."""
     weight_gan_global: NonNegativeFloat = 0.02
     """lambda_gan^blend of Eq. 9: global 70x70 discriminator [P]."""
+    patch_region: Literal["cell", "hole"] = "cell"
+    """What the terms of Eq. 6-8 see of a synthesized cell: `cell`, PSNet's whole output [P]; `hole`, the cell as it
+    stands in the result, with the image's own pixels outside the hole [D]."""
     relativistic: bool = True
     """Relativistic patch distribution loss (Eq. 6-7); off = the ablation of Fig. 7."""
     gradient_penalty: NonNegativeFloat = 10.0
@@ -185,6 +189,9 @@ class OptimConfig:
     """Adam's learning rate at the start of each cosine period [P]."""
     lr_critics: PositiveFloat | None = None
     """The same for both discriminators; none = `lr` [P]."""
+    lr_coarse_joint: PositiveFloat | None = None
+    """The same for the coarse network in the joint phase; none = `lr` [P]. Lower keeps PSNet's input from moving faster
+    than PSNet learns [D]."""
     min_lr: NonNegativeFloat = 1e-7
     """Learning rate at the end of each cosine period [A]."""
     betas: tuple[float, float] = (0.5, 0.999)

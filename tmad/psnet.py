@@ -39,6 +39,8 @@ class PSNet(nn.Module):
             normalise_spectra(self)
         # Not normalised: the linear output has to reach the full range, and starts small [D].
         self.output = out_conv(base)
+        if config.residual:
+            nn.init.zeros_(self.output.weight)
 
     def forward(self, windows: Tensor, candidates: Tensor) -> Tensor:
         """*windows* p~_s (M, 3, 3k, 3k) and *candidates* (M, 3 * N_c, k, k), in [-1, 1]; M cells of any images.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,14 @@ class TrainingState:
         self.bad_steps_in_row = 0
         optim = config.optim
         self.optimizers = {
-            "generator": torch.optim.Adam(self.model.parameters(), lr=optim.lr, betas=optim.betas),
+            "generator": torch.optim.Adam(
+                [
+                    {"params": list(self.model.coarse.parameters())},
+                    {"params": [*self.model.retrieval.parameters(), *self.model.psnet.parameters()]},
+                ],
+                lr=optim.lr,
+                betas=optim.betas,
+            ),
             "critics": torch.optim.Adam(
                 [*self.patch_critic.parameters(), *self.global_critic.parameters()],
                 lr=optim.lr_critics or optim.lr,
@@ -116,9 +123,8 @@ class TrainingState:
         workers = workers or OneWorker()
         batch = batch.to(self.device)
         factor = cosine_restarts(progress, self.config.optim.cosine_periods)
-        for optimizer, lr in self._learning_rates():
-            for group in optimizer.param_groups:
-                group["lr"] = self.config.optim.min_lr + factor * (lr - self.config.optim.min_lr)
+        for group, lr in self._learning_rates(phase):
+            group["lr"] = self.config.optim.min_lr + factor * (lr - self.config.optim.min_lr)
         train = self._coarse_step if phase == "coarse" else self._joint_step
         metrics, finite = train(batch, workers)
         self.steps += 1
@@ -136,13 +142,17 @@ class TrainingState:
                     f"{self.bad_steps_in_row} steps in a row were not finite (after {self.images_seen} images); "
                     f"not finite in the last one: {', '.join(terms)}; see optim.max_bad_steps, optim.lr"
                 )
-        metrics["lr"] = torch.tensor(self.optimizers["generator"].param_groups[0]["lr"])
+        metrics["lr"] = torch.tensor(self.optimizers["generator"].param_groups[-1]["lr"])
         metrics["bad_steps"] = torch.tensor(float(self.bad_steps))
         return metrics
 
-    def _learning_rates(self) -> list[tuple[torch.optim.Optimizer, float]]:
+    def _learning_rates(self, phase: Phase) -> list[tuple[dict[str, Any], float]]:
+        """The optimizers' parameter groups and the rate with which each starts a cosine period."""
         optim = self.config.optim
-        return [(self.optimizers["generator"], optim.lr), (self.optimizers["critics"], optim.lr_critics or optim.lr)]
+        coarse, others = self.optimizers["generator"].param_groups
+        (critics,) = self.optimizers["critics"].param_groups
+        lr_coarse = optim.lr_coarse_joint or optim.lr if phase == "joint" else optim.lr
+        return [(coarse, lr_coarse), (others, optim.lr), (critics, optim.lr_critics or optim.lr)]
 
     def _coarse_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], bool]:
         image, mask = to_model(batch.image), batch.mask.float()
@@ -160,26 +170,29 @@ class TrainingState:
             out = self.model(image, mask, batch.pool_yx, batch.cells)
         corners = cell_corners(batch.cells, patch_size=self.config.model.patch_size, width=image.shape[-1])
         target = cut(image, corners, self.config.model.patch_size)
+        patches = out.patches
+        if weights.patch_region == "hole":
+            patches = cut(out.output, corners, self.config.model.patch_size)
 
         metrics: dict[str, Tensor] = {}
         critics_finite = True
         if weights.weight_gan_patch or weights.weight_gan_global:
-            metrics, critics_finite = self._update_critics(batch, out, image, target, workers)
+            metrics, critics_finite = self._update_critics(batch, out, image, target, patches, workers)
         if not critics_finite:
             return metrics, False
 
         terms = self._reconstruction(out.coarse_raw, image, mask)
         if weights.weight_l1:
-            terms["l1"] = (weights.weight_l1, (out.patches - target).abs().mean())
+            terms["l1"] = (weights.weight_l1, (patches - target).abs().mean())
         if weights.weight_perceptual and self.perceptual is not None:
             with self._autocast():
-                loss = perceptual_loss(self.perceptual, out.patches.flatten(0, 1), target.flatten(0, 1))
+                loss = perceptual_loss(self.perceptual, patches.flatten(0, 1), target.flatten(0, 1))
             terms["perceptual"] = (weights.weight_perceptual, loss)
         if weights.weight_tv:
             terms["tv"] = (weights.weight_tv, losses.total_variation(out.output, mask))
         self._freeze_critics(True)
         if weights.weight_gan_patch:
-            fake = self._score_patches(out.patches)
+            fake = self._score_patches(patches)
             with torch.no_grad():
                 memory, real = self._score_patches(out.pool), self._score_reals(out, target)
             loss = losses.patch_generator_loss(memory, real, fake, relativistic=weights.relativistic, mean=workers.mean)
@@ -204,7 +217,7 @@ class TrainingState:
         return terms
 
     def _update_critics(
-        self, batch: Batch, out: TMADOutput, image: Tensor, target: Tensor, workers: Workers
+        self, batch: Batch, out: TMADOutput, image: Tensor, target: Tensor, patches: Tensor, workers: Workers
     ) -> tuple[dict[str, Tensor], bool]:
         """Eq. 6 and the discriminator of Eq. 9, each with its gradient penalty, in one backward."""
         weights = self.config.loss
@@ -212,7 +225,7 @@ class TrainingState:
         total = image.new_zeros(())
         penalised = weights.gradient_penalty > 0 and self.steps % weights.gp_every == 0
         penalty_weight = weights.gradient_penalty * weights.gp_every
-        fake_patches, fake_image = out.patches.detach(), out.output.detach()
+        fake_patches, fake_image = patches.detach(), out.output.detach()
         if weights.weight_gan_patch:
             real, fake = self._score_reals(out, target), self._score_patches(fake_patches)
             loss = losses.patch_critic_loss(real, fake, relativistic=weights.relativistic, mean=workers.mean)

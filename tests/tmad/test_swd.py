@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -97,14 +98,18 @@ def test_the_order_of_the_images_does_not_matter_even_when_patches_are_dropped()
     assert found[0] == found[1]
 
 
-def test_the_same_seed_gives_the_same_distance_in_another_process() -> None:
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_the_same_seed_gives_the_same_distance_in_another_process_with_any_number_of_threads(threads: str) -> None:
     code = (
         "import numpy as np; from tmad.swd import SlicedWasserstein\n"
         "rng = np.random.default_rng(0); s = SlicedWasserstein(side=32, seed=3)\n"
         "s.add('a', *rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8), np.ones((32, 32), np.uint8))\n"
         "print(s.values())"
     )
-    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    limits = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | limits
+    ).stdout
     here = {}
     for seed in (3, 4):
         images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
