@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,7 +37,7 @@ photographs. Not a speed: it shows that the joint phase learns what the coarse n
 
 Examples:
   python benchmarks/overfit.py
-  python benchmarks/overfit.py --joint-images 4000 --no-residual
+  python benchmarks/overfit.py --joint-images 4000 --residual none
 """
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "rocket.jpg", "brick.png")
@@ -61,8 +62,8 @@ class OverfitOptions(Options):
     """Family of the holes, one fixed hole a photograph."""
     lr_critics: float = 4e-4
     """Learning rate of both discriminators."""
-    residual: bool = True
-    """PSNet starts at the coarse result (`psnet.residual`)."""
+    residual: Literal["none", "coarse", "texture"] = "coarse"
+    """What PSNet's output is added to (`psnet.residual`)."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -56,23 +56,24 @@ def demo() -> RunConfig:
 
     `make demo` runs it after preparing its photographs; by hand: `python jobs/train_places.py --preset demo`. What
     differs from the paper is what minutes ask for: a higher learning rate, one cosine period a phase, PSNet starting at
-    the coarse result, a narrow global discriminator, no perceptual loss (its weights would have to be downloaded).
+    the coarse result with the best candidate's fine detail, a coarse network that hardly moves beside it, a narrow
+    global discriminator, no perceptual loss (its weights would have to be downloaded).
     """
     return RunConfig(
         name="demo",
-        model=TMADConfig(patch_size=16, psnet=PSNetConfig(residual=True)),
+        model=TMADConfig(patch_size=16, psnet=PSNetConfig(residual="texture")),
         critics=CriticsConfig(global_base_width=16),
-        loss=LossConfig(gp_every=4),
-        optim=OptimConfig(lr=4e-4, betas=(0.9, 0.999), cosine_periods=1, ema_halflife_images=500),
+        loss=LossConfig(patch_region="hole", gp_every=4),
+        optim=OptimConfig(lr=4e-4, lr_coarse_joint=4e-5, betas=(0.9, 0.999), cosine_periods=1, ema_halflife_images=500),
         data=DataConfig(train="runs/demo-data/train", val="runs/demo-data/val"),
         schedule=ScheduleConfig(
-            coarse_images=2_500,
-            joint_images=1_200,
+            coarse_images=3_600,
+            joint_images=900,
             batch_images=4,
             patches_per_image=10,
-            validate_every_images=1_250,
+            validate_every_images=1_500,
             validation_images=12,
-            checkpoint_every_images=1_250,
+            checkpoint_every_images=1_500,
             log_every_images=100,
         ),
         workers=WorkersConfig(num_workers=2, cpus_per_worker=1),

@@ -99,9 +99,10 @@ class PSNetConfig:
     """Residual blocks of the texture encoder [P]."""
     spectral_norm: bool = True
     """Spectral normalisation of every convolution [P: "in PSNet"]."""
-    residual: bool = False
-    """Add the coarse cell to the linear output, which then starts at zero: training starts at the coarse result. Goes
-    with `loss.patch_region` = hole [D]."""
+    residual: Literal["none", "coarse", "texture"] = "none"
+    """What the linear output is added to: `none`, it is the cell [P]; `coarse`, the coarse cell; `texture`, the coarse
+    cell and the fine detail of the most similar candidate. Added to something it starts at zero, so that training
+    starts there. Goes with `loss.patch_region` = hole [D]."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

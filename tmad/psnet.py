@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, leaky, normalise_spectra, out_conv
 from tmad.config import CarafeConfig, PSNetConfig
@@ -39,7 +40,7 @@ class PSNet(nn.Module):
             normalise_spectra(self)
         # Not normalised: the linear output has to reach the full range, and starts small [D].
         self.output = out_conv(base)
-        if config.residual:
+        if config.residual != "none":
             nn.init.zeros_(self.output.weight)
 
     def forward(self, windows: Tensor, candidates: Tensor) -> Tensor:
@@ -55,4 +56,18 @@ class PSNet(nn.Module):
         decoded = self.up_half(torch.cat([centre, quarter], dim=1))
         decoded = self.up_full(torch.cat([decoded, half], dim=1))
         cells: Tensor = self.output(self.decode(decoded))
-        return cells + windows[..., k : 2 * k, k : 2 * k] if self.residual else cells
+        if self.residual != "none":
+            cells = cells + windows[..., k : 2 * k, k : 2 * k]
+        if self.residual == "texture":
+            cells = cells + fine_detail(candidates[:, :3])
+        return cells
+
+
+def fine_detail(patches: Tensor) -> Tensor:
+    """What a box blur over about a quarter of their side takes away from patches (M, C, k, k) [D].
+
+    Added to the coarse cell it gives what a classical exemplar fill would: the structure of one, the texture of the
+    other.
+    """
+    side = 2 * (patches.shape[-1] // 8) + 1
+    return patches - F.avg_pool2d(patches, side, stride=1, padding=side // 2, count_include_pad=False)

@@ -30,15 +30,14 @@ def run_tasks(
     function: Callable[[dict[str, Any]], pa.Table],
     *,
     num_cpus: float,
-    at_once: int | None = None,
     in_order: bool = False,
     max_ray_tasks: int = 10_000,
 ) -> ray.data.Dataset:
     """A lazy data set of the tables that *function* makes of each task (a JSON object).
 
-    *num_cpus* processors are asked for by each running task, *at_once* of them run at most (none = as many as there
-    are processors). *in_order*: rows come in the order of the tasks, otherwise as they are finished. Beyond
-    *max_ray_tasks*, several tasks are run one after the other in one of Ray's, which keeps its bookkeeping small.
+    *num_cpus* processors are asked for by each running task. *in_order*: rows come in the order of the tasks,
+    otherwise as they are finished. Beyond *max_ray_tasks*, several tasks are run one after the other in one of Ray's,
+    which keeps its bookkeeping small.
     """
     items = [{"task": json.dumps(task)} for task in tasks]
     blocks = min(len(items), max_ray_tasks)
@@ -47,7 +46,6 @@ def run_tasks(
         batch_size=1,
         batch_format="numpy",
         num_cpus=num_cpus,
-        compute=None if at_once is None else ray.data.TaskPoolStrategy(size=min(at_once, blocks)),
     )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False

@@ -26,7 +26,7 @@ def large_tables(folder: Path):
 
 def test_rows_come_in_the_order_of_their_tasks_however_many_share_one_of_rays(ray_session, tmp_path):
     tasks = [{"number": number} for number in range(7)]
-    dataset = run_tasks(tasks, large_tables(tmp_path), num_cpus=0, at_once=2, in_order=True, max_ray_tasks=3)
+    dataset = run_tasks(tasks, large_tables(tmp_path), num_cpus=0, in_order=True, max_ray_tasks=3)
     found = [number for batch in dataset.iter_batches(batch_size=2) for number in batch["number"]]
     assert found == list(range(7))
 

@@ -18,7 +18,7 @@ from tmad.coarse import CoarseNet, compose
 from tmad.config import CarafeConfig, CoarseConfig, CriticsConfig, PSNetConfig, TMADConfig
 from tmad.discriminators import GlobalCritic, PatchCritic, gradient_penalty
 from tmad.model import TMAD
-from tmad.psnet import PSNet
+from tmad.psnet import PSNet, fine_detail
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -226,14 +226,34 @@ def test_both_skips_reach_the_result() -> None:
     assert min(changes) > 1e-3
 
 
-def test_with_the_residual_option_psnet_starts_at_the_coarse_cell_and_adds_to_it() -> None:
+def blurred_twin(patch: Tensor, radius: int) -> Tensor:
+    """Mean of the pixels at most *radius* away in each direction, as far as the patch (C, H, W) goes."""
+    out = torch.empty_like(patch)
+    for y in range(patch.shape[1]):
+        for x in range(patch.shape[2]):
+            near = patch[:, max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1]
+            out[:, y, x] = near.mean(dim=(1, 2))
+    return out
+
+
+@pytest.mark.parametrize(("side", "radius"), [(8, 1), (12, 1), (16, 2), (32, 4)])
+def test_fine_detail_is_what_a_blur_over_a_quarter_of_the_side_takes_away(side: int, radius: int) -> None:
+    patches = rand(2, 3, side, side)
+    expected = torch.stack([patch - blurred_twin(patch, radius) for patch in patches])
+    torch.testing.assert_close(fine_detail(patches), expected)
+
+
+@pytest.mark.parametrize("residual", ["coarse", "texture"])
+def test_with_the_residual_option_psnet_starts_at_what_it_adds_to(residual: str) -> None:
     plain = PSNet(MODEL.psnet, CarafeConfig(kernel=3), 2).eval()
-    residual = PSNet(replace(MODEL.psnet, residual=True), CarafeConfig(kernel=3), 2).eval()
+    added = PSNet(replace(MODEL.psnet, residual=residual), CarafeConfig(kernel=3), 2).eval()
     windows, candidates = rand(2, 3, 48, 48), rand(2, 6, 16, 16)
-    coarse = windows[..., 16:32, 16:32]
-    assert torch.equal(residual(windows, candidates), coarse)
-    residual.load_state_dict(plain.state_dict())
-    assert torch.equal(residual(windows, candidates), plain(windows, candidates) + coarse)
+    start = windows[..., 16:32, 16:32]
+    if residual == "texture":
+        start = start + fine_detail(candidates[:, :3])
+    assert torch.equal(added(windows, candidates), start)
+    added.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(added(windows, candidates), plain(windows, candidates) + start)
 
 
 def test_the_patch_critic_scores_a_map_of_a_quarter_of_the_side() -> None:

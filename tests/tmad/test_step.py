@@ -326,7 +326,7 @@ def test_with_the_region_hole_the_patch_terms_see_the_cell_as_it_stands_in_the_r
 
 def test_a_residual_psnet_learns_although_most_pixels_of_its_cells_are_no_hole() -> None:
     # Judged over the whole cell, where the median of what is to be added is zero, it gets to 0.62 instead of 0.37.
-    model = replace(MODEL, psnet=replace(MODEL.psnet, residual=True))
+    model = replace(MODEL, psnet=replace(MODEL.psnet, residual="coarse"))
     config = with_optim(only("weight_l1", replace(TRAINING, model=model)), lr=5e-3, lr_coarse_joint=STILL)
     state, batch = make_state(with_loss(config, patch_region="hole")), make_batch()
     train(state, 60, fixed=True)
