@@ -60,9 +60,7 @@ class OverfitOptions(Options):
     """Cells of an image that a step trains."""
     family: str = "rectangle"
     """Family of the holes, one fixed hole a photograph."""
-    lr_critics: float = 4e-4
-    """Learning rate of both discriminators."""
-    residual: Literal["none", "coarse", "texture"] = "coarse"
+    residual: Literal["none", "coarse", "texture"] = "texture"
     """What PSNet's output is added to (`psnet.residual`)."""
 
 
@@ -89,8 +87,8 @@ def main(argv: Sequence[str]) -> int:
     header = ["", *(f"{key} ({arrow(key)})" for key in SHOWN), *(f"{key} (lower)" for key in DISTANCES)]
     note = (
         f"{len(truths)} photographs ({', '.join(PHOTOGRAPHS)}), one {SIDE}-pixel crop and one fixed hole each; "
-        f"{options.coarse_images:,} images coarse, {options.joint_images:,} jointly, batch {options.batch}, Table II "
-        "weights without the perceptual term."
+        f"{options.coarse_images:,} images coarse, {options.joint_images:,} jointly, batch {options.batch}, the "
+        f"settings of the preset demo, residual output {options.residual}."
     )
     report.add(Table("Measured on the photographs trained on", header, rows, note), figures, {})
     page = report.write()
@@ -110,8 +108,7 @@ def main(argv: Sequence[str]) -> int:
 def configuration(options: OverfitOptions) -> TrainingConfig:
     """The demo's training settings."""
     config = demo().training
-    model = replace(config.model, psnet=replace(config.model.psnet, residual=options.residual))
-    return replace(config, model=model, optim=replace(config.optim, lr_critics=options.lr_critics))
+    return replace(config, model=replace(config.model, psnet=replace(config.model.psnet, residual=options.residual)))
 
 
 def scene(options: OverfitOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -56,14 +56,15 @@ def demo() -> RunConfig:
 
     `make demo` runs it after preparing its photographs; by hand: `python jobs/train_places.py --preset demo`. What
     differs from the paper is what minutes ask for: a higher learning rate, one cosine period a phase, PSNet starting at
-    the coarse result with the best candidate's fine detail, a coarse network that hardly moves beside it, a narrow
-    global discriminator, no perceptual loss (its weights would have to be downloaded).
+    the coarse result with the best candidate's fine detail, a coarse network that hardly moves beside it, a tenth of
+    the adversarial weights and a narrow global discriminator, no perceptual loss (its weights would have to be
+    downloaded).
     """
     return RunConfig(
         name="demo",
         model=TMADConfig(patch_size=16, psnet=PSNetConfig(residual="texture")),
         critics=CriticsConfig(global_base_width=16),
-        loss=LossConfig(patch_region="hole", gp_every=4),
+        loss=LossConfig(weight_gan_patch=0.005, weight_gan_global=0.002, patch_region="hole", gp_every=4),
         optim=OptimConfig(lr=4e-4, lr_coarse_joint=4e-5, betas=(0.9, 0.999), cosine_periods=1, ema_halflife_images=500),
         data=DataConfig(train="runs/demo-data/train", val="runs/demo-data/val"),
         schedule=ScheduleConfig(
