@@ -130,7 +130,7 @@ class Manifest:
     def digest(self) -> str:
         """Identity of the set's content, 16 hex: training, evaluation and MLflow name it. It does not depend on where
         the source or the set lies."""
-        settings = {name: value for name, value in self.settings.items() if name != "source"}
+        settings = {name: value for name, value in self.settings.items() if name not in ("source", "root")}
         content = [self.schema_version, settings, [[shard.rows, shard.sha256] for shard in self.shards]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
