@@ -39,6 +39,10 @@ logger = logging.getLogger(__name__)
 PROGRESS_S = 5.0
 """Seconds between two progress lines."""
 
+OUTAGES = ("bucket", "credentials", "endpoint", "connection", "timeout", "server")
+"""Failures of storage that are no property of an image: they end the job, which goes on where it was when it is run
+again. Dropping images for them would make the set depend on the network."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PrepareConfig(RecordConfig):
@@ -225,6 +229,8 @@ def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: Prepa
         except UnreadableImage as error:
             drops.append({"key": key, "reason": error.reason, "detail": error.detail, "bytes": len(data)})
         except (MissingInput, StorageFailed) as error:
+            if error.details.get("kind") in OUTAGES:
+                raise
             reason = "missing" if isinstance(error, MissingInput) else "unreadable"
             drops.append({"key": key, "reason": reason, "detail": error.message, "bytes": 0})
     sink = pa.BufferOutputStream()
