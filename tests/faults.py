@@ -129,6 +129,11 @@ class FaultyProxy:
             counts = self.requests.items()
             return sum(n for (verb, where), n in counts if re.fullmatch(method, verb) and re.search(path, where))
 
+    def unspent(self) -> int:
+        """How many times faults of a limited number are still to strike: 0 where a test met all that it asked for."""
+        with self._lock:
+            return sum(fault.times for fault in self._faults if fault.times < FOR_EVER // 2)
+
     def _add(self, fault: Fault) -> None:
         with self._lock:
             self._faults.append(fault)
