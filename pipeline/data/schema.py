@@ -2,7 +2,8 @@
 
 Layout of the folder: `shards/00000.parquet` and its receipt `shards/00000.json` for every shard, `settings.json` of the
 preparation, `quarantine.jsonl` (inputs that were left out, with their reasons) and `manifest.json`, written last: a
-set without it is unfinished and is refused.
+set without it is unfinished and is refused. Beside them may lie `source_report.json` (the source beside the partition
+that it should be) and `source_index.arrow` (where the images lie in tar files), which are no part of the set.
 
 A record is one crop: its encoded file, its masks as bits (1 = hole), and for each mask the corners (y, x) of the
 windows of the texture memory (Sec. III-B). Nothing in it is a decoded pixel.

@@ -23,7 +23,7 @@ from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
 from pipeline.data.sources.partitions import PARTITIONS, Partition
 from pipeline.errors import ConfigMismatch, CorruptSource, MissingInput, StorageFailed, WrongCount
-from tests.conftest import make_photo
+from tests.conftest import ROOT, make_photo
 from tmad.config import MemoryConfig
 
 
@@ -529,3 +529,14 @@ def test_the_published_numbers_are_these():
     assert (numbers["places365-val"], numbers["places365-test"]) == (36_500, 328_500)
     assert numbers["celeba-hq"] == numbers["celeba-hq-deepfill-train"] + numbers["celeba-hq-deepfill-val"] == 30_000
     assert (numbers["paris-streetview-train"], numbers["paris-streetview-test"]) == (14_900, 100)
+
+
+def test_the_table_of_partitions_says_what_the_code_says():
+    text = (ROOT / "docs" / "bring-your-own-data.md").read_text()
+    rows = [
+        f"| `{name}` | {one.images:,} " + "".join(f"| `{file}` " if file else "| " for file in files) + "|"
+        for name, one in PARTITIONS.items()
+        for files in [(one.list_file, one.small, one.large)]
+    ]
+    shown = [line for line in text.splitlines() if line.startswith(tuple(f"| `{name}`" for name in PARTITIONS))]
+    assert shown == rows

@@ -58,6 +58,13 @@ class Index:
             return None
         return {name: self.table[name][row].as_py() for name in self.table.column_names if name != "key"}
 
+    def label(self, key: str) -> int | None:
+        """The number of *key* in the column `label`, none if it has none or is not there."""
+        if self.table["label"].null_count == len(self):
+            return None
+        place = self.find(key)
+        return None if place is None else place["label"]
+
     def repeated(self) -> np.ndarray:
         """Rows of the table whose key is also that of the row before."""
         keys = self.table["key"]

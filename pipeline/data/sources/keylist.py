@@ -34,6 +34,7 @@ class KeyList:
     """The place of *root*, for messages."""
 
     def keys(self) -> list[str]:
+        """The list's keys. Raises `MissingInput` if none of the first few is in *root*."""
         keys = self._index.keys()
         if not keys:
             raise MissingInput(f"the list {redact(self.uri)} names no image")
@@ -47,10 +48,12 @@ class KeyList:
         return keys
 
     def read(self, key: str) -> bytes:
+        """The image in *root*."""
         return self.root.read(key)
 
     def label(self, key: str) -> int | None:
-        own = (self._index.find(key) or {}).get("label")
+        """The number on its line, else what *root* says."""
+        own = self._index.label(key)
         return self.root.label(key) if own is None else own
 
     def compare_with_root(self) -> tuple[list[str], list[str]]:

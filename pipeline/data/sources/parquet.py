@@ -49,12 +49,14 @@ class ParquetTable:
         return {**self.__dict__, "_held": []}
 
     def keys(self) -> list[str]:
+        """Keys of the rows, in the order of files and rows."""
         if not len(self._index):
             raise MissingInput(f"there is no image in {redact(self.uri)}: no row in {len(self._uris)} Parquet file(s)")
         by_place = [(name, "ascending") for name in ("file", "group", "row")]
         return list(self._index.table.sort_by(by_place)["key"].to_pylist())
 
     def read(self, key: str) -> bytes:
+        """The bytes of one row; those of no image are empty."""
         place = self._index.find(key)
         if place is None:
             raise MissingInput(f"there is no {key!r} in {redact(self.uri)}")
@@ -64,7 +66,8 @@ class ParquetTable:
         return self._held[0][1][place["row"]].as_py() or b""
 
     def label(self, key: str) -> int | None:
-        return (self._index.find(key) or {}).get("label")
+        """The number in *label_column*."""
+        return self._index.label(key)
 
     @property
     def _uris(self) -> Sequence[str]:

@@ -56,6 +56,7 @@ class TarShards:
     """File that keeps the places of the images, so that the archives are walked once and not at every start."""
 
     def keys(self) -> list[str]:
+        """Names of the images. The first call walks the archives, or reads what an earlier one kept."""
         if not len(self._index):
             where = f" below {self.below}/" if self.below else ""
             raise MissingInput(
@@ -64,13 +65,15 @@ class TarShards:
         return self._index.keys()
 
     def read(self, key: str) -> bytes:
+        """The bytes of one member, by one ranged read."""
         place = self._index.find(key)
         if place is None:
             raise MissingInput(f"there is no {key!r} in {redact(self.uri)}")
         return read_range(self._uris[place["file"]], place["offset"], place["size"])
 
     def label(self, key: str) -> int | None:
-        return (self._index.find(key) or {}).get("label")
+        """The whole number in the `.cls` of its sample."""
+        return self._index.label(key)
 
     @property
     def _uris(self) -> Sequence[str]:
@@ -97,10 +100,11 @@ class TarShards:
         return index
 
     def _joined(self, tables: Sequence[pa.Table], before: Sequence[str]) -> pa.Table:
+        """One table of all files, *before[n]* in front of the names in file n."""
+        nothing = pa.scalar("", pa.large_string())
         parts = []
         for number, (table, prefix) in enumerate(zip(tables, before, strict=True)):
-            before_key, nothing = pa.scalar(prefix, pa.large_string()), pa.scalar("", pa.large_string())
-            keys = pc.binary_join_element_wise(before_key, table["key"], nothing)
+            keys = pc.binary_join_element_wise(pa.scalar(prefix, pa.large_string()), table["key"], nothing)
             file = pa.array(np.full(len(table), number), pa.int64())
             parts.append(table.set_column(0, "key", keys).append_column("file", file))
         return pa.concat_tables(parts)

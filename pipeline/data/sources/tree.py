@@ -23,6 +23,7 @@ class ImageTree:
         return ImageTree, (self.uri,)
 
     def keys(self) -> list[str]:
+        """Paths of the images below the folder."""
         files = list_files(self.uri) if self.files is None else self.files
         images = [key for key in files if key.lower().endswith(SUFFIXES)]
         if not images:
@@ -33,7 +34,9 @@ class ImageTree:
         return images
 
     def read(self, key: str) -> bytes:
+        """The file below the folder."""
         return read_bytes(join(self.uri, key))
 
     def label(self, key: str) -> int | None:
+        """None: folders are not taken for classes."""
         return None
