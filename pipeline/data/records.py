@@ -80,8 +80,8 @@ class RecordConfig:
         return self.min_side or self.crop_size // 2
 
 
-def make_records(key: str, data: bytes, config: RecordConfig) -> list[dict[str, Any]]:
-    """Rows of `schema.RECORD_SCHEMA` for the image file *data*, one a crop.
+def make_records(key: str, data: bytes, config: RecordConfig, *, label: int | None = None) -> list[dict[str, Any]]:
+    """Rows of `schema.RECORD_SCHEMA` for the image file *data* and its class *label*, one a crop.
 
     Raises `UnreadableImage` with the reason to leave the image out.
     """
@@ -115,7 +115,7 @@ def make_records(key: str, data: bytes, config: RecordConfig) -> list[dict[str, 
                 "masks": [pack_mask(mask) for mask, _ in holes],
                 "pool_yx": [pool.reshape(-1) for _, pool in holes],
                 "hole_fraction": [float(mask.mean()) for mask, _ in holes],
-                "label": None,
+                "label": label,
                 "source": source,
             }
         )
