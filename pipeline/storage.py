@@ -167,8 +167,8 @@ def read_range(uri: str, start: int, length: int) -> bytes:
             there = fs.info(path, **_bounded(fs))["size"]
             if there is not None and there < start + length:
                 raise StorageFailed(
-                    f"cannot read {redact(uri)}: bytes {start} to {start + length} were asked for and {len(data)} came, it "
-                    f"ends at {there}; was it replaced meanwhile?",
+                    f"cannot read {redact(uri)}: bytes {start} to {start + length} were asked for and {len(data)} "
+                    f"came, it ends at {there}; was it replaced meanwhile?",
                     kind="incomplete",
                 )
             raise s3.CutShort(f"bytes {start} to {start + length} were asked for and {len(data)} came")

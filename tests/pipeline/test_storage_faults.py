@@ -145,7 +145,8 @@ def test_a_body_that_is_always_cut_short_ends_after_the_attempts_that_are_set(fa
 def test_a_file_that_is_shorter_than_what_is_asked_for_is_not_waited_for(faulty, file):
     error = failure(storage.read_range, file, len(CONTENT) - 10, 20)
     assert str(error) == (
-        f"cannot read {file}: bytes 10230 to 10250 were asked for and 10 came, it ends at 10240; was it replaced meanwhile?"
+        f"cannot read {file}: bytes 10230 to 10250 were asked for and 10 came, "
+        "it ends at 10240; was it replaced meanwhile?"
     )
     assert faulty.seen("GET", "photos") == 1
 
