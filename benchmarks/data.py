@@ -195,9 +195,9 @@ def training_input(report: Report, options: DataOptions, prepared: Path, images:
         calls = {BARE: bare, "training input": ours, "DataLoader": loader}
         timings = interleave(calls, options, warm=True)
     note = (
-        f"{total} samples of {CROP} pixels in batches of {BATCH}; the bare loop only decodes. DataLoader makes the same "
-        "samples from records held in memory, and starts its processes in each call; ours reads shards and starts its "
-        "tasks."
+        f"{total} samples of {CROP} pixels in batches of {BATCH}; the bare loop only decodes. DataLoader makes the "
+        "same samples from records held in memory, and starts its processes in each call; ours reads shards and "
+        "starts its tasks."
     )
     report.add(table(f"Training input, {processors()} threads or processes", timings, total, note), {}, timings)
 
