@@ -2,13 +2,14 @@
 
 Examples:
   python jobs/prepare.py --source photos/train --out data/train
+  python jobs/prepare.py --source photos/val --out data/val --against data/train
   python jobs/prepare.py --source photos/train --out data/train --short-side 256 384 --crops-per-image 4
   python jobs/prepare.py --source s3://bucket/paris --out s3://bucket/sets/paris --mask rectangle \
       --memory.rule clean --memory.stride-divisor 2
   ray job submit --working-dir . -- python jobs/prepare.py --source s3://bucket/places --out s3://bucket/sets/places
 
-Stopped at any moment, the same command goes on where it was. An image that cannot be used is left out and listed with
-its reason in quarantine.jsonl.
+Stopped at any moment, the same command goes on where it was. An image that cannot be used, or is there twice, is left
+out and listed with its reason in quarantine.jsonl; report.html shows them.
 """
 
 from __future__ import annotations
