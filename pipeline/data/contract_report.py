@@ -172,6 +172,8 @@ def _copies_or_images(
         return
     total = total or len(lines)
     page.heading(f"{title}: {total}" + (f", the first {SHOWN} by key" if total > SHOWN else ""))
+    if "copy_of" in lines[0]:
+        page.text("Left the copy, right the image that it is a copy of.")
     page.gallery(pictures.of(lines[:SHOWN]))
 
 

@@ -129,9 +129,10 @@ def find_copies(facts: Facts, other: Facts | None, config: ContractConfig) -> Co
     def note(positions: np.ndarray, originals: np.ndarray, owner: Facts, reason: str, exactly: bool) -> None:
         for position, original in zip(positions.tolist(), originals.tolist(), strict=True):
             key = owner.key(original)
+            name = f"{key} of the other set" if owner is other else key
             bits = int(np.bitwise_count(hashes[position] ^ owner.hashes[original]))
-            kind = "the same bytes as" if exactly else f"looks like ({bits} of {HASH_BITS} bits differ)"
-            found.append((position, reason, f"{kind} {key}{' of the other set' if owner is other else ''}", key))
+            alike = f"looks like {name} ({bits} of {HASH_BITS} bits differ)"
+            found.append((position, reason, f"the same bytes as {name}" if exactly else alike, key))
         alone[positions] = False
 
     if other is not None:
@@ -141,7 +142,7 @@ def find_copies(facts: Facts, other: Facts | None, config: ContractConfig) -> Co
         shared, originals = similar_in(hashes[left], other.hashes, config.near_distance)
         note(left[shared], originals, other, "in-other-set", exactly=False)
         if found and config.shared_images == "stop":
-            shown = "; ".join(f"{facts.key(position)} is {detail}" for position, _, detail, _ in sorted(found)[:3])
+            shown = "; ".join(f"{facts.key(position)}: {detail}" for position, _, detail, _ in sorted(found)[:3])
             raise SharedImages(
                 f"{len(found)} images are also in {redact(str(config.against))} ({shown}); take them out of one of the "
                 "two collections, or leave them out of this set with shared_images=drop",

@@ -287,7 +287,7 @@ def test_images_of_the_training_set_are_left_out_of_validation(one_process: None
     lines = quarantine(tmp_path / "val")
     assert [(line["key"], line["copy_of"]) for line in lines] == [("same.png", "3.png"), ("similar.jpg", "5.png")]
     assert lines[0]["detail"] == "the same bytes as 3.png of the other set"
-    assert lines[1]["detail"].startswith("looks like (")
+    assert lines[1]["detail"].startswith("looks like 5.png of the other set (")
     assert [record.source["key"] for record in read_records(str(tmp_path / "val"))] == ["new.png"]
     assert (tmp_path / "val/report.html").read_text().count("no picture") == 0
     shutil.copytree(train, tmp_path / "moved")
@@ -298,9 +298,7 @@ def test_images_of_the_training_set_are_left_out_of_validation(one_process: None
 def test_shared_images_stop_the_job_where_that_is_asked_for(one_process: None, photos: Path, tmp_path: Path) -> None:
     prepare(settings(photos, tmp_path / "train"))
     config = settings(photos, tmp_path / "val", against=str(tmp_path / "train"), shared_images="stop")
-    with pytest.raises(
-        SharedImages, match=r"11 images are also in .*train \(0.png is the same bytes as 0.png"
-    ) as caught:
+    with pytest.raises(SharedImages, match=r"11 images are also in .*train \(0.png: the same bytes as 0.png") as caught:
         prepare(config)
     assert "a-grey.png" in caught.value.details["keys"]
     with pytest.raises(UnfinishedSet):
