@@ -36,6 +36,15 @@ class StorageFailed(TMADError):
     """Storage refused to read or to write: unknown scheme, missing package, permission, network."""
 
 
+class CorruptSource(TMADError):
+    """A collection of images that is not what it should be: a cut or compressed archive, a table without images, a
+    list that contradicts itself."""
+
+
+class WrongCount(TMADError):
+    """A collection does not hold the images that its partition has; `details["report"]` has the numbers."""
+
+
 class UnfinishedSet(TMADError):
     """A prepared set whose manifest was never written: its preparation was stopped and has to be run again."""
 

@@ -13,9 +13,10 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -102,6 +103,37 @@ def read_bytes(uri: str) -> bytes:
     return bytes(_guard(uri, "read", lambda: fs.cat_file(path)))
 
 
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """*length* bytes of the file from byte *start*, by one request. Raises as `read_bytes`, and `StorageFailed` if the
+    file ends before them."""
+    if length == 0:
+        return b""
+    fs, path = file_system(uri)
+    data = bytes(_guard(uri, "read", lambda: fs.cat_file(path, start=start, end=start + length)))
+    if len(data) != length:
+        raise StorageFailed(
+            f"cannot read {redact(uri)}: bytes {start} to {start + length} were asked for and {len(data)} came; "
+            "was it replaced meanwhile?"
+        )
+    return data
+
+
+@contextmanager
+def open_file(uri: str, *, read_ahead: int = 0) -> Iterator[IO[bytes]]:
+    """The file at *uri* for reading in places. What storage raises inside the block becomes `MissingInput` or
+    `StorageFailed`. *read_ahead*: bytes fetched from remote storage at a time, for one that is read forwards."""
+    fs, path = file_system(uri)
+    cache = {"block_size": read_ahead, "cache_type": "readahead"} if read_ahead else {"cache_type": "none"}
+    with _own_errors(uri, "read"), fs.open(path, "rb", **(cache if is_remote(uri) else {})) as file:
+        yield file
+
+
+def fingerprint(uri: str) -> str:
+    """A text that changes when the file at *uri* is replaced, without reading it: of its size, time or tag."""
+    fs, path = file_system(uri)
+    return str(_guard(uri, "look up", lambda: fs.ukey(path)))
+
+
 def write_atomic(uri: str, data: bytes) -> None:
     """Write the file wholly or not at all, replacing an older one; folders are made.
 
@@ -184,9 +216,17 @@ def upload_folder(local: str | Path, uri: str) -> None:
 
 
 def _guard(uri: str, verb: str, call: Callable[[], Result]) -> Result:
-    """Run *call*; what storage raises becomes an error of ours that names the place and hides credentials."""
+    """Run *call*; what storage raises becomes an error of ours."""
+    with _own_errors(uri, verb):
+        result = call()
+    return result
+
+
+@contextmanager
+def _own_errors(uri: str, verb: str) -> Iterator[None]:
+    """What storage raises inside becomes an error of ours that names the place and hides credentials."""
     try:
-        return call()
+        yield
     except FileNotFoundError as error:
         raise MissingInput(f"cannot {verb} {redact(uri)}: it is not there") from error
     except (OSError, ValueError, ImportError) as error:

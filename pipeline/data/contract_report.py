@@ -19,10 +19,10 @@ from PIL import Image
 from pipeline.data.contract import join_holes, polarity_warning
 from pipeline.data.copies import Facts
 from pipeline.data.schema import Record, open_shard, set_folder
-from pipeline.data.source import Source
+from pipeline.data.sources.base import Source
 from pipeline.errors import TMADError
 from pipeline.report import Report
-from pipeline.storage import absolute, join, write_atomic
+from pipeline.storage import absolute, exists, join, read_bytes, write_atomic
 from tmad.images import UnreadableImage, decode_image, to_rgb
 
 if TYPE_CHECKING:
@@ -71,10 +71,13 @@ def write_report(
     *other*: the facts of `config.against`.
     """
     findings = summarise(receipts, facts, kept_copies, listed=listed, settings=config.settings())
-    write_atomic(join(out, "report.json"), (json.dumps(findings, indent=2) + "\n").encode())
-    place = join(out, "report.html")
-    _page(findings, _Pictures(out, receipts, source, config, other)).write(place)
-    return place
+    text = (json.dumps(findings, indent=2) + "\n").encode()
+    numbers, page = join(out, "report.json"), join(out, "report.html")
+    # The page is written first, so beside the same numbers lies the page that belongs to them.
+    if not (exists(page) and exists(numbers) and read_bytes(numbers) == text):
+        _page(findings, _Pictures(out, receipts, source, config, other)).write(page)
+        write_atomic(numbers, text)
+    return page
 
 
 def summarise(

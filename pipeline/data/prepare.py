@@ -38,9 +38,11 @@ from pipeline.data.copies import (
 )
 from pipeline.data.records import RecordConfig, make_records, open_photograph
 from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard, open_shard, set_folder
-from pipeline.data.source import Source, open_source
+from pipeline.data.sources.base import Source
+from pipeline.data.sources.choose import open_source
+from pipeline.data.sources.partitions import PartitionName, compare
 from pipeline.data.tasks import iterate, run_tasks
-from pipeline.errors import ConfigMismatch, MissingInput, StorageFailed, TooManyBadImages
+from pipeline.errors import ConfigMismatch, MissingInput, StorageFailed, TooManyBadImages, WrongCount
 from pipeline.storage import absolute, exists, join, list_files, read_bytes, redact, remove, size, write_atomic
 from tmad.config import STRICT, PositiveInt
 from tmad.images import UnreadableImage
@@ -56,7 +58,8 @@ class PrepareConfig(RecordConfig, ContractConfig):
     """Preparation of a data set: where from, where to, how it is cut into shards."""
 
     source: str
-    """Folder with images at any depth: a path or any fsspec URI."""
+    """Path or fsspec URI: folder with images at any depth, tar file (ARCHIVE.tar/FOLDER: a folder in it) or folder of
+    tar files, Parquet file or folder of those, or text list of keys."""
     out: str
     """Folder of the prepared set: a path or any fsspec URI."""
     images_per_shard: PositiveInt = 512
@@ -65,14 +68,32 @@ class PrepareConfig(RecordConfig, ContractConfig):
     """Records read together by the training input."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The job stops if more than this share of the images cannot be used."""
+    root: str | None = None
+    """Where the images of a list lie: folder, tar file, or folder in one; none = the list's folder."""
+    image_column: str | None = None
+    """Column of a Parquet source with the encoded images; none = image, image_bytes, bytes or jpg."""
+    key_column: str | None = None
+    """Column of a Parquet source with the images' keys; none = FILE#ROW."""
+    label_column: str | None = None
+    """Column of a Parquet source with whole numbers that are kept as labels; none = no labels."""
+    expect: PartitionName | None = None
+    """Official partition that the source should be: its number of images and, for a list, the presence of each are
+    checked and reported in source_report.json."""
+    allow_count_difference: bool = False
+    """Go on, with a warning, where the source is not what expect says."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the content of the set, for the manifest and for comparison with an earlier run."""
         values = dataclasses.asdict(self)
-        del values["out"], values["max_bad_fraction"]
-        values["source"] = redact(absolute(self.source))
-        if self.against is not None:
-            values["against"] = redact(set_folder(absolute(self.against)))
+        for name in ("out", "max_bad_fraction", "expect", "allow_count_difference"):
+            del values[name]
+        for name in ("source", "root"):
+            values[name] = redact(absolute(values[name])) if values[name] else None
+        values["against"] = redact(set_folder(absolute(self.against))) if self.against else None
+        # Settings that not every set has stand only where they are given: the other sets keep their identity.
+        for name in ("root", "image_column", "key_column", "label_column", "against"):
+            if values[name] is None:
+                del values[name]
         return json.loads(json.dumps(values))
 
 
@@ -80,17 +101,26 @@ def prepare(config: PrepareConfig) -> Manifest:
     """Make, or complete, the prepared set `config.out` and return its manifest.
 
     A bad image is left out with its reason (`quarantine.jsonl`, `report.html`). Raises `MissingInput` if there is no
-    image or no usable one, `TooManyBadImages` beyond `max_bad_fraction`, `SharedImages` as `shared_images` says,
-    `ConfigMismatch` if the folder holds a set made with other settings.
+    image or no usable one, `CorruptSource` if it cannot be listed, `WrongCount` if it is not the partition `expect`,
+    `TooManyBadImages` beyond `max_bad_fraction`, `SharedImages` as `shared_images` says, `ConfigMismatch` if the folder
+    holds a set made with other settings.
     """
     out = absolute(config.out)
     if config.against is not None and set_folder(absolute(config.against)) == out:
         raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
     other = None if config.against is None else read_other_facts(config.against)
-    source = open_source(config.source)
+    source = open_source(
+        config.source,
+        root=config.root,
+        image_column=config.image_column,
+        key_column=config.key_column,
+        label_column=config.label_column,
+        cache=join(out, "source_index.arrow"),
+    )
     keys = source.keys()
     _claim_folder(out, config)
-    tasks = _shard_tasks(keys, config)
+    _check_count(keys, source, out, config)
+    tasks = _shard_tasks(keys, source, config)
     receipts = _finished(out, tasks)
     todo = [task for task in tasks if task["index"] not in receipts]
     if receipts:
@@ -148,13 +178,34 @@ def _claim_folder(out: str, config: PrepareConfig) -> None:
         )
 
 
-def _shard_tasks(keys: Sequence[str], config: PrepareConfig) -> list[dict[str, Any]]:
+def _check_count(keys: Sequence[str], source: Source, out: str, config: PrepareConfig) -> None:
+    """Compare with the partition that was named, write what was found, and stop if it is something else."""
+    if config.expect is None:
+        return
+    report = compare(config.expect, source, keys)
+    values = {**dataclasses.asdict(report), "agrees": report.agrees}
+    write_atomic(join(out, "source_report.json"), (json.dumps(values, indent=2) + "\n").encode())
+    if report.agrees:
+        logger.info("%s", report.message())
+    elif config.allow_count_difference:
+        logger.warning("%s; going on all the same", report.message())
+    else:
+        raise WrongCount(
+            f"{redact(config.source)}: {report.message()}; the whole report is {redact(out)}/source_report.json, "
+            "allow_count_difference goes on with what is there",
+            report=values,
+        )
+
+
+def _shard_tasks(keys: Sequence[str], source: Source, config: PrepareConfig) -> list[dict[str, Any]]:
     """Consecutive slices of the keys; `inputs` identifies what a shard is made of."""
     settings = json.dumps([SCHEMA_VERSION, config.settings()], sort_keys=True)
     tasks = []
     for index, start in enumerate(range(0, len(keys), config.images_per_shard)):
         part = list(keys[start : start + config.images_per_shard])
-        inputs = hashlib.sha256(json.dumps([settings, part]).encode()).hexdigest()[:16]
+        labels = [source.label(key) for key in part]
+        made_of = [settings, part] if set(labels) == {None} else [settings, part, labels]
+        inputs = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         tasks.append({"index": index, "keys": part, "inputs": inputs})
     return tasks
 
@@ -196,7 +247,7 @@ def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: Prepa
             data = source.read(key)
             opened = open_photograph(data, config)
             fact = examine(key, data, opened[1], config)
-            rows += make_records(key, data, config, opened=opened)
+            rows += make_records(key, data, config, label=source.label(key), opened=opened)
             facts.append(fact)
         except UnreadableImage as error:
             drops.append({"key": key, "reason": error.reason, "detail": error.detail, "bytes": len(data)})

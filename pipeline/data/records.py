@@ -94,9 +94,14 @@ def open_photograph(data: bytes, config: RecordConfig) -> tuple[Image.Image, np.
 
 
 def make_records(
-    key: str, data: bytes, config: RecordConfig, *, opened: tuple[Image.Image, np.ndarray] | None = None
+    key: str,
+    data: bytes,
+    config: RecordConfig,
+    *,
+    label: int | None = None,
+    opened: tuple[Image.Image, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of `schema.RECORD_SCHEMA` for the image file *data*, one a crop.
+    """Rows of `schema.RECORD_SCHEMA` for the image file *data* and its class *label*, one a crop.
 
     *opened*: what `open_photograph` gave for it, if it was called already. Raises what that raises.
     """
@@ -125,7 +130,7 @@ def make_records(
                 "masks": [pack_mask(mask) for mask, _ in holes],
                 "pool_yx": [pool.reshape(-1) for _, pool in holes],
                 "hole_fraction": [float(mask.mean()) for mask, _ in holes],
-                "label": None,
+                "label": label,
                 "source": source,
             }
         )

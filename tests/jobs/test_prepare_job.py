@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from jobs.prepare import main
+from pipeline import storage
 from pipeline.cli import run_job
+from pipeline.data.schema import read_records
+from pipeline.report import png_bytes
+from tests.pipeline.test_sources import tar_of
+from tests.tmad.tiny import make_image
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "prepare.py"
 
@@ -32,7 +37,8 @@ def run(tmp_path, monkeypatch, capsys):
 def test_the_help_teaches_from_any_folder(tmp_path):
     done = subprocess.run([sys.executable, JOB, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for part in ("Examples:", "ray job submit", "--masks-per-image", "quarantine.jsonl", "--against", "--dry-run", "pool-size"):
+    options = ("--masks-per-image", "--against", "--dry-run", "pool-size", "paris-streetview-test")
+    for part in ("Examples:", "ray job submit", "quarantine.jsonl", *options):
         assert part in done.stdout
 
 
@@ -50,6 +56,8 @@ def test_a_dry_run_prints_settings_and_writes_nothing(run, tmp_path):
         (["--source", "x", "--out", "y", "--crop-sise", "3"], 2, "--crop-size"),
         (["--source", "x", "--out", "y", "--crop-size", "100"], 2, "crop_size must be a multiple of"),
         (["--source", "x"], 2, "--out"),
+        (["--source", "x", "--out", "y", "--expect", "places"], 2, "places365-challenge-train"),
+        (["--source", ".", "--out", "y", "--root", "z"], 1, "root cannot be used here: the source"),
     ],
 )
 def test_what_cannot_be_done_ends_with_one_clear_message(run, arguments, code, message):
@@ -75,3 +83,25 @@ def test_a_folder_of_photographs_becomes_a_set_and_the_second_time_at_once(run, 
     code, _, shown = run(*arguments, "--seed", 1)
     assert code == 1
     assert "seed was 0, now 1" in shown
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_list_and_a_tar_file_in_object_storage_become_a_set_in_object_storage(bucket):
+    photographs = {f"{number:03d}.png": png_bytes(make_image(number, 32)) for number in range(100)}
+    archive = tar_of([(f"./test/{name}", data) for name, data in photographs.items()])
+    storage.write_atomic(f"{bucket}/test.tar", archive)
+    storage.write_atomic(f"{bucket}/test.txt", "".join(f"/{name} 7\n" for name in photographs).encode())
+    command = [
+        *(sys.executable, JOB, "--source", f"{bucket}/test.txt", "--root", f"{bucket}/test.tar/test"),
+        *("--expect", "paris-streetview-test", "--out", f"{bucket}/set", "--images-per-shard", "50"),
+        *("--crop-size", "32", "--patch-size", "16", "--memory.pool-size", "4"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    assert "100 records in 2 shards" in done.stdout
+    assert "paris-streetview-test has 100 images, 100 are listed here" in done.stderr
+    records = list(read_records(f"{bucket}/set"))
+    assert {record.source["key"]: record.image for record in records} == photographs
+    assert {record.label for record in records} == {7}
+    assert json.loads(storage.read_bytes(f"{bucket}/set/source_report.json"))["agrees"]

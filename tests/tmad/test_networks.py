@@ -282,7 +282,9 @@ def normalised_convolutions(network: nn.Module) -> list[nn.Conv2d]:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_spectral_normalisation_covers_psnet_but_carafe_and_its_output_the_critics_and_nothing_elsewhere(wanted: bool) -> None:
+def test_spectral_normalisation_covers_psnet_but_carafe_and_its_output_the_critics_and_nothing_elsewhere(
+    wanted: bool,
+) -> None:
     config = replace(MODEL, psnet=replace(MODEL.psnet, spectral_norm=wanted))
     critics = replace(TRAINING.critics, spectral_norm=wanted)
     model = TMAD(config)

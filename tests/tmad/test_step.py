@@ -420,7 +420,9 @@ def test_the_coarse_network_may_have_a_rate_of_its_own_in_the_joint_phase(phase:
     state = make_state(with_optim(lr=1e-3, lr_coarse_joint=2e-4, min_lr=0))
     metrics = step(state, phase)
     rates = {
-        id(parameter): group["lr"] for group in state.optimizers["generator"].param_groups for parameter in group["params"]
+        id(parameter): group["lr"]
+        for group in state.optimizers["generator"].param_groups
+        for parameter in group["params"]
     }
     assert [rates[id(parameter)] for parameter in state.model.coarse.parameters()] == pytest.approx(
         [rate] * len(list(state.model.coarse.parameters()))

@@ -1,0 +1,78 @@
+"""What preparation needs of a collection of images: stable keys, the bytes of each, and labels where there are any.
+
+A key names an image for ever: holes, crops and order are drawn from it, so it must not depend on where the source
+lies or in which order it is listed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+class Source(Protocol):
+    """A collection of images; picklable, because workers read from it."""
+
+    def keys(self) -> list[str]:
+        """Keys of all images in an order that depends on the content alone: by code point, or as storage is read
+        without jumping. Raises `MissingInput` if there are none, `CorruptSource` if it cannot be listed."""
+        ...
+
+    def read(self, key: str) -> bytes:
+        """The file of one image. Raises `MissingInput` or `StorageFailed`."""
+        ...
+
+    def label(self, key: str) -> int | None:
+        """The class that the collection gives the image, none if it gives none."""
+        ...
+
+
+class Index:
+    """Keys with a few whole numbers each, sorted by key and found by bisection.
+
+    It lies in Arrow memory: an index of millions of keys goes to the workers once a machine and is not copied there.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        """*table*: column `key` and columns of whole numbers, rows in any order; equal keys keep theirs."""
+        self.table = table.take(pc.sort_indices(table["key"])).combine_chunks()
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def keys(self) -> list[str]:
+        """All keys, by code point."""
+        return list(self.table["key"].to_pylist())
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        """The numbers of *key*, none if it is not there."""
+        if not self.table.num_rows:
+            return None
+        keys = self.table["key"].chunk(0)
+        row = bisect_left(keys, key, key=lambda one: one.as_py())
+        if row == len(keys) or keys[row].as_py() != key:
+            return None
+        return {name: self.table[name][row].as_py() for name in self.table.column_names if name != "key"}
+
+    def label(self, key: str) -> int | None:
+        """The number of *key* in the column `label`, none if it has none or is not there."""
+        if self.table["label"].null_count == len(self):
+            return None
+        place = self.find(key)
+        return None if place is None else place["label"]
+
+    def repeated(self) -> np.ndarray:
+        """Rows of the table whose key is also that of the row before."""
+        keys = self.table["key"]
+        same = pc.equal(keys.slice(1), keys.slice(0, max(len(keys) - 1, 0)))
+        return np.flatnonzero(same.to_numpy()) + 1
+
+
+def make_index_table(keys: list[str], **numbers: list[int] | list[int | None]) -> pa.Table:
+    """The table that an `Index` is made of."""
+    columns = {name: pa.array(values, pa.int64()) for name, values in numbers.items()}
+    return pa.table({"key": pa.array(keys, pa.large_string()), **columns})

@@ -1,0 +1,109 @@
+"""A text file that names the images, and the place where they lie: the official lists of Places365."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.sources.base import Index, Source, make_index_table
+from pipeline.errors import CorruptSource, MissingInput
+from pipeline.storage import join, read_bytes, redact
+
+_TRIED = 5
+"""Keys that are looked for before the work begins."""
+_LINE = re.compile(r"/*(.+?)(?:\s+(-?\d{1,18}))?")
+
+
+@dataclass(frozen=True)
+class KeyList:
+    """The images that a text file lists, one a line, read from *root*.
+
+    A slash before the key is dropped (the training lists of Places365 have one, those for validation have none), a
+    whole number after a blank is the label, empty lines and lines that begin with `#` are passed over.
+    """
+
+    uri: str
+    """The text file."""
+    root: Source
+    """Where the images lie: their keys there are those of the list."""
+    root_uri: str
+    """The place of *root*, for messages."""
+
+    def keys(self) -> list[str]:
+        """The list's keys. Raises `MissingInput` if none of the first few is in *root*."""
+        keys = self._index.keys()
+        if not keys:
+            raise MissingInput(f"the list {redact(self.uri)} names no image")
+        tried = keys[:_TRIED]
+        if not any(self._is_there(key) for key in tried):
+            raise MissingInput(
+                f"none of the first {len(tried)} images of {redact(self.uri)} is in {redact(self.root_uri)}: "
+                f"looked for {', '.join(map(repr, tried))}; there is {self.root.keys()[0]!r}; set root to the place "
+                "that the list's paths begin at (ARCHIVE.tar/FOLDER for one inside an archive)"
+            )
+        return keys
+
+    def read(self, key: str) -> bytes:
+        """The image in *root*."""
+        return self.root.read(key)
+
+    def label(self, key: str) -> int | None:
+        """The number on its line, else what *root* says."""
+        own = self._index.label(key)
+        return self.root.label(key) if own is None else own
+
+    def compare_with_root(self) -> tuple[list[str], list[str]]:
+        """Keys of the list that *root* does not hold, and keys of *root* that the list does not name."""
+        mine, theirs = self._index.table["key"], pa.array(self.root.keys(), pa.large_string())
+        missing = mine.filter(pc.invert(pc.is_in(mine, value_set=theirs)))
+        unlisted = theirs.filter(pc.invert(pc.is_in(theirs, value_set=mine.combine_chunks())))
+        return missing.to_pylist(), unlisted.to_pylist()
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self.root.read(key)
+        except MissingInput:
+            return False
+        return True
+
+    @cached_property
+    def _index(self) -> Index:
+        """Line and label of every key. Made where keys are listed and carried along to the workers."""
+        try:
+            text = read_bytes(self.uri).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise CorruptSource(f"the list {redact(self.uri)} is no text in UTF-8: {error}") from None
+        keys: list[str] = []
+        lines: list[int] = []
+        labels: list[int | None] = []
+        for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
+            if not line or line.startswith("#"):
+                continue
+            match = _LINE.fullmatch(line)
+            key = match.group(1) if match else ""
+            try:
+                join(self.root_uri, key)
+            except ValueError as error:
+                raise CorruptSource(f"{redact(self.uri)}, line {number}: {error}") from None
+            keys.append(key)
+            lines.append(number)
+            labels.append(int(match.group(2)) if match and match.group(2) else None)
+        index = Index(make_index_table(keys, line=lines, label=labels))
+        self._refuse_repeated(index)
+        return index
+
+    def _refuse_repeated(self, index: Index) -> None:
+        repeated = index.repeated()
+        if repeated.size:
+            shown = [
+                f"{index.table['key'][row].as_py()!r} in lines {index.table['line'][row - 1]} and "
+                f"{index.table['line'][row]}"
+                for row in map(int, repeated[:3])
+            ]
+            raise CorruptSource(
+                f"{redact(self.uri)} names {repeated.size} images twice: {'; '.join(shown)}; a key names one image"
+            )

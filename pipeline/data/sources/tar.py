@@ -1,0 +1,213 @@
+"""Tar files, read in place: the plain archives of Places365 and the shards of the WebDataset convention.
+
+Nothing is unpacked. The headers are walked once, which gives the place of every image; an image is one ranged read
+then. A compressed archive has no such places and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.sources.base import Index, make_index_table
+from pipeline.errors import CorruptSource, MissingInput
+from pipeline.storage import exists, fingerprint, join, open_file, read_bytes, read_range, redact, write_atomic
+from tmad.images import SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+READ_AHEAD = 8 * 2**20
+"""Bytes fetched from remote storage at a time while headers are walked. Members smaller than this pass by in the
+stream, which is faster than a request for each of their headers; larger ones are skipped."""
+
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
+_WHOLE_NUMBER = re.compile(rb"-?\d{1,18}")
+_WALKERS = 8
+
+
+@dataclass(frozen=True)
+class TarShards:
+    """The images in one tar file, or in all those of a folder.
+
+    The key is the member's name without `./` and `/` before it. If a key occurs in two files, every key of the
+    collection gets its file's name in front (`train-000.tar/0001.jpg`). Within a file the last member of a name counts,
+    as when it is unpacked. Hidden members (a part of the name begins with a dot) are not looked at. A member
+    `NAME.cls` with a whole number is the label of the images whose name up to the first dot is NAME.
+    """
+
+    uri: str
+    """A tar file, or the folder of *files*."""
+    files: tuple[str, ...] = ()
+    """Tar files below the folder; none = *uri* is the file."""
+    below: str = ""
+    """A folder in the archive: only what lies below it, with keys relative to it."""
+    cache: str | None = None
+    """File that keeps the places of the images, so that the archives are walked once and not at every start."""
+
+    def keys(self) -> list[str]:
+        """Names of the images. The first call walks the archives, or reads what an earlier one kept."""
+        if not len(self._index):
+            where = f" below {self.below}/" if self.below else ""
+            raise MissingInput(
+                f"there is no image in {redact(self.uri)}: no member{where} ends in one of {', '.join(SUFFIXES)}"
+            )
+        return self._index.keys()
+
+    def read(self, key: str) -> bytes:
+        """The bytes of one member, by one ranged read."""
+        place = self._index.find(key)
+        if place is None:
+            raise MissingInput(f"there is no {key!r} in {redact(self.uri)}")
+        return read_range(self._uris[place["file"]], place["offset"], place["size"])
+
+    def label(self, key: str) -> int | None:
+        """The whole number in the `.cls` of its sample."""
+        return self._index.label(key)
+
+    @property
+    def _uris(self) -> Sequence[str]:
+        return [join(self.uri, file) for file in self.files] if self.files else [self.uri]
+
+    @cached_property
+    def _index(self) -> Index:
+        """Where every image lies. Made where keys are listed and carried along to the workers."""
+        with ThreadPoolExecutor(_WALKERS) as pool:
+            identity: list[Any] = [
+                self.below,
+                *map(list, zip(self.files or [""], pool.map(fingerprint, self._uris), strict=True)),
+            ]
+            kept = self._kept(identity)
+            if kept is not None:
+                return kept
+            logger.info("finding the images in %d tar file(s) of %s", len(self._uris), redact(self.uri))
+            tables = list(pool.map(_last_of_each_name, self._uris, [self.below] * len(self._uris)))
+        index = Index(self._joined(tables, [""] * len(tables)))
+        if index.repeated().size:
+            index = Index(self._joined(tables, [f"{file}/" for file in self.files]))
+        if self.cache:
+            _write_table(self.cache, index.table, identity)
+        return index
+
+    def _joined(self, tables: Sequence[pa.Table], before: Sequence[str]) -> pa.Table:
+        """One table of all files, *before[n]* in front of the names in file n."""
+        nothing = pa.scalar("", pa.large_string())
+        parts = []
+        for number, (table, prefix) in enumerate(zip(tables, before, strict=True)):
+            keys = pc.binary_join_element_wise(pa.scalar(prefix, pa.large_string()), table["key"], nothing)
+            file = pa.array(np.full(len(table), number), pa.int64())
+            parts.append(table.set_column(0, "key", keys).append_column("file", file))
+        return pa.concat_tables(parts)
+
+    def _kept(self, identity: list[Any]) -> Index | None:
+        if not self.cache or not exists(self.cache):
+            return None
+        table = pa.ipc.open_file(pa.BufferReader(read_bytes(self.cache))).read_all()
+        return Index(table) if json.loads(table.schema.metadata[b"made_of"]) == identity else None
+
+
+def _write_table(uri: str, table: pa.Table, identity: list[Any]) -> None:
+    sink = pa.BufferOutputStream()
+    table = table.replace_schema_metadata({"made_of": json.dumps(identity)})
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    write_atomic(uri, sink.getvalue().to_pybytes())
+
+
+def _last_of_each_name(uri: str, below: str) -> pa.Table:
+    """Name, offset, size and label of every image of one archive, sorted by name."""
+    index = Index(_walk(uri, f"{below}/" if below else ""))
+    earlier = index.repeated() - 1
+    if earlier.size:
+        logger.info("%s holds %d images twice; the last of each name counts", redact(uri), earlier.size)
+    keep = np.ones(len(index), bool)
+    keep[earlier] = False
+    return index.table.filter(pa.array(keep))
+
+
+def _walk(uri: str, folder: str) -> pa.Table:
+    """Name, offset, size and label of every image below *folder* in the archive, in its order."""
+    keys: list[str] = []
+    offsets: list[int] = []
+    sizes: list[int] = []
+    classes: dict[str, int] = {}
+    links = unread = 0
+    with open_file(uri, read_ahead=READ_AHEAD) as file:
+        for name, member in _members(uri, file):
+            if not name.startswith(folder) or any(part.startswith(".") for part in name.split("/")):
+                continue
+            key = name.removeprefix(folder)
+            if name.lower().endswith(SUFFIXES):
+                if member.isfile() and not member.issparse():
+                    keys.append(key)
+                    offsets.append(member.offset_data)
+                    sizes.append(member.size)
+                elif not member.isdir():
+                    links += 1
+            elif name.endswith(".cls") and member.isfile():
+                file.seek(member.offset_data)
+                text = file.read(min(member.size, 32)).strip()
+                if _WHOLE_NUMBER.fullmatch(text):
+                    classes[_sample(key)] = int(text)
+                else:
+                    unread += 1
+    if links:
+        logger.warning("%s: %d images are links or sparse members; they are left out", redact(uri), links)
+    if unread:
+        logger.warning("%s: %d members .cls hold no whole number; there is no label then", redact(uri), unread)
+    labels = [classes.get(_sample(key)) for key in keys]
+    return make_index_table(keys, offset=offsets, size=sizes, label=labels)
+
+
+def _members(uri: str, file: IO[bytes]) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Every member with its name, `./` and `/` before it removed. Raises `CorruptSource` saying where it broke off."""
+    name = ""
+    place = "at its beginning"
+    try:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as archive:
+            while member := archive.next():
+                # Otherwise the archive remembers every member that it has met.
+                archive.members.clear()  # type: ignore[attr-defined]
+                name = member.name.removeprefix("./").lstrip("/")
+                place = f"at the member {name!r}, before byte {archive.offset}"
+                yield name, member
+            place = f"after the member {name!r}, at byte {archive.offset}"
+            # `tarfile` ends quietly where it can read no header; a whole archive ends with a block of zeros.
+            file.seek(archive.offset)
+            block = file.read(tarfile.BLOCKSIZE)
+    except tarfile.TarError as error:
+        if not name:
+            _refuse_compressed(uri, file)
+        raise CorruptSource(f"{redact(uri)} is no tar file, cut off or damaged {place}: {error}") from None
+    if not block:
+        logger.warning("%s ends %s without the mark of an end; was it cut off there?", redact(uri), place)
+    elif any(block):
+        raise CorruptSource(f"{redact(uri)} is cut off or damaged {place}: no header stands there")
+
+
+def _sample(key: str) -> str:
+    """What the files of one WebDataset sample have in common: the path up to the first dot of the file's name."""
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name.split(".", 1)[0]
+
+
+def _refuse_compressed(uri: str, file: IO[bytes]) -> None:
+    """Say so if what is no tar file is a compressed one."""
+    file.seek(0)
+    start = file.read(6)
+    for mark, kind in _COMPRESSED.items():
+        if start.startswith(mark):
+            raise CorruptSource(
+                f"{redact(uri)} is compressed ({kind}), so no image in it can be read without all that comes before; "
+                "a plain .tar is needed, and as images are compressed themselves it is hardly larger"
+            ) from None

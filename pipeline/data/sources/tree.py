@@ -1,0 +1,42 @@
+"""A folder with images at any depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import MissingInput
+from pipeline.storage import join, list_files, read_bytes, redact
+from tmad.images import SUFFIXES
+
+
+@dataclass(frozen=True)
+class ImageTree:
+    """A folder with images at any depth, by URI. The key is the path below it; hidden files are not looked at."""
+
+    uri: str
+    files: Sequence[str] | None = field(default=None, repr=False, compare=False)
+    """What `list_files` found there, if it was asked already; stays with the process that asked."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageTree, (self.uri,)
+
+    def keys(self) -> list[str]:
+        """Paths of the images below the folder."""
+        files = list_files(self.uri) if self.files is None else self.files
+        images = [key for key in files if key.lower().endswith(SUFFIXES)]
+        if not images:
+            raise MissingInput(
+                f"there is no image in {redact(self.uri)}: of {len(files)} files none ends in one of "
+                f"{', '.join(SUFFIXES)}"
+            )
+        return images
+
+    def read(self, key: str) -> bytes:
+        """The file below the folder."""
+        return read_bytes(join(self.uri, key))
+
+    def label(self, key: str) -> int | None:
+        """None: folders are not taken for classes."""
+        return None
