@@ -33,7 +33,10 @@ class MissingInput(TMADError):
 
 
 class StorageFailed(TMADError):
-    """Storage refused to read or to write: unknown scheme, missing package, permission, network."""
+    """Storage refused to read or to write: unknown scheme, missing package, permission, network.
+
+    `details["kind"]` is that of `pipeline.s3.Cause`, or `other`.
+    """
 
 
 class CorruptSource(TMADError):

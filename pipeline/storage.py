@@ -2,18 +2,24 @@
 
 A *uri* is a local path, `file://...` or any scheme that fsspec knows (`s3://`, `gs://`, `memory://`, ...). Keys are
 relative paths with forward slashes and can never leave the folder they are relative to. A file written here is there
-wholly or not at all. Messages never show credentials.
+wholly or not at all, and one read here is whole. What passes is waited for, within bounds (`pipeline/s3.py`); what ends
+a job names the place and the cause and never shows credentials.
 """
 
 from __future__ import annotations
 
 import atexit
+import io
+import logging
 import os
+import random
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -21,9 +27,19 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.errors import MissingInput, StorageFailed
+from pipeline import s3
+from pipeline.errors import MissingInput, StorageFailed, TMADError
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+PART_BYTES = 32 * 2**20
+"""Remote files are read in parts of this size, each of which is repeated by itself if it does not arrive whole."""
+
+_PART_READERS = 4
+_WRITE_PART_BYTES = 50 * 2**20  # s3fs writes larger files in parts of this size
+_MAX_PAUSE_S = 20.0
 
 _SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY",
@@ -33,9 +49,10 @@ _SECRET_VARIABLES = (
     "MLFLOW_TRACKING_TOKEN",
     "RAY_AUTH_TOKEN",
 )
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
+# The second form is a password with slashes in it, as AWS makes them; a port is none.
+_USER_INFO = re.compile(r"(?<=://)(?:[^/\s@]+@|[^/\s@:]+:(?!\d+/)[^\s@]+@)")
 _SECRET_FIELD = re.compile(
-    r"(?i)\b([\w.-]*(?:secret|token|password|passwd|signature|credential|access_?key|api_?key)[\w.-]*)"
+    r"(?i)\b([\w.-]*(?:secret|token|password|passwd|signature|credential|access_?key|api_?key)[\w.-]*|sig)"
     r"(\s*[=:]\s*[\"']?)([^\s&\"',;]+)"
 )
 
@@ -73,34 +90,68 @@ def join(uri: str, *keys: str) -> str:
 
 
 def file_system(uri: str) -> tuple[Any, str]:
-    """The fsspec file system of *uri* and the path in it. Raises `StorageFailed` for an unknown or uninstalled one."""
+    """The fsspec file system of *uri* and the path in it. Raises `StorageFailed` for an unknown or uninstalled one, and
+    for an S3 URI with credentials in it, which would travel into every record of where data came from."""
     # A cached listing would hide what other workers have written since.
-    options = {"use_listings_cache": False} if is_remote(uri) else {}
+    options: dict[str, Any] = {"use_listings_cache": False} if is_remote(uri) else {}
+    patience = s3.Patience.of_environment()
+    if on_s3 := uri.startswith(s3.SCHEMES):
+        if redact(uri).startswith(("s3://***@", "s3a://***@")):
+            raise StorageFailed(
+                f"{redact(uri)} has credentials in it; s3://bucket/key is expected, and the credentials in "
+                "AWS_PROFILE, in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in ~/.aws/credentials",
+                kind="request",
+            )
+        options["config_kwargs"] = patience.client_settings()
     try:
-        return fsspec.core.url_to_fs(absolute(uri), **options)
+        fs, path = fsspec.core.url_to_fs(absolute(uri), **options)
     except (ValueError, ImportError) as error:
-        raise StorageFailed(f"cannot open storage for {redact(uri)}: {redact(str(error))}") from error
+        raise StorageFailed(f"cannot open storage for {redact(uri)}: {redact(str(error))}") from None
+    if on_s3:
+        # s3fs repeats what botocore has repeated: 25 attempts for one request, 125 for a file.
+        fs.retries = 1
+    return fs, path
 
 
 def exists(uri: str) -> bool:
     """True if there is a file or a folder at *uri*."""
     fs, path = file_system(uri)
-    return bool(_guard(uri, "look up", lambda: fs.exists(path)))
+    if isinstance(fs, LocalFileSystem):
+        return bool(fs.exists(path))
+    try:
+        # Not `fs.exists`: for a bucket it takes refused credentials and a silent server for an absence.
+        _guard(uri, "look up", lambda: fs.info(path, **_bounded(fs)))
+    except MissingInput:
+        return False
+    return True
 
 
 def size(uri: str) -> int | None:
     """Bytes of the file at *uri*, none if there is no such file."""
     fs, path = file_system(uri)
     try:
-        return int(_guard(uri, "look up", lambda: fs.info(path))["size"])
+        return int(_guard(uri, "look up", lambda: fs.info(path, **_bounded(fs)))["size"])
     except MissingInput:
         return None
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file. Raises `MissingInput` if it is not there, `StorageFailed` for any other trouble."""
+    """The whole file, of the size that storage says it has. Raises `MissingInput` if it is not there, `StorageFailed`
+    for any other trouble."""
     fs, path = file_system(uri)
-    return bytes(_guard(uri, "read", lambda: fs.cat_file(path)))
+    if isinstance(fs, LocalFileSystem):
+        return bytes(_guard(uri, "read", lambda: fs.cat_file(path)))
+    info = _guard(uri, "read", lambda: fs.info(path, **_bounded(fs)))
+    if info["type"] != "file":
+        raise MissingInput(f"cannot read {redact(uri)}: it is a folder")
+    if info["size"] is None:
+        return bytes(_patiently(uri, lambda: fs.cat_file(path, **_bounded(fs))))
+    total = int(info["size"])
+    parts = [(start, min(PART_BYTES, total - start)) for start in range(0, total, PART_BYTES)]
+    if len(parts) <= 1:
+        return read_range(uri, 0, total)
+    with ThreadPoolExecutor(_PART_READERS, thread_name_prefix="read") as pool:
+        return b"".join(pool.map(lambda part: read_range(uri, *part), parts))
 
 
 def read_range(uri: str, start: int, length: int) -> bytes:
@@ -109,23 +160,67 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     if length == 0:
         return b""
     fs, path = file_system(uri)
-    data = bytes(_guard(uri, "read", lambda: fs.cat_file(path, start=start, end=start + length)))
-    if len(data) != length:
-        raise StorageFailed(
-            f"cannot read {redact(uri)}: bytes {start} to {start + length} were asked for and {len(data)} came; "
-            "was it replaced meanwhile?"
-        )
-    return data
+
+    def read() -> bytes:
+        data = bytes(fs.cat_file(path, start=start, end=start + length, **_bounded(fs)))
+        if len(data) != length:
+            there = fs.info(path, **_bounded(fs))["size"]
+            if there is not None and there < start + length:
+                raise StorageFailed(
+                    f"cannot read {redact(uri)}: bytes {start} to {start + length} were asked for and it ends at "
+                    f"{there}; was it replaced meanwhile?",
+                    kind="incomplete",
+                )
+            raise s3.CutShort(f"bytes {start} to {start + length} were asked for and {len(data)} came")
+        return data
+
+    return _patiently(uri, read)
 
 
 @contextmanager
 def open_file(uri: str, *, read_ahead: int = 0) -> Iterator[IO[bytes]]:
     """The file at *uri* for reading in places. What storage raises inside the block becomes `MissingInput` or
     `StorageFailed`. *read_ahead*: bytes fetched from remote storage at a time, for one that is read forwards."""
-    fs, path = file_system(uri)
-    cache = {"block_size": read_ahead, "cache_type": "readahead"} if read_ahead else {"cache_type": "none"}
-    with _own_errors(uri, "read"), fs.open(path, "rb", **(cache if is_remote(uri) else {})) as file:
+    with (
+        _own_errors(uri, "read"),
+        open_remote(uri, read_ahead) if is_remote(uri) else open(absolute(uri), "rb") as file,
+    ):
         yield file
+
+
+def open_remote(uri: str, read_ahead: int = 0) -> IO[bytes]:
+    """The file at *uri* for reading in places, each read by `read_range` and hence whole. Not s3fs' own: told to repeat
+    nothing, that one hands on a body cut short as an error."""
+    length = size(uri)
+    if length is None:
+        raise MissingInput(f"cannot read {redact(uri)}: it is not there")
+    raw = _RemoteFile(uri, length)
+    return io.BufferedReader(raw, read_ahead) if read_ahead else raw  # type: ignore[return-value]
+
+
+class _RemoteFile(io.RawIOBase):
+    def __init__(self, uri: str, length: int) -> None:
+        self._uri, self._length, self._place = uri, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._place))
+        buffer[:count] = read_range(self._uri, self._place, count)
+        self._place += count
+        return count
 
 
 def fingerprint(uri: str) -> str:
@@ -141,7 +236,8 @@ def write_atomic(uri: str, data: bytes) -> None:
     """
     fs, path = file_system(uri)
     if not isinstance(fs, LocalFileSystem):
-        _guard(uri, "write", lambda: fs.pipe_file(path, data))
+        parts = 1 + len(data) // _WRITE_PART_BYTES
+        _guard(uri, "write", lambda: fs.pipe_file(path, data, **_bounded(fs, parts)))
         return
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
@@ -165,7 +261,7 @@ def remove(uri: str) -> None:
     """Delete one file; it is no error if it is not there."""
     fs, path = file_system(uri)
     try:
-        _guard(uri, "delete", lambda: fs.rm_file(path))
+        _guard(uri, "delete", lambda: fs.rm_file(path, **_bounded(fs)))
     except MissingInput:
         return
 
@@ -177,13 +273,15 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     there is no such folder or if it is a file.
     """
     fs, path = file_system(uri)
-    if not exists(uri):
-        raise MissingInput(f"there is no folder {redact(uri)}")
-    if _guard(uri, "look up", lambda: fs.isfile(path)):
-        raise MissingInput(f"{redact(uri)} is a file; a folder is needed here")
     root = path.rstrip("/") + "/"
+    # Listed first, as only the answer to a listing says why it was refused.
     found = _guard(uri, "list", lambda: fs.find(path))
-    keys = (name[len(root) :] for name in found if name.startswith(root))
+    keys = [name[len(root) :] for name in found if name.startswith(root)]
+    if not keys:
+        if not exists(uri):
+            raise MissingInput(f"there is no folder {redact(uri)}")
+        if _guard(uri, "look up", lambda: fs.isfile(path)):
+            raise MissingInput(f"{redact(uri)} is a file; a folder is needed here")
     visible = (key for key in keys if not any(part.startswith(".") for part in key.split("/")))
     return sorted(key for key in visible if not suffixes or key.lower().endswith(tuple(suffixes)))
 
@@ -224,11 +322,69 @@ def _guard(uri: str, verb: str, call: Callable[[], Result]) -> Result:
 
 @contextmanager
 def _own_errors(uri: str, verb: str) -> Iterator[None]:
-    """What storage raises inside becomes an error of ours that names the place and hides credentials."""
+    """What storage raises inside becomes an error of ours that names the place and the cause and hides credentials.
+
+    The original is not kept as its cause: its text may hold a signed address, and a log would show it.
+    """
     try:
         yield
-    except FileNotFoundError as error:
-        raise MissingInput(f"cannot {verb} {redact(uri)}: it is not there") from error
-    except (OSError, ValueError, ImportError) as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise StorageFailed(f"cannot {verb} {redact(uri)}: {redact(cause)}") from None
+    except TMADError:
+        raise
+    except Exception as error:
+        known = _translated(uri, verb, error)
+        if known is None:
+            raise
+        raise known from None
+
+
+def _translated(uri: str, verb: str, error: Exception) -> TMADError | None:
+    remote = is_remote(uri)
+    if remote and (cause := _cause(uri, error)) is not None:
+        kind = MissingInput if cause.kind == "bucket" else StorageFailed
+        return kind(f"cannot {verb} {redact(uri)}: {redact(cause.words)}", kind=cause.kind)
+    if isinstance(error, FileNotFoundError):
+        return MissingInput(f"cannot {verb} {redact(uri)}: it is not there")
+    if isinstance(error, OSError | ValueError | ImportError):
+        return StorageFailed(f"cannot {verb} {redact(uri)}: {redact(f'{type(error).__name__}: {error}')}", kind="other")
+    return None
+
+
+def _cause(uri: str, error: Exception) -> s3.Cause | None:
+    """Why remote storage failed. A HEAD is refused without a reason, so S3 is asked once more for one."""
+    fs, path = file_system(uri)
+    bucket = path.split("/")[0]
+    if uri.startswith(s3.SCHEMES) and s3.needs_code(error):
+        try:
+            fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1, **_bounded(fs))
+        except Exception as reason:
+            # Whatever this says of the bucket, only of the credentials it is sure to be the same.
+            said = s3.cause_of(reason, bucket=bucket, endpoint=s3.endpoint_of(fs, reason), attempts=1)
+            if said is not None and said.kind == "credentials":
+                return said
+    attempts = s3.Patience.of_environment().attempts
+    return s3.cause_of(error, bucket=bucket, endpoint=s3.endpoint_of(fs, error), attempts=attempts)
+
+
+def _bounded(fs: Any, parts: int = 1) -> dict[str, float]:
+    """The bound of one call, for file systems that take one."""
+    return {"timeout": s3.Patience.of_environment().total_s * parts} if getattr(fs, "async_impl", False) else {}
+
+
+def _patiently(uri: str, read: Callable[[], bytes]) -> bytes:
+    """Run *read* again while what it reads arrives cut short, with exponential pauses and full jitter."""
+    patience = s3.Patience.of_environment()
+    deadline = time.monotonic() + patience.total_s
+
+    def attempts() -> bytes:
+        for number in range(1, patience.attempts):
+            try:
+                return read()
+            except Exception as error:
+                pause = random.uniform(0, min(_MAX_PAUSE_S, 2.0 ** (number - 1)))
+                if not s3.passes(error) or time.monotonic() + pause >= deadline:
+                    raise
+                logger.info("%s arrived cut short, attempt %d of %d", redact(uri), number, patience.attempts)
+                time.sleep(pause)
+        return read()
+
+    return _guard(uri, "read", attempts)

@@ -12,6 +12,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from tests.s3 import _proxy as _proxy
+from tests.s3 import bucket as bucket
+from tests.s3 import faulty as faulty
+from tests.s3 import faulty_cluster as faulty_cluster
+from tests.s3 import object_store as object_store
+
 ROOT = Path(__file__).resolve().parent.parent
 
 RAY_ENVIRONMENT = {
@@ -35,10 +41,12 @@ def _one_torch_thread() -> None:
 def ray_session() -> Iterator[None]:
     """A Ray cluster of this machine with four logical CPUs, whatever the machine has, started once a session."""
     ray = pytest.importorskip("ray")
-    before = {name: os.environ.get(name) for name in RAY_ENVIRONMENT}
-    os.environ.update(RAY_ENVIRONMENT)
     # Socket names are limited to some 100 characters, so the folder has to lie high up.
     with tempfile.TemporaryDirectory(prefix="tm", ignore_cleanup_errors=True) as folder:
+        # Workers keep the environment of this moment; an object store that starts later is named in this file.
+        environment = {**RAY_ENVIRONMENT, "AWS_CONFIG_FILE": f"{folder}/aws-config"}
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
         ray.init(
             address="local",
             num_cpus=4,

@@ -52,6 +52,10 @@ logger = logging.getLogger(__name__)
 PROGRESS_S = 5.0
 """Seconds between two progress lines."""
 
+OUTAGES = ("bucket", "credentials", "endpoint", "connection", "timeout", "server")
+"""Failures of storage that are no property of an image: they end the job, which goes on where it was when it is run
+again. Dropping images for them would make the set depend on the network."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PrepareConfig(RecordConfig, ContractConfig):
@@ -252,6 +256,8 @@ def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: Prepa
         except UnreadableImage as error:
             drops.append({"key": key, "reason": error.reason, "detail": error.detail, "bytes": len(data)})
         except (MissingInput, StorageFailed) as error:
+            if error.details.get("kind") in OUTAGES:
+                raise
             reason = "missing" if isinstance(error, MissingInput) else "unreadable"
             drops.append({"key": key, "reason": reason, "detail": error.message, "bytes": 0})
     write_atomic(join(out, facts_file(task["index"])), encode_facts(facts))

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import CorruptSet, MissingInput, UnfinishedSet, WrongVersion
-from pipeline.storage import exists, file_system, is_remote, join, read_bytes, redact
+from pipeline.storage import absolute, exists, is_remote, join, open_remote, read_bytes, redact
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -225,16 +225,14 @@ def read_records(uri: str, limit: int | None = None) -> Iterator[Record]:
 def open_shard(folder: str, file: str) -> pq.ParquetFile:
     """The Parquet file *file* of the set in *folder*; only what is read of it is fetched.
 
-    Raises `CorruptSet` naming the shard if it is missing or no Parquet, `WrongVersion` if it is of another schema.
+    Raises `CorruptSet` naming the shard if it is missing or no Parquet, `WrongVersion` if it is of another schema,
+    `StorageFailed` if storage does not hand it out.
     """
     uri = join(folder, file)
-    fs, path = file_system(uri)
     try:
-        if is_remote(uri):
-            opened = pq.ParquetFile(fs.open(path, cache_type="none"), pre_buffer=True)
-        else:
-            opened = pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
+        remote = is_remote(uri)
+        opened = pq.ParquetFile(open_remote(uri) if remote else absolute(uri), pre_buffer=remote)
+    except (OSError, pa.ArrowException, MissingInput) as error:
         raise CorruptSet(
             f"the shard {redact(uri)} cannot be read: {redact(str(error))}; remove {MANIFEST_NAME} and prepare again"
         ) from None

@@ -1,18 +1,11 @@
-"""What the tests of `pipeline` share: MLflow in one SQLite file, a tiny model artifact, a small prepared set, S3."""
+"""What the tests of `pipeline` share: MLflow in one SQLite file, a tiny model artifact, a small prepared set."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage
 from pipeline.data.schema import RECORD_SCHEMA, Manifest, Shard, pack_mask
 from pipeline.report import png_bytes
 from pipeline.tracking import mlflow_client
@@ -90,48 +82,3 @@ def make_set(tmp_path: Path) -> SetMaker:
         return str(folder)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of an S3-compatible server of this machine, started once a session."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("object-store") / "log"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
-        try:
-            address = f"http://127.0.0.1:{port}"
-            _wait_for(f"{address}/moto-api/data.json", server, log)
-            yield address
-        finally:
-            server.terminate()
-
-
-def _wait_for(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 90
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            urllib.request.urlopen(address, timeout=5).close()
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-        else:
-            return
-    pytest.fail(f"the object store did not start: {log.read_text()}")
-
-
-@pytest.fixture
-def bucket(object_store: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URI of an empty bucket, reached as a user reaches any S3-compatible endpoint."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": object_store,
-        "AWS_ACCESS_KEY_ID": "tests",
-        "AWS_SECRET_ACCESS_KEY": "not-a-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    uri = f"s3://{uuid.uuid4().hex}"
-    files, path = storage.file_system(uri)
-    files.mkdir(path)
-    return uri
