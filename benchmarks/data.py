@@ -97,8 +97,9 @@ def write_sources(folder: Path, images: int) -> dict[str, Path]:
         buffer = io.BytesIO()
         cut = original.crop((left, top, left + original.width * 3 // 4, top + original.height * 3 // 4))
         cut.resize((640, 480)).save(buffer, "JPEG", quality=92)
-        rows.append({"name": f"{number:06d}.jpg", "image": buffer.getvalue()})
-        (tree / rows[-1]["name"]).write_bytes(rows[-1]["image"])
+        name, data = f"{number:06d}.jpg", buffer.getvalue()
+        rows.append({"name": name, "image": data})
+        (tree / name).write_bytes(data)
     with tarfile.open(folder / "photographs.tar", "w") as archive:
         archive.add(tree, arcname=".")
     pq.write_table(pa.Table.from_pylist(rows), folder / "photographs.parquet", row_group_size=100)
@@ -107,7 +108,6 @@ def write_sources(folder: Path, images: int) -> dict[str, Path]:
 
 def prepare_config(source: Path, out: Path, *, images_per_shard: int, masks_per_image: int = 1) -> PrepareConfig:
     """Crops of 256 pixels with one hole each, unless told otherwise."""
-    column = {"key_column": "name"} if source.suffix == ".parquet" else {}
     return PrepareConfig(
         source=str(source),
         out=str(out),
@@ -115,7 +115,7 @@ def prepare_config(source: Path, out: Path, *, images_per_shard: int, masks_per_
         patch_size=PATCH,
         images_per_shard=images_per_shard,
         masks_per_image=masks_per_image,
-        **column,
+        key_column="name" if source.suffix == ".parquet" else None,
     )
 
 
@@ -124,7 +124,7 @@ def preparation(
     options: DataOptions,
     folder: Path,
     sources: dict[str, Path],
-    config: Callable[[Path, Path], PrepareConfig],
+    config: Callable[..., PrepareConfig],
 ) -> None:
     """The whole job from each source, sets removed between the calls."""
     files = sorted(sources["tree"].iterdir())
