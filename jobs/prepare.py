@@ -2,6 +2,7 @@
 
 Examples:
   python jobs/prepare.py --source photos/train --out data/train
+  python jobs/prepare.py --source photos/val --out data/val --against data/train
   python jobs/prepare.py --source photos/train --out data/train --short-side 256 384 --crops-per-image 4
   python jobs/prepare.py --source s3://bucket/paris --out s3://bucket/sets/paris --mask rectangle \
       --memory.rule clean --memory.stride-divisor 2
@@ -10,8 +11,8 @@ Examples:
   ray job submit --working-dir . -- python jobs/prepare.py --source s3://bucket/places --out s3://bucket/sets/places
 
 A source is a folder of images, tar files, Parquet files or a text list of keys: docs/bring-your-own-data.md.
-Stopped at any moment, the same command goes on where it was. An image that cannot be used is left out and listed with
-its reason in quarantine.jsonl.
+Stopped at any moment, the same command goes on where it was. An image that cannot be used, or is there twice, is left
+out and listed with its reason in quarantine.jsonl; report.html shows them (docs/data-contract.md).
 """
 
 from __future__ import annotations

@@ -68,6 +68,10 @@ class TooManyBadImages(TMADError):
     """More inputs were unusable than the settings allow; `details["reasons"]` counts them by reason."""
 
 
+class SharedImages(TMADError):
+    """Images of a set are also in the one that it was to share none with; `details["keys"]` names them."""
+
+
 class RunFinished(TMADError):
     """A run of this name is already complete; there is nothing to resume."""
 

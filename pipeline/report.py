@@ -108,6 +108,35 @@ class Report:
             "<p class='note'>Click a picture, or reach it with Tab, to see it large.</p>"
         )
 
+    def gallery(self, figures: Sequence[tuple[str, str, Sequence[Picture | None]]]) -> None:
+        """Add small pictures that flow with the page's width: (name, what is to be said of it, its pictures side by
+        side); none stands for a picture that cannot be shown."""
+        items = "".join(
+            "<figure><div>"
+            + "".join("<i>no picture</i>" if one is None else _img(one, name) for one in pictures)
+            + f"</div><figcaption><b>{html.escape(name)}</b>{html.escape(text)}</figcaption></figure>"
+            for name, text, pictures in figures
+        )
+        self._parts.append(f'<div class="gallery">{items}</div>')
+
+    def histogram(self, counts: Sequence[int], *, low: float, high: float, label: str) -> None:
+        """Add a histogram with equal bins from *low* to *high*, drawn as SVG; *label* says what is counted."""
+        width, height, top = 60, 120, max(*counts, 1)
+        edges = [low + (high - low) * edge / len(counts) for edge in range(len(counts) + 1)]
+        bars = "".join(
+            f"<g><title>{edges[bin]:g} to {edges[bin + 1]:g}: {count}</title>"
+            f'<rect x="{bin * width + 2}" y="{20 + height * (1 - count / top):.1f}" width="{width - 4}" '
+            f'height="{height * count / top:.1f}"/>'
+            f'<text x="{(bin + 0.5) * width:g}" y="{14 + height * (1 - count / top):.1f}">{count or ""}</text></g>'
+            for bin, count in enumerate(counts)
+        )
+        ticks = "".join(f'<text x="{bin * width}" y="{height + 38}">{edge:g}</text>' for bin, edge in enumerate(edges))
+        self._parts.append(
+            f'<svg class="histogram" viewBox="-16 0 {width * len(counts) + 32} {height + 44}" role="img" '
+            f'aria-label="{html.escape(label, quote=True)}">{bars}{ticks}</svg>'
+            f"<p class='note'>{html.escape(label)}</p>"
+        )
+
     def html(self) -> str:
         """The whole document."""
         body = "\n".join(self._parts)
@@ -230,8 +259,20 @@ pre { background: var(--band); padding: .7rem .9rem; border-radius: 6px; overflo
 .pictures td { padding: 0 .3rem .7rem 0; border: 0; }
 .pictures .caption { border: 0; color: var(--soft); font-weight: 400; font-size: .82rem; padding: .3rem 0 .15rem;
   overflow-wrap: anywhere; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .9rem; }
+.gallery figure { margin: 0; min-width: 0; }
+.gallery figure div { display: flex; gap: 2px; height: 8rem; background: var(--band); border-radius: 4px; }
+.gallery figure div > * { flex: 1 1 0; min-width: 0; margin: auto; text-align: center; }
+.gallery figure img { height: 100%; object-fit: contain; }
+.gallery i { color: var(--soft); font-size: .82rem; }
+.gallery figcaption { font-size: .8rem; color: var(--soft); overflow-wrap: anywhere; padding-top: .2rem; }
+.gallery b { display: block; color: var(--ink); font-weight: 600; }
+.histogram { display: block; width: 100%; max-width: 42rem; height: auto; }
+.histogram rect { fill: #3b7dd8; }
+.histogram text { font: 13px system-ui, sans-serif; fill: var(--soft); text-anchor: middle; }
 img { display: block; width: 100%; height: auto; border-radius: 3px; cursor: zoom-in; }
-img:focus { position: fixed; inset: 0; margin: auto; width: auto; height: auto; min-height: min(90vh, 90vw);
+img:focus, .gallery figure img:focus { position: fixed; inset: 0; margin: auto; width: auto; height: auto;
+  min-height: min(90vh, 90vw);
   max-width: 96vw; max-height: 96vh; object-fit: contain; z-index: 9; cursor: zoom-out; background: var(--page);
   box-shadow: 0 0 0 100vmax rgb(0 0 0 / .75); outline: none; }
 @media (max-width: 40rem) {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import carafe, carafe_forms, harness, inference, overfit, retrieval, training_step
+from benchmarks import carafe, carafe_forms, data, harness, inference, overfit, retrieval, training_step
 from benchmarks.harness import Options, Report, Table, Timing
 from tmad.carafe import reassemble
 from tmad.config import LossConfig, TMADConfig
@@ -187,3 +187,16 @@ def test_a_report_names_the_options_that_differ_from_their_defaults_but_no_folde
     assert "freed pages kept" in text
     assert "wall / processor time 2.00" in text
     assert str(tmp_path) not in text + page.with_suffix(".json").read_text(encoding="utf-8")
+
+
+@pytest.mark.ray
+def test_the_data_plane_is_measured_from_every_source_and_beside_both_rivals(ray_session, tmp_path: Path) -> None:
+    assert data.main(["--quick", "--out", str(tmp_path)]) == 0
+    (figures,) = tmp_path.glob("*-data-quick.json")
+    found = json.loads(figures.read_text(encoding="utf-8"))["figures"]
+    forms = {title.split(",")[0]: set(table["samples"]) for title, table in found.items()}
+    assert forms["Preparation"] == {"bare loop", "tree", "tar", "Parquet"}
+    assert forms["Training input"] == {"bare loop", "training input", "DataLoader"}
+    # Bits of a mask and two int16 a window, compressed: far below the 307,200 bytes of the pool's pixels.
+    sizes = found["On disk"]["4"]
+    assert 4 * 200 < (sizes["shards"] - sizes["crops"]) / sizes["records"] < 4 * 2000

@@ -1,7 +1,8 @@
 """A collection of photographs to a prepared set, by Ray Data: one task a shard, nothing done twice.
 
 A shard is finished when its receipt is there, the set when its manifest is. Its bytes depend on settings and images
-alone: not on the number of workers, on the order in which shards finish, or on how often the job was stopped.
+alone: not on the number of workers, on the order in which shards finish, or on how often the job was stopped. Copies
+are found when all shards are there, and those shards that hold some are written anew without them.
 """
 
 from __future__ import annotations
@@ -12,19 +13,31 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.cluster import start_ray
-from pipeline.data.records import RecordConfig, make_records
-from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard
+from pipeline.data.contract import ContractConfig, examine, summarise_holes
+from pipeline.data.contract_report import write_report
+from pipeline.data.copies import (
+    SET_WIDE,
+    Facts,
+    encode_facts,
+    facts_file,
+    find_copies,
+    read_facts,
+    read_other_facts,
+)
+from pipeline.data.records import RecordConfig, make_records, open_photograph
+from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard, open_shard, set_folder
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
 from pipeline.data.sources.partitions import PartitionName, compare
@@ -45,7 +58,7 @@ again. Dropping images for them would make the set depend on the network."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PrepareConfig(RecordConfig):
+class PrepareConfig(RecordConfig, ContractConfig):
     """Preparation of a data set: where from, where to, how it is cut into shards."""
 
     source: str
@@ -80,8 +93,9 @@ class PrepareConfig(RecordConfig):
             del values[name]
         for name in ("source", "root"):
             values[name] = redact(absolute(values[name])) if values[name] else None
-        # Settings of one kind of source stand only where they are given: sets from others keep their identity.
-        for name in ("root", "image_column", "key_column", "label_column"):
+        values["against"] = redact(set_folder(absolute(self.against))) if self.against else None
+        # Settings that not every set has stand only where they are given: the other sets keep their identity.
+        for name in ("root", "image_column", "key_column", "label_column", "against"):
             if values[name] is None:
                 del values[name]
         return json.loads(json.dumps(values))
@@ -90,11 +104,15 @@ class PrepareConfig(RecordConfig):
 def prepare(config: PrepareConfig) -> Manifest:
     """Make, or complete, the prepared set `config.out` and return its manifest.
 
-    A bad image is left out with its reason (`quarantine.jsonl`). Raises `MissingInput` if there is no image or no
-    usable one, `CorruptSource` if it cannot be listed, `WrongCount` if it is not the partition `expect`,
-    `TooManyBadImages` beyond `max_bad_fraction`, `ConfigMismatch` if the folder holds a set made with other settings.
+    A bad image is left out with its reason (`quarantine.jsonl`, `report.html`). Raises `MissingInput` if there is no
+    image or no usable one, `CorruptSource` if it cannot be listed, `WrongCount` if it is not the partition `expect`,
+    `TooManyBadImages` beyond `max_bad_fraction`, `SharedImages` as `shared_images` says, `ConfigMismatch` if the folder
+    holds a set made with other settings.
     """
     out = absolute(config.out)
+    if config.against is not None and set_folder(absolute(config.against)) == out:
+        raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
+    other = None if config.against is None else read_other_facts(config.against)
     source = open_source(
         config.source,
         root=config.root,
@@ -114,12 +132,18 @@ def prepare(config: PrepareConfig) -> Manifest:
     if todo:
         remove(join(out, MANIFEST_NAME))
     progress = _Progress(len(keys), done=sum(receipt["images"] for receipt in receipts.values()))
-    for receipt in _run(todo, source, out, config):
+    make_shard = partial(_make_shard, source=source, out=out, config=config)
+    for receipt in _run(todo, make_shard):
         receipts[receipt["index"]] = receipt
         progress.add(receipt)
-        _check_drops(receipts, len(keys), config, out)
-    _check_drops(receipts, len(keys), config, out)
+        _check_drops(receipts, len(keys), source, config)
+    facts = read_facts(out, range(len(tasks)))
+    copies = find_copies(facts, other, config)
+    planned = {index: _with_copies(receipts[index], copies.dropped[index]) for index in range(len(tasks))}
+    _check_drops(planned, len(keys), source, config, other)
+    receipts = _without_copies(receipts, planned, tasks, make_shard, config)
     ordered = [receipts[task["index"]] for task in tasks]
+    report = write_report(out, ordered, facts, copies.kept, listed=len(keys), source=source, config=config, other=other)
     manifest = _manifest(ordered, len(keys), config)
     if manifest.records == 0:
         raise MissingInput(
@@ -137,6 +161,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         f" ({_by_reason(manifest.drops)})" if manifest.drops else "",
         manifest.digest,
     )
+    logger.info("what was found and left out, with pictures: %s", redact(report))
     return manifest
 
 
@@ -191,11 +216,10 @@ def _shard_tasks(keys: Sequence[str], source: Source, config: PrepareConfig) -> 
 
 def _finished(out: str, tasks: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Receipts, by shard number, of the shards that are there and made of the same inputs."""
-    folder = join(out, "shards")
-    there = set(list_files(folder)) if exists(folder) else set()
+    there = set(list_files(out))
 
     def receipt_of(task: dict[str, Any]) -> dict[str, Any] | None:
-        if f"{task['index']:05d}.json" not in there:
+        if not {_file(task["index"], "json"), facts_file(task["index"])} <= there:
             return None
         receipt = json.loads(read_bytes(join(out, _file(task["index"], "json"))))
         whole = receipt["rows"] == 0 or size(join(out, receipt["file"])) == receipt["size"]
@@ -205,13 +229,12 @@ def _finished(out: str, tasks: Sequence[dict[str, Any]]) -> dict[int, dict[str, 
         return {receipt["index"]: receipt for receipt in pool.map(receipt_of, tasks) if receipt}
 
 
-def _run(todo: Sequence[dict[str, Any]], source: Source, out: str, config: PrepareConfig) -> Iterator[dict[str, Any]]:
-    """Receipts of the missing shards as Ray Data's tasks finish them."""
+def _run(todo: Sequence[dict[str, Any]], function: Callable[[dict[str, Any]], pa.Table]) -> Iterator[dict[str, Any]]:
+    """Receipts of the shards that *function* writes, as Ray Data's tasks finish them."""
     if not todo:
         return
     start_ray()
-    make_shard = partial(_make_shard, source=source, out=out, config=config)
-    dataset = run_tasks(todo, make_shard, num_cpus=1)
+    dataset = run_tasks(todo, function, num_cpus=1)
     for rows in iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0):
         for text in rows["receipt"]:
             yield json.loads(text)
@@ -220,12 +243,16 @@ def _run(todo: Sequence[dict[str, Any]], source: Source, out: str, config: Prepa
 def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: PrepareConfig) -> pa.Table:
     """Write one shard, then its receipt; running it twice writes the same bytes twice."""
     rows: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
     drops: list[dict[str, Any]] = []
     for key in task["keys"]:
         data = b""
         try:
             data = source.read(key)
-            rows += make_records(key, data, config, label=source.label(key))
+            opened = open_photograph(data, config)
+            fact = examine(key, data, opened[1], config)
+            rows += make_records(key, data, config, label=source.label(key), opened=opened)
+            facts.append(fact)
         except UnreadableImage as error:
             drops.append({"key": key, "reason": error.reason, "detail": error.detail, "bytes": len(data)})
         except (MissingInput, StorageFailed) as error:
@@ -233,32 +260,86 @@ def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: Prepa
                 raise
             reason = "missing" if isinstance(error, MissingInput) else "unreadable"
             drops.append({"key": key, "reason": reason, "detail": error.message, "bytes": 0})
+    write_atomic(join(out, facts_file(task["index"])), encode_facts(facts))
+    receipt = {"index": task["index"], "inputs": task["inputs"], "images": len(task["keys"]), "drops": drops}
+    return _write_shard(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), receipt, out, config)
+
+
+def _filter_shard(receipt: dict[str, Any], *, out: str, config: PrepareConfig) -> pa.Table:
+    """Write a shard anew without the copies among its receipt's drops; again, running it twice is running it once."""
+    table = open_shard(out, receipt["file"]).read() if receipt["rows"] else RECORD_SCHEMA.empty_table()
+    left_out = pa.array([drop["key"] for drop in receipt["drops"]], pa.string())
+    copied = pc.is_in(pc.struct_field(table["source"], "key"), value_set=left_out)
+    kept = table.filter(pc.invert(copied)).combine_chunks().cast(RECORD_SCHEMA)
+    return _write_shard(kept, receipt, out, config)
+
+
+def _write_shard(table: pa.Table, receipt: dict[str, Any], out: str, config: PrepareConfig) -> pa.Table:
+    """Write the shard, then its receipt, which is also returned."""
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.Table.from_pylist(rows, schema=RECORD_SCHEMA),
+        table,
         sink,
         row_group_size=config.row_group_rows,
         compression="zstd",
         use_dictionary=False,
     )
     data = sink.getvalue().to_pybytes()
-    if rows:
-        write_atomic(join(out, _file(task["index"], "parquet")), data)
+    file = _file(receipt["index"], "parquet")
+    if len(table):
+        write_atomic(join(out, file), data)
+    else:
+        remove(join(out, file))
+    keys = pc.struct_field(table["source"], "key").to_pylist()
     receipt = {
-        "index": task["index"],
-        "inputs": task["inputs"],
-        "images": len(task["keys"]),
-        "drops": drops,
-        "file": _file(task["index"], "parquet"),
-        "rows": len(rows),
+        **receipt,
+        "file": file,
+        "rows": len(table),
         "size": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "first_key": rows[0]["source"]["key"] if rows else "",
-        "last_key": rows[-1]["source"]["key"] if rows else "",
+        "first_key": keys[0] if keys else "",
+        "last_key": keys[-1] if keys else "",
+        "holes": summarise_holes(pc.list_flatten(table["hole_fraction"]).to_numpy()),
     }
     text = json.dumps(receipt, sort_keys=True)
-    write_atomic(join(out, _file(task["index"], "json")), text.encode())
+    write_atomic(join(out, _file(receipt["index"], "json")), text.encode())
     return pa.table({"receipt": [text]})
+
+
+def _with_copies(receipt: dict[str, Any], copies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The receipt with these copies among its drops, in place of those that it has."""
+    return {**receipt, "drops": [drop for drop in receipt["drops"] if drop["reason"] not in SET_WIDE] + list(copies)}
+
+
+def _without_copies(
+    receipts: dict[int, dict[str, Any]],
+    planned: dict[int, dict[str, Any]],
+    tasks: Sequence[dict[str, Any]],
+    make_shard: Callable[[dict[str, Any]], pa.Table],
+    config: PrepareConfig,
+) -> dict[int, dict[str, Any]]:
+    """Write anew the shards that do not hold what is *planned*; the receipts of all shards."""
+    out = absolute(config.out)
+    changed = [index for index, receipt in planned.items() if receipt["drops"] != receipts[index]["drops"]]
+    if not changed:
+        return receipts
+    remove(join(out, MANIFEST_NAME))
+
+    def left_out(receipt: dict[str, Any]) -> set[str]:
+        return {drop["key"] for drop in receipt["drops"]}
+
+    # An earlier run may have left out what now, with other images in the source, is the first of its kind.
+    lacking = [index for index in changed if not left_out(receipts[index]) <= left_out(planned[index])]
+    made = {receipt["index"]: receipt for receipt in _run([tasks[index] for index in lacking], make_shard)}
+    receipts = {**receipts, **made}
+    filtering = [
+        {**receipts[index], "drops": planned[index]["drops"]}
+        for index in changed
+        if planned[index]["drops"] != receipts[index]["drops"]
+    ]
+    logger.info("leaving copies out of %d of %d shards", len(filtering), len(tasks))
+    filter_shard = partial(_filter_shard, out=out, config=config)
+    return {**receipts, **{receipt["index"]: receipt for receipt in _run(filtering, filter_shard)}}
 
 
 def _file(index: int, ending: str) -> str:
@@ -279,18 +360,25 @@ def _manifest(receipts: Sequence[dict[str, Any]], listed: int, config: PrepareCo
     )
 
 
-def _check_drops(receipts: dict[int, dict[str, Any]], listed: int, config: PrepareConfig, out: str) -> None:
+def _check_drops(
+    receipts: dict[int, dict[str, Any]], listed: int, source: Source, config: PrepareConfig, other: Facts | None = None
+) -> None:
     """Write the quarantine once it is whole, or as soon as it is too long, and then stop the job."""
+    out = absolute(config.out)
     drops = _count_drops(list(receipts.values()))
     bad = sum(drops.values())
     too_many = bad > config.max_bad_fraction * listed
-    if too_many or sum(receipt["images"] for receipt in receipts.values()) == listed:
-        lines = [json.dumps(drop) for _, receipt in sorted(receipts.items()) for drop in receipt["drops"]]
+    ordered = [receipt for _, receipt in sorted(receipts.items())]
+    if too_many or sum(receipt["images"] for receipt in ordered) == listed:
+        lines = [json.dumps(drop) for receipt in ordered for drop in receipt["drops"]]
         write_atomic(join(out, "quarantine.jsonl"), "".join(line + "\n" for line in lines).encode())
     if too_many:
+        facts = read_facts(out, [receipt["index"] for receipt in ordered])
+        report = write_report(out, ordered, facts, [], listed=listed, source=source, config=config, other=other)
         raise TooManyBadImages(
             f"{bad} of {listed} images cannot be used, more than max_bad_fraction={config.max_bad_fraction:g} allows: "
-            f"{_by_reason(drops)}; each one's reason is in {redact(out)}/quarantine.jsonl",
+            f"{_by_reason(drops)}; each one's reason is in {redact(out)}/quarantine.jsonl, pictures are in "
+            f"{redact(report)}",
             reasons=drops,
         )
 

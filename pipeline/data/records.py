@@ -80,8 +80,8 @@ class RecordConfig:
         return self.min_side or self.crop_size // 2
 
 
-def make_records(key: str, data: bytes, config: RecordConfig, *, label: int | None = None) -> list[dict[str, Any]]:
-    """Rows of `schema.RECORD_SCHEMA` for the image file *data* and its class *label*, one a crop.
+def open_photograph(data: bytes, config: RecordConfig) -> tuple[Image.Image, np.ndarray]:
+    """The image file *data* decoded, upright, and its colours (H, W, 3), uint8.
 
     Raises `UnreadableImage` with the reason to leave the image out.
     """
@@ -90,7 +90,22 @@ def make_records(key: str, data: bytes, config: RecordConfig, *, label: int | No
         raise UnreadableImage(
             "too-small", f"{image.width}x{image.height} pixels, the shorter side needs {config.smallest_side}"
         )
-    rgb = to_rgb(image)
+    return image, to_rgb(image)
+
+
+def make_records(
+    key: str,
+    data: bytes,
+    config: RecordConfig,
+    *,
+    label: int | None = None,
+    opened: tuple[Image.Image, np.ndarray] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of `schema.RECORD_SCHEMA` for the image file *data* and its class *label*, one a crop.
+
+    *opened*: what `open_photograph` gave for it, if it was called already. Raises what that raises.
+    """
+    image, rgb = opened or open_photograph(data, config)
     source = {"key": key, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     rows = []
     for number in range(config.crops_per_image):

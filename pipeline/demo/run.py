@@ -184,6 +184,7 @@ def _prepare_config(config: DemoConfig, run: RunConfig, data: Path, split: Liter
         patch_size=run.model.patch_size,
         memory=run.model.memory,
         images_per_shard=4,
+        against=None if training else str(data / "train"),
         encoding="png",
         seed=run.seed,
     )

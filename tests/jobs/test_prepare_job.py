@@ -37,7 +37,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_the_help_teaches_from_any_folder(tmp_path):
     done = subprocess.run([sys.executable, JOB, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    options = ("--masks-per-image", "--dry-run", "pool-size", "paris-streetview-test")
+    options = ("--masks-per-image", "--against", "--dry-run", "pool-size", "paris-streetview-test")
     for part in ("Examples:", "ray job submit", "quarantine.jsonl", *options):
         assert part in done.stdout
 
@@ -75,6 +75,8 @@ def test_a_folder_of_photographs_becomes_a_set_and_the_second_time_at_once(run, 
     assert "12 records in 2 shards" in out
     assert "12/12 images" in shown
     assert "images/s" in shown
+    assert "with pictures: " in shown
+    assert "sets/train/report.html" in shown
     code, again, shown = run(*arguments)
     assert (code, again) == (0, out)
     assert "2 of 2 shards are already there and are kept" in shown

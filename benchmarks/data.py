@@ -1,0 +1,269 @@
+"""The data plane against bare loops: preparation from each kind of source, the training input, bytes on disk."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import multiprocessing
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.harness import Options, Report, Table, Timing, interleave, start
+from pipeline.cluster import start_ray
+from pipeline.data.batches import training_batches
+from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.data.schema import Record, read_records
+from pipeline.demo.photographs import write_photographs
+from tmad.batch import Sample, collate, make_sample
+from tmad.images import crop_scaled, decode_image, to_rgb
+from tmad.rng import numpy_generator
+
+DESCRIPTION = """
+Images/s of `jobs/prepare.py` from a tree, a tar file and a Parquet file beside a bare loop over the same files that
+decodes, crops and encodes and does nothing else; of the training input beside a bare loop that decodes, and beside
+PyTorch's DataLoader doing the same work; and what holes and memory cost on disk. As many processes on all sides as
+there are processors. Ray runs already when the clock starts.
+
+Examples:
+  python benchmarks/data.py
+  python benchmarks/data.py --images 2000 --rounds 5 --limit-s 600
+  python benchmarks/data.py --quick
+"""
+
+CROP = 256
+PATCH = 32
+BATCH = 8
+CELLS = 16
+BARE = "bare loop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Options):
+    """Options of this benchmark."""
+
+    images: int = 600
+    """Photographs of 640 x 480 pixels, cut from the demo's, as JPEG files."""
+    images_per_shard: int = 64
+    """Photographs of one task."""
+    epochs: int = 4
+    """Times that the training input goes through them in one call."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parse, measure, write the report; returns the exit code."""
+    options = start(DataOptions, argv, prog="data.py", description=DESCRIPTION)
+    images, per_shard = (12, 4) if options.quick else (options.images, options.images_per_shard)
+    report = Report("data", "The data plane: images/s against bare loops", options)
+    start_ray()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sources = write_sources(folder / "sources", images)
+        config = partial(prepare_config, images_per_shard=per_shard)
+        preparation(report, options, folder, sources, config)
+        for variants in (1, 4):
+            prepare(config(sources["tree"], folder / f"set{variants}", masks_per_image=variants))
+        training_input(report, options, folder / "set4", images)
+        on_disk(report, folder)
+    report.write()
+    return 0
+
+
+def write_sources(folder: Path, images: int) -> dict[str, Path]:
+    """The same photographs as a tree, a tar file and a Parquet file."""
+    tree = folder / "tree"
+    tree.mkdir(parents=True)
+    write_photographs(folder / "photographs")
+    originals = [Image.open(file).convert("RGB") for file in sorted(folder.glob("photographs/train/*"))]
+    rows = []
+    for number in range(images):
+        rng = numpy_generator("photograph", number)
+        original = originals[number % len(originals)]
+        left, top = (int(rng.integers(0, side // 4)) for side in original.size)
+        buffer = io.BytesIO()
+        cut = original.crop((left, top, left + original.width * 3 // 4, top + original.height * 3 // 4))
+        cut.resize((640, 480)).save(buffer, "JPEG", quality=92)
+        name, data = f"{number:06d}.jpg", buffer.getvalue()
+        rows.append({"name": name, "image": data})
+        (tree / name).write_bytes(data)
+    with tarfile.open(folder / "photographs.tar", "w") as archive:
+        archive.add(tree, arcname=".")
+    pq.write_table(pa.Table.from_pylist(rows), folder / "photographs.parquet", row_group_size=100)
+    return {"tree": tree, "tar": folder / "photographs.tar", "Parquet": folder / "photographs.parquet"}
+
+
+def prepare_config(source: Path, out: Path, *, images_per_shard: int, masks_per_image: int = 1) -> PrepareConfig:
+    """Crops of 256 pixels with one hole each, unless told otherwise."""
+    return PrepareConfig(
+        source=str(source),
+        out=str(out),
+        crop_size=CROP,
+        patch_size=PATCH,
+        images_per_shard=images_per_shard,
+        masks_per_image=masks_per_image,
+        key_column="name" if source.suffix == ".parquet" else None,
+    )
+
+
+def preparation(
+    report: Report,
+    options: DataOptions,
+    folder: Path,
+    sources: dict[str, Path],
+    config: Callable[..., PrepareConfig],
+) -> None:
+    """The whole job from each source, sets removed between the calls."""
+    files = sorted(sources["tree"].iterdir())
+    out = folder / "out"
+
+    def job(source: Path) -> None:
+        prepare(config(source, out))
+        shutil.rmtree(out)
+
+    with ProcessPoolExecutor(processors(), multiprocessing.get_context("spawn")) as pool:
+        # Processes start and import before the clock does, on both sides.
+        list(pool.map(decode_crop_encode, files[:8]))
+        job(sources["tree"])
+        calls: dict[str, Callable[[], object]] = {BARE: lambda: list(pool.map(decode_crop_encode, files, chunksize=16))}
+        calls |= {kind: partial(job, source) for kind, source in sources.items()}
+        timings = interleave(calls, options, warm=True)
+    note = (
+        f"{len(files)} photographs of 640 x 480 pixels to crops of {CROP} pixels as JPEG of quality 95. The job also "
+        "draws hole and memory, hashes, and writes Parquet, checksums and manifest."
+    )
+    report.add(table(f"Preparation, {processors()} processes", timings, len(files), note), {}, timings)
+
+
+def decode_crop_encode(file: Path) -> int:
+    """The least that preparation can do with a photograph; returns the length of the crop's file."""
+    rgb = to_rgb(decode_image(file.read_bytes()))
+    crop = crop_scaled(rgb, short_side=CROP, top=0, left=0, size=CROP)
+    buffer = io.BytesIO()
+    Image.fromarray(crop).save(buffer, "jpeg", quality=95)
+    return buffer.tell()
+
+
+def training_input(report: Report, options: DataOptions, prepared: Path, images: int) -> None:
+    """Batches of one worker; every form decodes in as many threads or processes as there are processors."""
+    records = list(read_records(str(prepared)))
+    total = images * (1 if options.quick else options.epochs)
+
+    def ours() -> None:
+        batches = training_batches(
+            str(prepared),
+            seed=0,
+            batch_images=BATCH,
+            total_images=total,
+            num_cells=CELLS,
+            patch_size=PATCH,
+            decode_threads=processors(),
+        )
+        for _ in batches:
+            pass
+
+    def loader() -> None:
+        batches = DataLoader(
+            Samples(records, total),
+            batch_size=BATCH,
+            num_workers=processors(),
+            collate_fn=collate,
+            multiprocessing_context="fork",
+        )
+        for _ in batches:
+            pass
+
+    with ThreadPoolExecutor(processors()) as pool:
+
+        def bare() -> None:
+            for _ in pool.map(lambda record: record.pixels(), itertools.islice(itertools.cycle(records), total)):
+                pass
+
+        calls = {BARE: bare, "training input": ours, "DataLoader": loader}
+        timings = interleave(calls, options, warm=True)
+    note = (
+        f"{total} samples of {CROP} pixels in batches of {BATCH}; the bare loop only decodes. DataLoader makes the "
+        "same samples from records held in memory, and starts its processes in each call; ours reads shards and "
+        "starts its tasks."
+    )
+    report.add(table(f"Training input, {processors()} threads or processes", timings, total, note), {}, timings)
+
+
+class Samples(Dataset[Sample]):
+    """What a training sample is made of, for DataLoader."""
+
+    def __init__(self, records: Sequence[Record], total: int) -> None:
+        self.records, self.total = records, total
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, number: int) -> Sample:
+        epoch, place = divmod(number, len(self.records))
+        record = self.records[place]
+        variant = epoch % len(record.masks)
+        return make_sample(
+            record.image_id,
+            record.pixels(),
+            record.mask(variant),
+            record.pool(variant),
+            patch_size=PATCH,
+            num_cells=CELLS,
+            rng=numpy_generator(0, "sample", record.image_id, epoch),
+            flip=True,
+        )
+
+
+def on_disk(report: Report, folder: Path) -> None:
+    """Bytes of the prepared sets beyond the encoded crops."""
+    rows, figures = [], {}
+    for variants in (1, 4):
+        prepared = folder / f"set{variants}"
+        records = list(read_records(str(prepared)))
+        crops = sum(len(record.image) for record in records)
+        shards = sum(file.stat().st_size for file in prepared.glob("shards/*.parquet"))
+        everything = sum(file.stat().st_size for file in prepared.rglob("*") if file.is_file())
+        per_variant = (shards - crops) / len(records) / variants
+        figures[str(variants)] = {"crops": crops, "shards": shards, "set": everything, "records": len(records)}
+        rows.append(
+            [
+                str(variants),
+                f"{crops / len(records):,.0f}",
+                f"{per_variant:,.0f}",
+                f"{(everything - shards) / len(records):,.0f}",
+            ]
+        )
+    header = ["holes an image", "crop, bytes", "hole and memory, bytes a variant", "receipts, manifest, bytes an image"]
+    pool = 100 * 3 * PATCH * PATCH
+    report.add(Table("On disk", header, rows, f"The pool's pixels would be {pool:,} bytes a variant."), figures, {})
+
+
+def table(title: str, timings: dict[str, Timing], images: int, note: str) -> Table:
+    """Images/s of each form, and beside the bare loop."""
+    rows = [
+        [name, f"{images / timing.median_s:.0f}", f"{1 / timing.times(timings[BARE]):.2f}", f"{timing.spread:.0%}"]
+        for name, timing in timings.items()
+    ]
+    return Table(title, ["form", "images/s", "of the bare loop", "spread"], rows, note)
+
+
+def processors() -> int:
+    """Logical processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,253 @@
+"""The report of a prepared set: what was looked at, what was left out and why, as JSON and as a page with pictures.
+
+Pictures of what was left out are read from the source once more, a few for each reason, so that preparing keeps none.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image
+
+from pipeline.data.contract import join_holes, polarity_warning
+from pipeline.data.copies import Facts
+from pipeline.data.schema import Record, open_shard, set_folder
+from pipeline.data.sources.base import Source
+from pipeline.errors import TMADError
+from pipeline.report import Report
+from pipeline.storage import absolute, exists, join, read_bytes, write_atomic
+from tmad.images import UnreadableImage, decode_image, to_rgb
+
+if TYPE_CHECKING:
+    from pipeline.data.prepare import PrepareConfig
+
+SHOWN = 24
+"""Pictures shown for each reason."""
+SAMPLED = 12
+"""Records shown with their holes."""
+THUMBNAIL = 160
+"""Longer side of a shown picture, in pixels."""
+
+MEANING = {
+    "empty-file": "The file has no bytes.",
+    "not-an-image": "The bytes are of no format that is read here.",
+    "truncated": "The file ends before the picture does.",
+    "damaged": "The decoder gave up.",
+    "unsupported-mode": "A colour mode that has no rule.",
+    "missing": "Listed, but not there when it was read.",
+    "unreadable": "Storage refused to hand it out.",
+    "too-large": "More pixels than max_pixels.",
+    "too-small": "A side shorter than min_side.",
+    "too-narrow": "Longer than max_aspect times its shorter side.",
+    "grey": "No colour, and drop_grey is set.",
+    "duplicate": "The same bytes as a file with an earlier key, which stays.",
+    "near-duplicate": "Looks like an image with an earlier key, which stays.",
+    "in-other-set": "The same as, or looks like, an image of the set that this one is held against.",
+}
+"""What each reason in quarantine.jsonl means."""
+
+
+def write_report(
+    out: str,
+    receipts: Sequence[dict[str, Any]],
+    facts: Facts,
+    kept_copies: Sequence[dict[str, Any]],
+    *,
+    listed: int,
+    source: Source,
+    config: PrepareConfig,
+    other: Facts | None = None,
+) -> str:
+    """Write `report.json` and `report.html` for the shards with these *receipts*; the page's place.
+
+    *facts*: those of these shards; *kept_copies*: copies that stay in the set; *listed*: images in the source;
+    *other*: the facts of `config.against`.
+    """
+    findings = summarise(receipts, facts, kept_copies, listed=listed, settings=config.settings())
+    text = (json.dumps(findings, indent=2) + "\n").encode()
+    numbers, page = join(out, "report.json"), join(out, "report.html")
+    # The page is written first, so beside the same numbers lies the page that belongs to them.
+    if not (exists(page) and exists(numbers) and read_bytes(numbers) == text):
+        _page(findings, _Pictures(out, receipts, source, config, other)).write(page)
+        write_atomic(numbers, text)
+    return page
+
+
+def summarise(
+    receipts: Sequence[dict[str, Any]],
+    facts: Facts,
+    kept_copies: Sequence[dict[str, Any]],
+    *,
+    listed: int,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of report.json."""
+    left_out = sorted((drop for receipt in receipts for drop in receipt["drops"]), key=lambda drop: str(drop["key"]))
+    gone = {drop["key"] for drop in left_out}
+    looked_at = sum(receipt["images"] for receipt in receipts)
+    grey = [key for key in facts.table.filter(facts.table["grey"])["key"].to_pylist() if key not in gone]
+    holes = join_holes([receipt["holes"] for receipt in receipts])
+    warnings = [polarity_warning(holes["mean"])]
+    if looked_at < listed:
+        warnings.append(f"stopped after {looked_at} of {listed} images")
+    return {
+        "images_listed": listed,
+        "images_looked_at": looked_at,
+        "images_used": looked_at - len(left_out),
+        "records": sum(receipt["rows"] for receipt in receipts),
+        "drops": dict(sorted(Counter(drop["reason"] for drop in left_out).items())),
+        "warnings": [warning for warning in warnings if warning],
+        "decoded": _sizes(facts),
+        "grey": {"count": len(grey), "first": grey[:SHOWN]},
+        "holes": holes,
+        "copies_kept": list(kept_copies),
+        "left_out": left_out,
+        "settings": settings,
+    }
+
+
+def _sizes(facts: Facts) -> dict[str, Any]:
+    """Sides and proportions of the images that passed the checks of a single image."""
+    width, height = facts.table["width"].to_numpy(), facts.table["height"].to_numpy()
+    if width.size == 0:
+        return {"count": 0}
+    short, long = np.minimum(width, height), np.maximum(width, height)
+    return {
+        "count": int(width.size),
+        "short_side": {"min": int(short.min()), "median": float(np.median(short)), "max": int(short.max())},
+        "aspect": {"median": round(float(np.median(long / short)), 3), "max": round(float((long / short).max()), 3)},
+    }
+
+
+def _page(findings: dict[str, Any], pictures: _Pictures) -> Report:
+    used, listed, drops = findings["images_used"], findings["images_listed"], findings["drops"]
+    page = Report(
+        "Prepared set: what is in it, what was left out",
+        f"{findings['records']} records of {used} images; {listed} were listed, {sum(drops.values())} left out.",
+    )
+    for warning in findings["warnings"]:
+        page.text(f"Warning: {warning}")
+    settings = findings["settings"]
+    facts = {"source": settings["source"], "held against": settings.get("against") or "nothing"}
+    if findings["decoded"]["count"]:
+        side, aspect = findings["decoded"]["short_side"], findings["decoded"]["aspect"]
+        facts["shorter side, pixels"] = f"{side['min']} to {side['max']}, median {side['median']:g}"
+        facts["longer to shorter side"] = f"up to {aspect['max']:g}, median {aspect['median']:g}"
+    page.facts({**facts, "images without colour, kept": findings["grey"]["count"]})
+    page.heading("Left out")
+    if drops:
+        rows = [(reason, count, f"{count / listed:.2%}", MEANING.get(reason, "")) for reason, count in drops.items()]
+        page.table(["reason", "images", "share", "meaning"], rows)
+    else:
+        page.text("Nothing.")
+    for reason in drops:
+        _copies_or_images(page, reason, [one for one in findings["left_out"] if one["reason"] == reason], pictures)
+    for reason, title in (("duplicate", "Duplicates that were kept"), ("near-duplicate", "Near duplicates, kept")):
+        _copies_or_images(page, title, [one for one in findings["copies_kept"] if one["reason"] == reason], pictures)
+    grey = [{"key": key, "detail": ""} for key in findings["grey"]["first"]]
+    _copies_or_images(page, "Without colour, kept", grey, pictures, total=findings["grey"]["count"])
+    holes = findings["holes"]
+    page.heading("Holes")
+    page.histogram(
+        holes["histogram"],
+        low=0,
+        high=1,
+        label=f"{holes['masks']} masks by the share of the picture that is hole: from {holes['min']:.3f} to "
+        f"{holes['max']:.3f}, {holes['mean']:.3f} on average.",
+    )
+    page.heading("Records with their holes in red")
+    page.gallery(pictures.sample())
+    return page
+
+
+def _copies_or_images(
+    page: Report, title: str, lines: Sequence[dict[str, Any]], pictures: _Pictures, total: int | None = None
+) -> None:
+    """A section with the first of *lines*, beside each copy the image that it is a copy of."""
+    if not lines:
+        return
+    total = total or len(lines)
+    page.heading(f"{title}: {total}" + (f", the first {SHOWN} by key" if total > SHOWN else ""))
+    if "copy_of" in lines[0]:
+        page.text("Left the copy, right the image that it is a copy of.")
+    page.gallery(pictures.of(lines[:SHOWN]))
+
+
+class _Pictures:
+    """Thumbnails of images of the source, of another set's records and of this set's."""
+
+    def __init__(
+        self,
+        out: str,
+        receipts: Sequence[dict[str, Any]],
+        source: Source,
+        config: PrepareConfig,
+        other: Facts | None,
+    ) -> None:
+        self.out, self.receipts, self.source, self.config, self.other = out, receipts, source, config, other
+
+    def of(self, lines: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[bytes | None]]]:
+        """Figures for `Report.gallery`; of copies the image that stays is on the right."""
+
+        def figure(line: dict[str, Any]) -> tuple[str, str, list[bytes | None]]:
+            shown = [self._of_source(line["key"])]
+            if "copy_of" in line:
+                elsewhere = line["reason"] == "in-other-set"
+                shown.append((self._of_other_set if elsewhere else self._of_source)(line["copy_of"]))
+            return line["key"], line["detail"], shown
+
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(figure, lines))
+
+    def sample(self) -> list[tuple[str, str, list[bytes]]]:
+        """Records at equal distances, holes tinted."""
+        ends = np.cumsum([receipt["rows"] for receipt in self.receipts])
+        total = int(ends[-1]) if len(ends) else 0
+        positions = np.unique(np.linspace(0, max(total - 1, 0), SAMPLED).astype(int))[:total]
+        figures = []
+        for position in positions:
+            number = int(np.searchsorted(ends, position, side="right"))
+            receipt = self.receipts[number]
+            row = int(position - ends[number] + receipt["rows"])
+            group, place = divmod(row, self.config.row_group_rows)
+            table = open_shard(self.out, receipt["file"]).read_row_group(group)
+            record = Record(**table.slice(place, 1).to_pylist()[0])
+            rgb, hole = record.pixels(), record.mask() != 0
+            rgb = np.where(hole[..., None], rgb // 3 + np.array([150, 20, 20], np.uint8), rgb)
+            figures.append((record.image_id, f"{record.hole_fraction[0]:.0%} hole", [thumbnail(rgb)]))
+        return figures
+
+    def _of_source(self, key: str) -> bytes | None:
+        try:
+            return thumbnail(to_rgb(decode_image(self.source.read(key), max_pixels=self.config.max_pixels)))
+        except (TMADError, UnreadableImage):
+            return None
+
+    def _of_other_set(self, key: str) -> bytes | None:
+        if self.other is None:
+            return None
+        position = pc.index(self.other.table["key"], key).as_py()
+        number = self.other.shards[self.other.shard_of(position)]
+        try:
+            shard = open_shard(set_folder(absolute(str(self.config.against))), f"shards/{number:05d}.parquet")
+            table = shard.read(columns=["image", "source"])
+            images = table.filter(pc.equal(pc.struct_field(table["source"], "key"), key))["image"]
+            return thumbnail(to_rgb(decode_image(images[0].as_py())))
+        except (TMADError, UnreadableImage):
+            return None
+
+
+def thumbnail(rgb: np.ndarray) -> bytes:
+    """(H, W, 3), uint8, as a JPEG file of at most `THUMBNAIL` pixels a side."""
+    image = Image.fromarray(np.ascontiguousarray(rgb))
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=80)
+    return buffer.getvalue()
