@@ -124,7 +124,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         "data": storage.redact(set_folder(config.data)),
         "data_digest": manifest.digest,
         "images": measured.num_images,
-        "mask": manifest.settings.get("mask"),
+        "mask": manifest.settings.get("mask", manifest.settings.get("mask_from")),
         "mask_variant": config.mask_variant,
         "mean_hole_fraction": measured.mean_hole_fraction(),
         "seed": config.seed,

@@ -121,10 +121,14 @@ def _deep_grey(image: Image.Image) -> np.ndarray:
     return ((np.clip(values.astype(np.int64), 0, 65535) + 128) // 257).astype(np.uint8)
 
 
+def to_grey(image: Image.Image) -> np.ndarray:
+    """The luminance of *image* as (H, W), uint8; colours by the rules of `to_rgb`, alpha is not looked at."""
+    return np.asarray(Image.fromarray(to_rgb(image)).convert("L"))
+
+
 def to_mask(image: Image.Image) -> np.ndarray:
     """A picture of a hole as (H, W), uint8, {0, 1}: grey value above 127 (white) = 1 = hole; alpha is not looked at."""
-    grey = np.asarray(Image.fromarray(to_rgb(image)).convert("L"))
-    return (grey > 127).astype(np.uint8)
+    return (to_grey(image) > 127).astype(np.uint8)
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -162,11 +166,20 @@ def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return max(short_side, round(height * scale)), max(short_side, round(width * scale))
 
 
-def crop_scaled(rgb: np.ndarray, *, short_side: int, top: int, left: int, size: int) -> np.ndarray:
+def crop_scaled(
+    rgb: np.ndarray,
+    *,
+    short_side: int,
+    top: int,
+    left: int,
+    size: int,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> np.ndarray:
     """The (size, size, 3) square at (top, left) of *rgb* (H, W, 3) scaled so that its shorter side is *short_side*.
 
-    Only what the square needs is computed: one antialiased Lanczos step; no step at all where the scale is 1. Raises
-    `ValueError` if the square leaves the scaled image.
+    Only what the square needs is computed: one antialiased Lanczos step; no step at all where the scale is 1. A mask
+    (H, W) gives (size, size) and is cut with `Resampling.NEAREST`. Raises `ValueError` if the square leaves the
+    scaled image.
     """
     height, width = rgb.shape[:2]
     new_height, new_width = scaled_size(height, width, short_side)
@@ -177,7 +190,7 @@ def crop_scaled(rgb: np.ndarray, *, short_side: int, top: int, left: int, size: 
     y, x = height / new_height, width / new_width
     box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
     image = Image.fromarray(np.ascontiguousarray(rgb))
-    return np.array(image.resize((size, size), Image.Resampling.LANCZOS, box=box))
+    return np.array(image.resize((size, size), resample, box=box))
 
 
 def to_model(image: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.data.contract import join_holes, polarity_warning
 from pipeline.data.copies import Facts
+from pipeline.data.own_masks import join_counts, mask_warnings
 from pipeline.data.schema import Record, open_shard, set_folder
 from pipeline.data.sources.base import Source
 from pipeline.errors import TMADError
@@ -46,6 +47,10 @@ MEANING = {
     "too-large": "More pixels than max_pixels.",
     "too-small": "A side shorter than min_side.",
     "too-narrow": "Longer than max_aspect times its shorter side.",
+    "no-mask": "No mask of its name, an empty cell, or no transparency.",
+    "mask-size": "The mask is of another size than the image.",
+    "empty-mask": "No hole in the mask, or in any crop that was drawn.",
+    "full-mask": "Nothing but hole in the mask, or in every crop that was drawn.",
     "grey": "No colour, and drop_grey is set.",
     "duplicate": "The same bytes as a file with an earlier key, which stays.",
     "near-duplicate": "Looks like an image with an earlier key, which stays.",
@@ -94,7 +99,12 @@ def summarise(
     looked_at = sum(receipt["images"] for receipt in receipts)
     grey = [key for key in facts.table.filter(facts.table["grey"])["key"].to_pylist() if key not in gone]
     holes = join_holes([receipt["holes"] for receipt in receipts])
-    warnings = [polarity_warning(holes["mean"])]
+    own_masks = settings.get("mask_from")
+    mask_counts = join_counts([receipt.get("masks", {}) for receipt in receipts])
+    if own_masks is None:
+        warnings = [polarity_warning(holes["mean"])]
+    else:
+        warnings = [*mask_warnings(mask_counts, own_masks, settings["mask_hole"])]
     if looked_at < listed:
         warnings.append(f"stopped after {looked_at} of {listed} images")
     return {
@@ -107,6 +117,7 @@ def summarise(
         "decoded": _sizes(facts),
         "grey": {"count": len(grey), "first": grey[:SHOWN]},
         "holes": holes,
+        **({} if own_masks is None else {"own_masks": mask_counts}),
         "copies_kept": list(kept_copies),
         "left_out": left_out,
         "settings": settings,

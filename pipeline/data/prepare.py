@@ -36,6 +36,7 @@ from pipeline.data.copies import (
     read_facts,
     read_other_facts,
 )
+from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings, open_masks
 from pipeline.data.records import RecordConfig, make_records, open_photograph
 from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard, open_shard, set_folder
 from pipeline.data.sources.base import Source
@@ -91,13 +92,15 @@ class PrepareConfig(RecordConfig, ContractConfig):
         values = dataclasses.asdict(self)
         for name in ("out", "max_bad_fraction", "expect", "allow_count_difference"):
             del values[name]
-        for name in ("source", "root"):
+        for name in ("source", "root", "masks"):
             values[name] = redact(absolute(values[name])) if values[name] else None
         values["against"] = redact(set_folder(absolute(self.against))) if self.against else None
         # Settings that not every set has stand only where they are given: the other sets keep their identity.
-        for name in ("root", "image_column", "key_column", "label_column", "against"):
+        for name in ("root", "image_column", "key_column", "label_column", "masks", "mask_column", "against"):
             if values[name] is None:
                 del values[name]
+        for name in ("mask_from", "mask_hole") if self.mask_from == "family" else ("mask",):
+            del values[name]
         return json.loads(json.dumps(values))
 
 
@@ -122,9 +125,20 @@ def prepare(config: PrepareConfig) -> Manifest:
         cache=join(out, "source_index.arrow"),
     )
     keys = source.keys()
+    masks = open_masks(
+        config.mask_from,
+        source=config.source,
+        images=source,
+        keys=keys,
+        masks=config.masks,
+        mask_column=config.mask_column,
+        mask_hole=config.mask_hole,
+        masks_per_image=config.masks_per_image,
+        cache=join(out, "mask_index.arrow"),
+    )
     _claim_folder(out, config)
     _check_count(keys, source, out, config)
-    tasks = _shard_tasks(keys, source, config)
+    tasks = _shard_tasks(keys, source, config, masks)
     receipts = _finished(out, tasks)
     todo = [task for task in tasks if task["index"] not in receipts]
     if receipts:
@@ -132,7 +146,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     if todo:
         remove(join(out, MANIFEST_NAME))
     progress = _Progress(len(keys), done=sum(receipt["images"] for receipt in receipts.values()))
-    make_shard = partial(_make_shard, source=source, out=out, config=config)
+    make_shard = partial(_make_shard, source=source, out=out, config=config, masks=masks)
     for receipt in _run(todo, make_shard):
         receipts[receipt["index"]] = receipt
         progress.add(receipt)
@@ -143,6 +157,10 @@ def prepare(config: PrepareConfig) -> Manifest:
     _check_drops(planned, len(keys), source, config, other)
     receipts = _without_copies(receipts, planned, tasks, make_shard, config)
     ordered = [receipts[task["index"]] for task in tasks]
+    if config.mask_from != "family":
+        counts = join_counts([receipt["masks"] for receipt in ordered])
+        for warning in mask_warnings(counts, config.mask_from, config.mask_hole):
+            logger.warning("%s", warning)
     report = write_report(out, ordered, facts, copies.kept, listed=len(keys), source=source, config=config, other=other)
     manifest = _manifest(ordered, len(keys), config)
     if manifest.records == 0:
@@ -201,7 +219,9 @@ def _check_count(keys: Sequence[str], source: Source, out: str, config: PrepareC
         )
 
 
-def _shard_tasks(keys: Sequence[str], source: Source, config: PrepareConfig) -> list[dict[str, Any]]:
+def _shard_tasks(
+    keys: Sequence[str], source: Source, config: PrepareConfig, masks: OwnMasks | None = None
+) -> list[dict[str, Any]]:
     """Consecutive slices of the keys; `inputs` identifies what a shard is made of."""
     settings = json.dumps([SCHEMA_VERSION, config.settings()], sort_keys=True)
     tasks = []
@@ -209,6 +229,8 @@ def _shard_tasks(keys: Sequence[str], source: Source, config: PrepareConfig) -> 
         part = list(keys[start : start + config.images_per_shard])
         labels = [source.label(key) for key in part]
         made_of = [settings, part] if set(labels) == {None} else [settings, part, labels]
+        if masks is not None:
+            made_of = [*made_of, masks.made_of(part)]
         inputs = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         tasks.append({"index": index, "keys": part, "inputs": inputs})
     return tasks
@@ -240,18 +262,21 @@ def _run(todo: Sequence[dict[str, Any]], function: Callable[[dict[str, Any]], pa
             yield json.loads(text)
 
 
-def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: PrepareConfig) -> pa.Table:
+def _make_shard(
+    task: dict[str, Any], *, source: Source, out: str, config: PrepareConfig, masks: OwnMasks | None = None
+) -> pa.Table:
     """Write one shard, then its receipt; running it twice writes the same bytes twice."""
     rows: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
     drops: list[dict[str, Any]] = []
+    reader = MaskReader(masks, max_pixels=config.max_pixels)
     for key in task["keys"]:
         data = b""
         try:
             data = source.read(key)
             opened = open_photograph(data, config)
             fact = examine(key, data, opened[1], config)
-            rows += make_records(key, data, config, label=source.label(key), opened=opened)
+            rows += make_records(key, data, config, label=source.label(key), opened=opened, masks=reader)
             facts.append(fact)
         except UnreadableImage as error:
             drops.append({"key": key, "reason": error.reason, "detail": error.detail, "bytes": len(data)})
@@ -262,6 +287,8 @@ def _make_shard(task: dict[str, Any], *, source: Source, out: str, config: Prepa
             drops.append({"key": key, "reason": reason, "detail": error.message, "bytes": 0})
     write_atomic(join(out, facts_file(task["index"])), encode_facts(facts))
     receipt = {"index": task["index"], "inputs": task["inputs"], "images": len(task["keys"]), "drops": drops}
+    if config.mask_from != "family":
+        receipt["masks"] = dict(reader.counts)
     return _write_shard(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), receipt, out, config)
 
 

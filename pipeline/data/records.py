@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from pipeline.data.own_masks import Colour, MaskFrom, MaskReader, check_hole, check_mask_settings
 from pipeline.data.schema import pack_mask
 from tmad.config import STRICT, MemoryConfig, PositiveInt
 from tmad.images import MAX_PIXELS, UnreadableImage, crop_scaled, decode_image, scaled_size, to_rgb
@@ -24,6 +25,8 @@ from tmad.memory import select_pool
 from tmad.rng import numpy_generator
 
 _MASK_DRAWS = 32
+_CROP_DRAWS = 32
+_FAMILY = "brush_or_rectangle"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -41,8 +44,17 @@ class RecordConfig:
     """Images with a shorter side below this many pixels are left out; none = half of crop_size."""
     max_pixels: PositiveInt = MAX_PIXELS
     """Images with more pixels are left out before they are decoded."""
-    mask: str = "brush_or_rectangle"
+    mask: str = _FAMILY
     """Family of holes, by its name in `tmad.masks.MASKS`."""
+    mask_from: MaskFrom = "family"
+    """Where holes come from: drawn by the family `mask`; a mask paired with its image by name; masks drawn at random
+    from a list; the image's alpha channel (transparent = hole); a column of the Parquet source."""
+    masks: str | None = None
+    """For mask_from paired and random, the masks: folder, tar file, Parquet file or list, by path or URI."""
+    mask_column: str | None = None
+    """For mask_from column, the column with the encoded masks."""
+    mask_hole: Colour = "white"
+    """For mask_from paired, random and column, the colour of the hole in the masks; it is never guessed."""
     masks_per_image: PositiveInt = 1
     """Holes drawn for each crop; epoch e trains with number e modulo this."""
     patch_size: PositiveInt = 32
@@ -64,6 +76,14 @@ class RecordConfig:
             raise ValueError(f"short_side must rise from at least crop_size ({self.crop_size}), got {low} to {high}")
         if self.mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(sorted(MASKS))}, got {self.mask!r}")
+        check_mask_settings(
+            self.mask_from,
+            family=None if self.mask == _FAMILY else self.mask,
+            mask_hole=self.mask_hole,
+            masks=self.masks,
+            mask_column=self.mask_column,
+            masks_per_image=self.masks_per_image,
+        )
         if self.patch_size % self.memory.stride_divisor:
             raise ValueError(
                 f"memory.stride_divisor must divide patch_size ({self.patch_size}), got {self.memory.stride_divisor}"
@@ -100,27 +120,36 @@ def make_records(
     *,
     label: int | None = None,
     opened: tuple[Image.Image, np.ndarray] | None = None,
+    masks: MaskReader | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of `schema.RECORD_SCHEMA` for the image file *data* and its class *label*, one a crop.
 
-    *opened*: what `open_photograph` gave for it, if it was called already. Raises what that raises.
+    *opened*: what `open_photograph` gave for it, if it was called already; *masks* reads the user's, where
+    `mask_from` names any. Raises `UnreadableImage` with the reason to leave the image out.
     """
     image, rgb = opened or open_photograph(data, config)
+    masks = masks or MaskReader()
+    whole_masks = _whole_masks(key, image, config, masks)
     source = {"key": key, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     rows = []
     for number in range(config.crops_per_image):
         rng = numpy_generator(config.seed, "crop", key, number)
-        short_side = int(rng.integers(config.short_sides[0], config.short_sides[1], endpoint=True))
-        height, width = scaled_size(image.height, image.width, short_side)
-        top = int(rng.integers(height - config.crop_size, endpoint=True))
-        left = int(rng.integers(width - config.crop_size, endpoint=True))
-        if height == width == image.height == image.width == config.crop_size and _keeps_its_bytes(image):
+        image_id = f"{key}#{number}"
+        drawn: Iterable[np.ndarray]
+        if config.mask_from == "family":
+            place, drawn = _draw_place(image, config, rng), _family_masks(image_id, config)
+        elif config.mask_from == "random":
+            place = _draw_place(image, config, rng)
+            drawn = masks.draw(config.masks_per_image, config.crop_size, numpy_generator(config.seed, "mask", image_id))
+        else:
+            first = number * config.masks_per_image
+            turn = [whole_masks[(first + one) % len(whole_masks)] for one in range(config.masks_per_image)]
+            place, drawn = _draw_place_with_hole(image, turn, config, rng)
+        if image.height == image.width == place["short_side"] == config.crop_size and _keeps_its_bytes(image):
             encoded = data
         else:
-            crop = crop_scaled(rgb, short_side=short_side, top=top, left=left, size=config.crop_size)
-            encoded = _encode(crop, config)
-        image_id = f"{key}#{number}"
-        holes = list(_holes(image_id, config))
+            encoded = _encode(crop_scaled(rgb, **place), config)
+        holes = list(_with_memory(image_id, drawn, config))
         rows.append(
             {
                 "image_id": image_id,
@@ -137,8 +166,47 @@ def make_records(
     return rows
 
 
-def _holes(image_id: str, config: RecordConfig) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Mask (crop, crop) and memory (P, 2) of each variant. A draw of no hole or nothing but hole is drawn again."""
+class _Place(TypedDict):
+    short_side: int
+    top: int
+    left: int
+    size: int
+
+
+def _draw_place(image: Image.Image, config: RecordConfig, rng: np.random.Generator) -> _Place:
+    """Scale and place of one crop, as `crop_scaled` takes them."""
+    short_side = int(rng.integers(config.short_sides[0], config.short_sides[1], endpoint=True))
+    height, width = scaled_size(image.height, image.width, short_side)
+    top = int(rng.integers(height - config.crop_size, endpoint=True))
+    left = int(rng.integers(width - config.crop_size, endpoint=True))
+    return {"short_side": short_side, "top": top, "left": left, "size": config.crop_size}
+
+
+def _draw_place_with_hole(
+    image: Image.Image, whole_masks: Sequence[np.ndarray], config: RecordConfig, rng: np.random.Generator
+) -> tuple[_Place, list[np.ndarray]]:
+    """A crop in which each of the image's masks has hole and known pixels, and these parts of the masks."""
+    for _ in range(_CROP_DRAWS):
+        place = _draw_place(image, config, rng)
+        cut = [crop_scaled(mask, **place, resample=Image.Resampling.NEAREST) for mask in whole_masks]
+        if all(mask.any() and not mask.all() for mask in cut):
+            break
+    for mask in cut:
+        check_hole(mask, f"the mask in each of {_CROP_DRAWS} crops drawn, the last of them,")
+    return place, cut
+
+
+def _whole_masks(key: str, image: Image.Image, config: RecordConfig, masks: MaskReader) -> list[np.ndarray]:
+    """The masks that belong to the image itself, at its size."""
+    if config.mask_from == "alpha":
+        return [masks.of_alpha(image)]
+    if config.mask_from in ("paired", "column"):
+        return masks.of_image(key, image.height, image.width)
+    return []
+
+
+def _family_masks(image_id: str, config: RecordConfig) -> Iterator[np.ndarray]:
+    """Mask (crop, crop) of each variant. A draw of no hole or nothing but hole is drawn again."""
     for variant in range(config.masks_per_image):
         rng = numpy_generator(config.seed, "mask", image_id, variant)
         for _ in range(_MASK_DRAWS):
@@ -150,6 +218,14 @@ def _holes(image_id: str, config: RecordConfig) -> Iterator[tuple[np.ndarray, np
                 f"mask family {config.mask!r} gave {_MASK_DRAWS} times no hole or nothing but hole at "
                 f"{config.crop_size} pixels; choose another mask or crop_size"
             )
+        yield mask
+
+
+def _with_memory(
+    image_id: str, masks: Iterable[np.ndarray], config: RecordConfig
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Mask (crop, crop) and memory (P, 2) of each variant."""
+    for variant, mask in enumerate(masks):
         pool = select_pool(
             mask,
             patch_size=config.patch_size,

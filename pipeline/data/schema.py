@@ -4,7 +4,8 @@ Layout of the folder: `shards/00000.parquet` and its receipt `shards/00000.json`
 preparation, `facts/00000.parquet` (`contract.FACTS_SCHEMA`) for comparing images, `quarantine.jsonl` (inputs that were
 left out, with their reasons), `report.json` and `report.html`, and `manifest.json`, written last: a set without it is
 unfinished and is refused. Beside them may lie `source_report.json` (the source beside the partition that it should be)
-and `source_index.arrow` (where the images lie in tar files), which are no part of the set.
+and `source_index.arrow` and `mask_index.arrow` (where images and masks lie in tar files), which are no part of the
+set.
 
 A record is one crop: its encoded file, its masks as bits (1 = hole), and for each mask the corners (y, x) of the
 windows of the texture memory (Sec. III-B). Nothing in it is a decoded pixel.
@@ -132,7 +133,8 @@ class Manifest:
     def digest(self) -> str:
         """Identity of the set's content, 16 hex: training, evaluation and MLflow name it. It does not depend on where
         the source, the set or the one it was held against lies."""
-        settings = {name: value for name, value in self.settings.items() if name not in ("source", "root", "against")}
+        places = ("source", "root", "masks", "against")
+        settings = {name: value for name, value in self.settings.items() if name not in places}
         content = [self.schema_version, settings, [[shard.rows, shard.sha256] for shard in self.shards]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

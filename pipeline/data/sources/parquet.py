@@ -41,6 +41,8 @@ class ParquetTable:
     """Column of keys."""
     label_column: str | None = None
     """Column of labels, whole numbers."""
+    image_setting: str = "image_column"
+    """The setting that names *image_column*, for messages."""
     _held: list[tuple[tuple[int, int], pa.ChunkedArray]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
@@ -118,13 +120,13 @@ class ParquetTable:
     def _image_column(self, uri: str, schema: pa.Schema) -> str:
         """The column of encoded images, as `image` or `image.bytes`."""
         name = self.image_column or next((name for name in IMAGE_COLUMNS if name in schema.names), IMAGE_COLUMNS[0])
-        kind = _type_of(uri, schema, name, "image_column")
+        kind = _type_of(uri, schema, name, self.image_setting)
         if pa.types.is_struct(kind) and "bytes" in [one.name for one in kind]:
             name, kind = f"{name}.bytes", kind.field("bytes").type
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
             raise CorruptSource(
                 f"column {name!r} of {redact(uri)} holds {kind}, encoded images (binary) are needed; "
-                f"set image_column; {_columns(schema)}"
+                f"set {self.image_setting}; {_columns(schema)}"
             )
         return name
 

@@ -1,0 +1,307 @@
+"""Holes that the user brings: masks paired with their images, drawn from a list, in a column or in the alpha channel.
+
+A mask is a picture in which one of black and white is the hole; which one is a setting (`mask_hole`) and never guessed.
+What the masks look like is counted, so that a set with the two confused says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipeline.data.sources.base import Source
+from pipeline.data.sources.choose import open_source
+from pipeline.data.sources.parquet import ParquetTable
+from pipeline.errors import CorruptSource, MissingInput
+from pipeline.storage import absolute, redact
+from tmad.images import MAX_PIXELS, SUFFIXES, UnreadableImage, decode_image, to_grey
+
+MaskFrom = Literal["family", "paired", "random", "alpha", "column"]
+Colour = Literal["white", "black"]
+
+SPARE_DRAWS = 32
+"""Masks looked at in place of drawn ones that cannot be used."""
+_SHOWN = 3
+
+
+def check_mask_settings(
+    mask_from: MaskFrom,
+    *,
+    family: str | None,
+    mask_hole: Colour,
+    masks: str | None,
+    mask_column: str | None,
+    masks_per_image: int,
+) -> None:
+    """Refuse settings that have no effect on, or are needed by, *mask_from*; *family* is one chosen by the user.
+
+    Raises `ValueError`.
+    """
+    if (masks is not None) != (mask_from in ("paired", "random")):
+        lacks = "needs masks, the place where they lie" if masks is None else "does not use masks"
+        raise ValueError(f"mask_from={mask_from} {lacks}; masks goes with mask_from paired or random")
+    if (mask_column is not None) != (mask_from == "column"):
+        lacks = "needs mask_column, its name" if mask_column is None else "does not use mask_column"
+        raise ValueError(f"mask_from={mask_from} {lacks}; mask_column goes with mask_from column")
+    if mask_hole != "white" and mask_from in ("family", "alpha"):
+        what = "the transparent part is the hole" if mask_from == "alpha" else "generated masks have no colour"
+        raise ValueError(
+            f"mask_hole cannot be {mask_hole} with mask_from={mask_from}: {what}; it goes with mask_from paired, "
+            "random or column"
+        )
+    if family is not None and mask_from != "family":
+        raise ValueError(f"mask_from={mask_from} does not use mask (got {family!r}); mask goes with mask_from family")
+    if masks_per_image > 1 and mask_from in ("alpha", "column"):
+        raise ValueError(
+            f"mask_from={mask_from} gives one mask an image, so masks_per_image must be 1, got {masks_per_image}; "
+            "several go with mask_from family, paired or random"
+        )
+
+
+@dataclass(frozen=True)
+class OwnMasks:
+    """Where masks lie and which of their colours is the hole; picklable, because workers read from it.
+
+    A mask belongs to the image `a/b.jpg` if its key is `a/b` with any ending, or lies in the folder `a/b/`.
+    """
+
+    source: Source
+    place: str
+    """For messages."""
+    hole: Colour
+    stems: pa.Array | None = None
+    """What each mask belongs to, in order; none if images are not paired with names."""
+    names: pa.Array | None = None
+    """Keys of the masks in *source*, in the order of *stems* if there are any; none = those of the images."""
+
+    def of_image(self, key: str) -> list[str]:
+        """Keys of the masks of the image *key*, by code point."""
+        if self.stems is None or self.names is None:
+            return [key]
+        stem, found = stem_of(key), []
+        first = bisect_left(self.stems, stem, key=lambda one: one.as_py())
+        for row in range(first, len(self.stems)):
+            if self.stems[row].as_py() != stem:
+                break
+            found.append(self.names[row].as_py())
+        return found
+
+    def made_of(self, keys: Sequence[str]) -> Any:
+        """What decides, beside the settings, which masks the images *keys* get."""
+        if self.stems is not None:
+            return [self.of_image(key) for key in keys]
+        return self._names_digest
+
+    @cached_property
+    def _names_digest(self) -> str | None:
+        if self.names is None:
+            return None
+        return hashlib.sha256("\0".join(self.names.to_pylist()).encode()).hexdigest()
+
+
+def open_masks(
+    mask_from: MaskFrom,
+    *,
+    source: str,
+    images: Source,
+    keys: Sequence[str],
+    masks: str | None,
+    mask_column: str | None,
+    mask_hole: Colour,
+    masks_per_image: int,
+    cache: str | None = None,
+) -> OwnMasks | None:
+    """The masks that these settings name for the images *keys* of *images* at *source*; none if none are read.
+
+    Raises `MissingInput` if there is no mask, or none for any image; `CorruptSource` if two masks have the same name;
+    `ValueError` if there are fewer masks than *masks_per_image*, or for places that cannot be.
+    """
+    if mask_from == "column":
+        if not isinstance(images, ParquetTable):
+            raise ValueError(
+                f"mask_from=column needs a Parquet table, the source {redact(source)} is none; "
+                "mask_from paired, random or alpha can be used here"
+            )
+        column = replace(images, image_column=mask_column, label_column=None, image_setting="mask_column")
+        column.keys()
+        return OwnMasks(column, redact(source), mask_hole)
+    if masks is None:
+        return None
+    place = absolute(masks)
+    if place == absolute(source) or place.startswith(absolute(source) + "/"):
+        raise ValueError(
+            f"masks ({redact(place)}) must not lie in the source ({redact(source)}): they would be taken for images"
+        )
+    opened = open_source(place, cache=cache)
+    names = opened.keys()
+    if mask_from == "random":
+        if len(names) < masks_per_image:
+            raise ValueError(
+                f"masks_per_image must be at most the number of masks in {redact(place)} ({len(names)}), "
+                f"got {masks_per_image}"
+            )
+        return OwnMasks(opened, redact(place), mask_hole, names=pa.array(names, pa.large_string()))
+    paired = _pair(opened, redact(place), names, mask_hole, keys)
+    if not any(paired.of_image(key) for key in keys):
+        raise MissingInput(
+            f"no image has a mask in {redact(place)}: looked for {', '.join(map(repr, map(stem_of, keys[:_SHOWN])))} "
+            f"with an image ending; there is {names[0]!r}"
+        )
+    return paired
+
+
+def stem_of(key: str) -> str:
+    """The key without the ending of an image file."""
+    name, dot, ending = key.rpartition(".")
+    return name if f"{dot}{ending}".lower() in SUFFIXES else key
+
+
+def _pair(source: Source, place: str, names: Sequence[str], hole: Colour, keys: Sequence[str]) -> OwnMasks:
+    own = {stem_of(key) for key in keys}
+    by_stem: dict[str, str] = {}
+    pairs = []
+    for name in names:
+        stem = stem_of(name)
+        if stem in by_stem:
+            raise CorruptSource(
+                f"two masks of {place} have one name: {by_stem[stem]!r} and {name!r}; a/b.png is the mask of a/b.jpg, "
+                "several go into a folder a/b/"
+            )
+        by_stem[stem] = name
+        folder = stem.rpartition("/")[0]
+        pairs.append((folder if folder in own and stem not in own else stem, name))
+    pairs.sort()
+    stems, ordered = zip(*pairs, strict=True)
+    return OwnMasks(source, place, hole, pa.array(stems, pa.large_string()), pa.array(ordered, pa.large_string()))
+
+
+@dataclass
+class MaskReader:
+    """Reads masks and counts what they look like."""
+
+    masks: OwnMasks | None = None
+    """None: alpha channels alone can be read."""
+    max_pixels: int = MAX_PIXELS
+    counts: Counter[str] = field(default_factory=Counter)
+    """`masks`: masks read; of these `mostly_hole`, `grey` (with values between black and white), `unreadable` (random
+    masks that were passed over)."""
+
+    def of_alpha(self, image: Image.Image) -> np.ndarray:
+        """(H, W), uint8, 1 = the transparent part of *image*. Raises `UnreadableImage`, as below."""
+        if not image.has_transparency_data:
+            raise UnreadableImage("no-mask", f"mode {image.mode} has no transparency")
+        if image.mode == "La":
+            image = image.convert("LA")
+        alpha = image if image.mode == "RGBA" else image.convert("RGBA")
+        return self._hole(np.asarray(alpha.getchannel("A")), "black", "the alpha channel")
+
+    def of_image(self, key: str, height: int, width: int) -> list[np.ndarray]:
+        """The masks (height, width), uint8, 1 = hole, of the image *key*.
+
+        Raises `UnreadableImage` with the reason to leave the image out: `no-mask`, `mask-size`, `empty-mask`,
+        `full-mask`, `mask-truncated`, ...
+        """
+        masks = self._place()
+        names = masks.of_image(key)
+        if not names:
+            raise UnreadableImage("no-mask", f"no mask named {stem_of(key)}.* in {masks.place}")
+        found = []
+        for name in names:
+            grey = self._read(name)
+            if grey.shape != (height, width):
+                raise UnreadableImage(
+                    "mask-size",
+                    f"the mask {name} has {grey.shape[1]}x{grey.shape[0]} pixels, its image {width}x{height}",
+                )
+            found.append(self._hole(grey, masks.hole, f"the mask {name}"))
+        return found
+
+    def draw(self, count: int, side: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """*count* different masks of the list as (side, side), uint8, 1 = hole; unusable ones are passed over.
+
+        Raises `UnreadableImage` with the last one's reason if too few could be used.
+        """
+        masks = self._place()
+        assert masks.names is not None, "masks are drawn from a list"
+        total = len(masks.names)
+        found: list[np.ndarray] = []
+        error = UnreadableImage("no-mask", f"{masks.place} has {total} masks, {count} are needed")
+        for row in rng.choice(total, size=min(total, count + SPARE_DRAWS), replace=False):
+            name = masks.names[int(row)].as_py()
+            try:
+                whole = self._hole(self._read(name), masks.hole, f"the mask {name}")
+                picture = Image.fromarray(whole).resize((side, side), Image.Resampling.NEAREST)
+                found.append(check_hole(np.array(picture), f"the mask {name} at {side} pixels"))
+            except UnreadableImage as one:
+                self.counts["unreadable"] += one.reason.startswith("mask-") or one.reason == "no-mask"
+                error = one
+            if len(found) == count:
+                return found
+        raise error
+
+    def _place(self) -> OwnMasks:
+        if self.masks is None:
+            raise ValueError("masks that lie somewhere need a reader of that place, see open_masks")
+        return self.masks
+
+    def _read(self, name: str) -> np.ndarray:
+        data = self._place().source.read(name)
+        if not data:
+            raise UnreadableImage("no-mask", f"the mask {name} has no bytes")
+        try:
+            return to_grey(decode_image(data, max_pixels=self.max_pixels))
+        except UnreadableImage as error:
+            raise UnreadableImage(f"mask-{error.reason}", f"the mask {name}: {error.detail}") from None
+
+    def _hole(self, grey: np.ndarray, hole: Colour, name: str) -> np.ndarray:
+        mask = ((grey > 127) == (hole == "white")).astype(np.uint8)
+        self.counts["masks"] += 1
+        self.counts["mostly_hole"] += bool(mask.mean() > 0.5)
+        self.counts["grey"] += bool(((grey != 0) & (grey != 255)).any())
+        return check_hole(mask, f"{name} (values {grey.min()} to {grey.max()}, {hole} is the hole)")
+
+
+def check_hole(mask: np.ndarray, name: str) -> np.ndarray:
+    """The mask, if it has hole and known pixels. Raises `UnreadableImage`: `empty-mask` or `full-mask`."""
+    if not mask.any():
+        raise UnreadableImage("empty-mask", f"{name} has no hole")
+    if mask.all():
+        raise UnreadableImage("full-mask", f"{name} is nothing but hole")
+    return mask
+
+
+def join_counts(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The counts of several readers as one."""
+    names = ("masks", "mostly_hole", "grey", "unreadable")
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
+
+
+def mask_warnings(counts: Mapping[str, int], mask_from: MaskFrom, hole: Colour) -> list[str]:
+    """What to say about masks with these counts."""
+    total = counts["masks"]
+    found = []
+    if counts["mostly_hole"] > total / 2:
+        if mask_from == "alpha":
+            advice = "the transparent part is the hole; is alpha the other way round?"
+        else:
+            other = "black" if hole == "white" else "white"
+            advice = f"{hole} is taken for the hole; if {other} is, set mask_hole to {other}"
+        found.append(f"in {counts['mostly_hole']} of {total} masks the hole is more than half of the picture: {advice}")
+    if counts["grey"]:
+        what = "alpha channels are partly transparent" if mask_from == "alpha" else "masks are not only black and white"
+        found.append(
+            f"{counts['grey']} of {total} {what}: values between 0 and 255 are parted at 128; lossless files with two "
+            "values leave nothing to chance"
+        )
+    if counts["unreadable"]:
+        found.append(f"unreadable masks were drawn {counts['unreadable']} times, and others in their place")
+    return found
