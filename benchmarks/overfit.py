@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import Options, Report, Table, start
+from benchmarks.scenes import sample_of
 from pipeline.demo.photographs import write_photographs
 from pipeline.presets import demo
 from pipeline.report import picture_grid
-from tmad.batch import Batch, collate, make_sample
+from tmad.batch import Batch, collate
 from tmad.config import TrainingConfig
 from tmad.images import crop_scaled, to_model, to_rgb, to_uint8
 from tmad.masks import draw_mask
-from tmad.memory import select_pool
 from tmad.metrics import MEASURES, Summary, measure
 from tmad.model import TMAD
 from tmad.rng import numpy_generator
@@ -134,19 +134,18 @@ def batch_of(
     epoch: int,
 ) -> Batch:
     """All photographs with their fixed memory; the cells are drawn anew each *epoch*."""
-    model, samples = config.model, []
-    for name, truth, mask in zip(PHOTOGRAPHS, truths, masks, strict=True):
-        pool_yx = select_pool(
+    samples = [
+        sample_of(
+            config.model,
+            name,
+            truth,
             mask,
-            patch_size=model.patch_size,
-            stride=model.memory_stride,
-            pool_size=model.memory.pool_size,
-            rule=model.memory.rule,
-            rng=numpy_generator("overfit", "pool", name),
+            cells=cells,
+            pool_rng=numpy_generator("overfit", "pool", name),
+            rng=numpy_generator("overfit", "sample", name, epoch),
         )
-        rng = numpy_generator("overfit", "sample", name, epoch)
-        sample = make_sample(name, truth, mask, pool_yx, patch_size=model.patch_size, num_cells=cells, rng=rng)
-        samples.append(sample)
+        for name, truth, mask in zip(PHOTOGRAPHS, truths, masks, strict=True)
+    ]
     return collate(samples)
 
 
