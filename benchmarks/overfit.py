@@ -23,7 +23,7 @@ from pipeline.presets import demo
 from pipeline.report import picture_grid
 from tmad.batch import Batch, collate
 from tmad.config import TrainingConfig
-from tmad.images import crop_scaled, to_model, to_rgb, to_uint8
+from tmad.images import crop_scaled, scaled_size, to_model, to_rgb, to_uint8
 from tmad.masks import draw_mask
 from tmad.metrics import MEASURES, Summary, measure
 from tmad.model import TMAD
@@ -119,7 +119,8 @@ def scene(options: OverfitOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:
         for name in PHOTOGRAPHS:
             with Image.open(Path(folder) / "train" / name) as photograph:
                 rgb = to_rgb(photograph)
-            truths.append(crop_scaled(rgb, short_side=SIDE * 3 // 2, top=SIDE // 4, left=SIDE // 4, size=SIDE))
+            scaled = scaled_size(*rgb.shape[:2], SIDE * 3 // 2)
+            truths.append(crop_scaled(rgb, scaled=scaled, top=SIDE // 4, left=SIDE // 4, size=SIDE))
             masks.append(draw_mask(options.family, SIDE, SIDE, numpy_generator("overfit", "mask", name)))
     return truths, masks
 

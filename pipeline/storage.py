@@ -138,9 +138,9 @@ def size(uri: str) -> int | None:
 def read_bytes(uri: str) -> bytes:
     """The whole file, of the size that storage says it has. Raises `MissingInput` if it is not there, `StorageFailed`
     for any other trouble."""
+    if not is_remote(uri):
+        return _guard(uri, "read", Path(absolute(uri)).read_bytes)
     fs, path = file_system(uri)
-    if isinstance(fs, LocalFileSystem):
-        return bytes(_guard(uri, "read", lambda: fs.cat_file(path)))
     info = _guard(uri, "read", lambda: fs.info(path, **_bounded(fs)))
     if info["type"] != "file":
         raise MissingInput(f"cannot read {redact(uri)}: it is a folder")

@@ -7,11 +7,15 @@ Outside the model an image is uint8, (H, W, 3), RGB; inside it is float in [-1, 
 from __future__ import annotations
 
 import io
+import math
+from typing import Any, Literal
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded; formats whose readers run programs or draw vectors (EPS, WMF, ...) are not images here."""
@@ -23,7 +27,13 @@ SUFFIXES = (
 MAX_PIXELS = 89_478_485
 """Pixels above which an image is refused before it is decoded: Pillow's own limit, a quarter of a gigabyte as RGB."""
 
+REDUCE_TO = 2
+"""A JPEG much larger than what is wanted is decoded at a half, a quarter or an eighth of its size, but at no less than
+so many times the wanted size: from there Lanczos gives what it gives from the whole picture, to about a grey value."""
+
 _ORIENTATION = 0x0112
+_MAY_BE_TURNED = (b"Exif\0\0", b"tiff:Orientation")
+_JPEG = b"\xff\xd8\xff"
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY_MODES = ("1", "L", "I", "F", *_GREY_16)
 
@@ -74,6 +84,39 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # metadata that cannot be parsed says nothing about the orientation
         return image
+
+
+def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """`to_rgb(decode_image(data))`, the same pixels, sooner if the file is a common JPEG. Raises `UnreadableImage`."""
+    found = decode_jpeg(data, max_pixels=max_pixels)
+    return to_rgb(decode_image(data, max_pixels=max_pixels)) if found is None else found[0]
+
+
+def decode_jpeg(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int | None = None
+) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """The colours (H, W, 3), uint8, of a common JPEG and its (height, width); none for any other file.
+
+    Common is one that stands upright, in colour or grey of eight bits, and is whole. `decode_image` opens the others,
+    or says what is wrong with them. Without *short_side* the pixels are those of `to_rgb(decode_image(data))`; for a
+    picture that will be scaled down to a shorter side of *short_side* pixels they may be fewer, see `REDUCE_TO`.
+    """
+    if not data.startswith(_JPEG) or any(marker in data for marker in _MAY_BE_TURNED):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours not in ("YCbCr", "Gray") or height * width > max_pixels:
+            return None
+        shrink = _reduction(min(height, width), short_side) if short_side else 1
+        least = {"min_height": math.ceil(height / shrink), "min_width": math.ceil(width / shrink)}
+        return simplejpeg.decode_jpeg(data, "RGB", **least), (height, width)
+    except ValueError:
+        return None
+
+
+def _reduction(short_side: int, wanted: int) -> int:
+    """By how much the decoder may divide the sides."""
+    return max(number for number in (1, 2, 4, 8) if number == 1 or short_side >= number * REDUCE_TO * wanted)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -167,30 +210,52 @@ def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 
 def crop_scaled(
-    rgb: np.ndarray,
+    image: np.ndarray,
     *,
-    short_side: int,
+    scaled: tuple[int, int],
     top: int,
     left: int,
     size: int,
-    resample: Image.Resampling = Image.Resampling.LANCZOS,
+    original: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """The (size, size, 3) square at (top, left) of *rgb* (H, W, 3) scaled so that its shorter side is *short_side*.
+    """The (size, size, 3) square at (top, left) of *image* (H, W, 3), uint8, scaled to *scaled* (height, width).
 
-    Only what the square needs is computed: one antialiased Lanczos step; no step at all where the scale is 1. A mask
-    (H, W) gives (size, size) and is cut with `Resampling.NEAREST`. Raises `ValueError` if the square leaves the
-    scaled image.
+    *original* (height, width): that of the file, where `decode_jpeg` made it smaller; none = (H, W). One antialiased
+    Lanczos step in integers, the same on every processor; none where the image has that size. A mask (H, W) gives
+    (size, size) and keeps its values (nearest neighbour). Raises `ValueError` if the square leaves the scaled image.
     """
-    height, width = rgb.shape[:2]
-    new_height, new_width = scaled_size(height, width, short_side)
+    height, width = image.shape[:2]
+    new_height, new_width = scaled
     if not (0 <= top <= new_height - size and 0 <= left <= new_width - size):
         raise ValueError(f"a {size}-pixel square at ({top}, {left}) leaves the scaled image {new_height}x{new_width}")
-    if (new_height, new_width) == (height, width):
-        return np.ascontiguousarray(rgb[top : top + size, left : left + size])
-    y, x = height / new_height, width / new_width
-    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-    image = Image.fromarray(np.ascontiguousarray(rgb))
-    return np.array(image.resize((size, size), resample, box=box))
+    if image.ndim == 2:
+        y, x = height / new_height, width / new_width
+        box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
+        return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST, box=box))
+    if (height, width) != (original or (height, width)) or scaled != (height, width):
+        image = scale(image, scaled, original=original)
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
+
+
+def scale(
+    rgb: np.ndarray,
+    size: tuple[int, int],
+    method: Literal["lanczos", "bilinear"] = "lanczos",
+    original: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """*rgb* (H, W, 3), uint8, at *size* (height, width), antialiased as in Pillow's `resize`, by vectorised code.
+
+    *original* as in `crop_scaled`: a side that its reduction does not divide reaches a little beyond the picture.
+    """
+    planes = torch.from_numpy(np.require(rgb, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    target: dict[str, Any] = {"size": size}
+    if original is not None and original != rgb.shape[:2]:
+        shrink = round(original[0] / len(rgb))
+        # The next larger number, as PyTorch rounds sides down.
+        factors = [math.nextafter(new * shrink / old, math.inf) for new, old in zip(size, original, strict=True)]
+        target = {"scale_factor": factors, "recompute_scale_factor": False}
+    scaled = functional.interpolate(planes, **target, mode=method, antialias=True)
+    return scaled[0].permute(1, 2, 0).numpy()[: size[0], : size[1]]
 
 
 def to_model(image: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from pipeline.data.tasks import run_stretches
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
 from tmad.batch import Batch, Sample, collate, make_sample
-from tmad.images import UnreadableImage, decode_image, to_rgb
+from tmad.images import UnreadableImage, decode_rgb
 from tmad.rng import numpy_generator
 
 _STRETCH_PORTIONS = 2
@@ -175,7 +175,7 @@ def _decoded(
 def _sample(row: dict[str, Any], *, seed: int, patch_size: int, num_cells: int, flip: bool) -> Sample:
     image_id = row["image_id"]
     try:
-        image = to_rgb(decode_image(row["image"]))
+        image = decode_rgb(row["image"])
     except UnreadableImage as error:
         raise CorruptSet(
             f"record {image_id} of the prepared set cannot be decoded ({error}); prepare it again"

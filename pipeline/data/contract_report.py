@@ -24,7 +24,7 @@ from pipeline.data.sources.base import Source
 from pipeline.errors import TMADError
 from pipeline.report import Report
 from pipeline.storage import absolute, exists, join, read_bytes, write_atomic
-from tmad.images import UnreadableImage, decode_image, to_rgb
+from tmad.images import UnreadableImage, decode_rgb
 
 if TYPE_CHECKING:
     from pipeline.data.prepare import PrepareConfig
@@ -237,7 +237,7 @@ class _Pictures:
 
     def _of_source(self, key: str) -> bytes | None:
         try:
-            return thumbnail(to_rgb(decode_image(self.source.read(key), max_pixels=self.config.max_pixels)))
+            return thumbnail(decode_rgb(self.source.read(key), max_pixels=self.config.max_pixels))
         except (TMADError, UnreadableImage):
             return None
 
@@ -250,7 +250,7 @@ class _Pictures:
             shard = open_shard(set_folder(absolute(str(self.config.against))), f"shards/{number:05d}.parquet")
             table = shard.read(columns=["image", "source"])
             images = table.filter(pc.equal(pc.struct_field(table["source"], "key"), key))["image"]
-            return thumbnail(to_rgb(decode_image(images[0].as_py())))
+            return thumbnail(decode_rgb(images[0].as_py()))
         except (TMADError, UnreadableImage):
             return None
 

@@ -37,7 +37,7 @@ from pipeline.data.copies import (
     read_other_facts,
 )
 from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings, open_masks
-from pipeline.data.records import RecordConfig, make_records, open_photograph
+from pipeline.data.records import RecordConfig, make_records, open_as
 from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard, open_shard, set_folder
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
@@ -274,9 +274,9 @@ def _make_shard(
         data = b""
         try:
             data = source.read(key)
-            opened = open_photograph(data, config)
-            fact = examine(key, data, opened[1], config)
-            rows += make_records(key, data, config, label=source.label(key), opened=opened, masks=reader)
+            photograph = open_as(data, config)
+            fact = examine(key, photograph, config)
+            rows += make_records(key, data, config, label=source.label(key), photograph=photograph, masks=reader)
             facts.append(fact)
         except UnreadableImage as error:
             drops.append({"key": key, "reason": error.reason, "detail": error.detail, "bytes": len(data)})

@@ -6,20 +6,21 @@ training input, gives the same.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.data.own_masks import Colour, MaskFrom, MaskReader, check_hole, check_mask_settings
+from pipeline.data.photograph import Photograph, open_photograph
 from pipeline.data.schema import pack_mask
 from tmad.config import STRICT, MemoryConfig, PositiveInt
-from tmad.images import MAX_PIXELS, UnreadableImage, crop_scaled, decode_image, scaled_size, to_rgb
+from tmad.images import MAX_PIXELS, crop_scaled, scaled_size
 from tmad.masks import MASKS, draw_mask
 from tmad.memory import select_pool
 from tmad.rng import numpy_generator
@@ -27,6 +28,7 @@ from tmad.rng import numpy_generator
 _MASK_DRAWS = 32
 _CROP_DRAWS = 32
 _FAMILY = "brush_or_rectangle"
+_SUBSAMPLING = "420"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -100,17 +102,15 @@ class RecordConfig:
         return self.min_side or self.crop_size // 2
 
 
-def open_photograph(data: bytes, config: RecordConfig) -> tuple[Image.Image, np.ndarray]:
-    """The image file *data* decoded, upright, and its colours (H, W, 3), uint8.
-
-    Raises `UnreadableImage` with the reason to leave the image out.
-    """
-    image = decode_image(data, max_pixels=config.max_pixels)
-    if min(image.size) < config.smallest_side:
-        raise UnreadableImage(
-            "too-small", f"{image.width}x{image.height} pixels, the shorter side needs {config.smallest_side}"
-        )
-    return image, to_rgb(image)
+def open_as(data: bytes, config: RecordConfig) -> Photograph:
+    """The image file *data* as `make_records` needs it. Raises `UnreadableImage` with the reason to leave it out."""
+    return open_photograph(
+        data,
+        max_pixels=config.max_pixels,
+        smallest_side=config.smallest_side,
+        short_side=config.short_sides[1],
+        with_original=config.mask_from == "alpha",
+    )
 
 
 def make_records(
@@ -119,36 +119,39 @@ def make_records(
     config: RecordConfig,
     *,
     label: int | None = None,
-    opened: tuple[Image.Image, np.ndarray] | None = None,
+    photograph: Photograph | None = None,
     masks: MaskReader | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of `schema.RECORD_SCHEMA` for the image file *data* and its class *label*, one a crop.
 
-    *opened*: what `open_photograph` gave for it, if it was called already; *masks* reads the user's, where
-    `mask_from` names any. Raises `UnreadableImage` with the reason to leave the image out.
+    *photograph*: that file, if `open_as` opened it already; *masks* reads the user's, where `mask_from` names any.
+    Raises `UnreadableImage` with the reason to leave the image out.
     """
-    image, rgb = opened or open_photograph(data, config)
+    photograph = photograph or open_as(data, config)
     masks = masks or MaskReader()
-    whole_masks = _whole_masks(key, image, config, masks)
-    source = {"key": key, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    whole_masks = _whole_masks(key, photograph, config, masks)
+    source = {"key": key, "size": photograph.size, "sha256": photograph.sha256}
     rows = []
     for number in range(config.crops_per_image):
         rng = numpy_generator(config.seed, "crop", key, number)
         image_id = f"{key}#{number}"
         drawn: Iterable[np.ndarray]
         if config.mask_from == "family":
-            place, drawn = _draw_place(image, config, rng), _family_masks(image_id, config)
+            place, drawn = _draw_place(photograph, config, rng), _family_masks(image_id, config)
         elif config.mask_from == "random":
-            place = _draw_place(image, config, rng)
+            place = _draw_place(photograph, config, rng)
             drawn = masks.draw(config.masks_per_image, config.crop_size, numpy_generator(config.seed, "mask", image_id))
         else:
             first = number * config.masks_per_image
             turn = [whole_masks[(first + one) % len(whole_masks)] for one in range(config.masks_per_image)]
-            place, drawn = _draw_place_with_hole(image, turn, config, rng)
-        if image.height == image.width == place["short_side"] == config.crop_size and _keeps_its_bytes(image):
+            place, drawn = _draw_place_with_hole(photograph, turn, config, rng)
+        cut = (config.crop_size, config.crop_size)
+        if photograph.keeps_its_bytes and (photograph.height, photograph.width) == place["scaled"] == cut:
             encoded = data
         else:
-            encoded = _encode(crop_scaled(rgb, **place), config)
+            encoded = _encode(
+                crop_scaled(photograph.rgb, original=(photograph.height, photograph.width), **place), config
+            )
         holes = list(_with_memory(image_id, drawn, config))
         rows.append(
             {
@@ -167,28 +170,28 @@ def make_records(
 
 
 class _Place(TypedDict):
-    short_side: int
+    scaled: tuple[int, int]
     top: int
     left: int
     size: int
 
 
-def _draw_place(image: Image.Image, config: RecordConfig, rng: np.random.Generator) -> _Place:
+def _draw_place(photograph: Photograph, config: RecordConfig, rng: np.random.Generator) -> _Place:
     """Scale and place of one crop, as `crop_scaled` takes them."""
     short_side = int(rng.integers(config.short_sides[0], config.short_sides[1], endpoint=True))
-    height, width = scaled_size(image.height, image.width, short_side)
+    height, width = scaled_size(photograph.height, photograph.width, short_side)
     top = int(rng.integers(height - config.crop_size, endpoint=True))
     left = int(rng.integers(width - config.crop_size, endpoint=True))
-    return {"short_side": short_side, "top": top, "left": left, "size": config.crop_size}
+    return {"scaled": (height, width), "top": top, "left": left, "size": config.crop_size}
 
 
 def _draw_place_with_hole(
-    image: Image.Image, whole_masks: Sequence[np.ndarray], config: RecordConfig, rng: np.random.Generator
+    photograph: Photograph, whole_masks: Sequence[np.ndarray], config: RecordConfig, rng: np.random.Generator
 ) -> tuple[_Place, list[np.ndarray]]:
     """A crop in which each of the image's masks has hole and known pixels, and these parts of the masks."""
     for _ in range(_CROP_DRAWS):
-        place = _draw_place(image, config, rng)
-        cut = [crop_scaled(mask, **place, resample=Image.Resampling.NEAREST) for mask in whole_masks]
+        place = _draw_place(photograph, config, rng)
+        cut = [crop_scaled(mask, **place) for mask in whole_masks]
         if all(mask.any() and not mask.all() for mask in cut):
             break
     for mask in cut:
@@ -196,12 +199,13 @@ def _draw_place_with_hole(
     return place, cut
 
 
-def _whole_masks(key: str, image: Image.Image, config: RecordConfig, masks: MaskReader) -> list[np.ndarray]:
+def _whole_masks(key: str, photograph: Photograph, config: RecordConfig, masks: MaskReader) -> list[np.ndarray]:
     """The masks that belong to the image itself, at its size."""
     if config.mask_from == "alpha":
-        return [masks.of_alpha(image)]
+        assert photograph.original is not None, "opened with its alpha channel"
+        return [masks.of_alpha(photograph.original)]
     if config.mask_from in ("paired", "column"):
-        return masks.of_image(key, image.height, image.width)
+        return masks.of_image(key, photograph.height, photograph.width)
     return []
 
 
@@ -237,13 +241,9 @@ def _with_memory(
         yield mask, pool
 
 
-def _keeps_its_bytes(image: Image.Image) -> bool:
-    """True if any reader shows this file as we see it: one upright frame of eight-bit RGB or grey."""
-    plain = image.format in ("JPEG", "PNG", "WEBP") and image.mode in ("RGB", "L")
-    return plain and not getattr(image, "is_animated", False)
-
-
 def _encode(crop: np.ndarray, config: RecordConfig) -> bytes:
+    if config.encoding == "jpeg":
+        return simplejpeg.encode_jpeg(crop, config.quality, "RGB", _SUBSAMPLING)
     buffer = io.BytesIO()
     options = {} if config.encoding == "png" else {"quality": config.quality}
     Image.fromarray(crop).save(buffer, config.encoding, **options)

@@ -87,9 +87,9 @@ class Record:
     def pixels(self) -> np.ndarray:
         """(H, W, 3), uint8."""
         # Imported late: the tasks that only move bytes start without PyTorch, seconds earlier.
-        from tmad.images import decode_image, to_rgb
+        from tmad.images import decode_rgb
 
-        return to_rgb(decode_image(self.image))
+        return decode_rgb(self.image)
 
     def mask(self, variant: int = 0) -> np.ndarray:
         """(H, W), uint8, 1 = hole."""

@@ -25,6 +25,7 @@ from pipeline.data.contract import (
     summarise_holes,
 )
 from pipeline.data.copies import first_equal, first_similar, similar_in, similar_values
+from pipeline.data.photograph import Photograph, open_photograph
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest, read_records
 from pipeline.demo.photographs import PHOTOGRAPHS, installed_file
@@ -38,6 +39,10 @@ def encoded(array: np.ndarray, kind: str = "png", **options: object) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def opened(array: np.ndarray) -> Photograph:
+    return open_photograph(encoded(array))
 
 
 def recompressed(array: np.ndarray, quality: int) -> np.ndarray:
@@ -99,11 +104,11 @@ def photos(tmp_path: Path) -> Path:
 
 def test_an_image_that_is_too_long_is_left_out_and_one_at_the_limit_is_not() -> None:
     config = ContractConfig(max_aspect=3)
-    examine("a", b"x", make_photo(0, 100, 300), config)
+    examine("a", opened(make_photo(0, 100, 300)), config)
     with pytest.raises(UnreadableImage, match=r"too-narrow: 301x100 pixels, .* 3 times .* \(max_aspect\)"):
-        examine("a", b"x", make_photo(0, 100, 301), config)
+        examine("a", opened(make_photo(0, 100, 301)), config)
     with pytest.raises(UnreadableImage, match="too-narrow: 100x301"):
-        examine("a", b"x", make_photo(0, 301, 100), config)
+        examine("a", opened(make_photo(0, 301, 100)), config)
 
 
 def test_grey_is_told_from_colour_even_if_only_one_spot_has_some() -> None:
@@ -118,9 +123,9 @@ def test_grey_is_told_from_colour_even_if_only_one_spot_has_some() -> None:
 
 def test_grey_images_are_counted_by_default_and_left_out_where_that_is_asked_for() -> None:
     grey = np.repeat(make_photo(0, 120, 100)[..., :1], 3, axis=2)
-    assert examine("a", b"x", grey, ContractConfig())["grey"]
+    assert examine("a", opened(grey), ContractConfig())["grey"]
     with pytest.raises(UnreadableImage, match=r"grey: the colour channels differ by at most 4 \(drop_grey\)"):
-        examine("a", b"x", grey, ContractConfig(drop_grey=True))
+        examine("a", opened(grey), ContractConfig(drop_grey=True))
 
 
 def test_copies_of_real_photographs_have_near_hashes_and_different_ones_have_not() -> None:

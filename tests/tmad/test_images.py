@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -16,8 +20,11 @@ from tmad.images import (
     UnreadableImage,
     crop_scaled,
     decode_image,
+    decode_jpeg,
     decode_mask,
+    decode_rgb,
     restore_mode,
+    scale,
     scaled_size,
     to_mask,
     to_model,
@@ -194,12 +201,98 @@ def test_a_result_of_another_size_is_refused():
 def test_a_crop_of_the_scaled_image_is_cut_from_it():
     rgb = noise(60, 90, 3)
     assert scaled_size(60, 90, 30) == (30, 45)
-    assert np.array_equal(crop_scaled(rgb, short_side=60, top=3, left=7, size=32), rgb[3:35, 7:39])
+    assert np.array_equal(crop_scaled(rgb, scaled=(60, 90), top=3, left=7, size=32), rgb[3:35, 7:39])
     whole = np.asarray(Image.fromarray(rgb).resize((45, 30), Image.Resampling.LANCZOS))
-    part = crop_scaled(rgb, short_side=30, top=5, left=20, size=16)
+    part = crop_scaled(rgb, scaled=(30, 45), top=5, left=20, size=16)
     assert np.abs(part.astype(int) - whole[5:21, 20:36]).max() <= 1
     with pytest.raises(ValueError, match=r"16-pixel square at \(15, 0\) leaves the scaled image 30x45"):
-        crop_scaled(rgb, short_side=30, top=15, left=0, size=16)
+        crop_scaled(rgb, scaled=(30, 45), top=15, left=0, size=16)
+
+
+def jpeg(array: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(noise(height // 8 + 1, width // 8 + 1, 3)).resize((width, height)))
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}])
+@pytest.mark.parametrize("sides", [(64, 64), (33, 57), (17, 16)])
+def test_the_fast_way_to_a_jpegs_pixels_gives_pillows_pixels(sides, options):
+    colour = jpeg(smooth(*sides), quality=80, **options)
+    grey = jpeg(smooth(*sides)[..., 0], quality=80, **({} if "subsampling" in options else options))
+    for data in (colour, grey):
+        found = decode_jpeg(data)
+        assert found is not None
+        assert found[1] == sides
+        assert np.array_equal(found[0], to_rgb(decode_image(data)))
+        assert np.array_equal(decode_rgb(data), found[0])
+
+
+def test_a_jpeg_that_needs_pillow_goes_to_pillow():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = jpeg(smooth(32, 48), exif=exif)
+    whole = jpeg(smooth(32, 48))
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (16, 16), (1, 2, 3, 4)).save(cmyk, "JPEG")
+    others = (turned, cmyk.getvalue(), whole[:-40], whole[:12], b"", b"\xff\xd8\xff", b"GIF89a")
+    assert all(decode_jpeg(data) is None for data in others)
+    assert decode_rgb(turned).shape == (48, 32, 3)
+    assert decode_rgb(cmyk.getvalue()).shape == (16, 16, 3)
+    with pytest.raises(UnreadableImage, match="truncated"):
+        decode_rgb(whole[:-40])
+    assert decode_jpeg(whole, max_pixels=32 * 48 - 1) is None
+    with pytest.raises(UnreadableImage, match="too-large"):
+        decode_rgb(whole, max_pixels=32 * 48 - 1)
+
+
+def test_a_large_jpeg_is_decoded_smaller_and_scales_to_nearly_the_same():
+    original = np.asarray(Image.fromarray(noise(17, 25, 3)).resize((770, 515), Image.Resampling.BICUBIC))
+    data = jpeg(original, quality=95)
+    assert [decode_jpeg(data, short_side=side)[0].shape[:2] for side in (130, 128, 64, 32, 8)] == [
+        (515, 770),
+        (258, 385),
+        (129, 193),
+        (65, 97),
+        (65, 97),
+    ]
+    assert all(decode_jpeg(data, short_side=side)[1] == (515, 770) for side in (130, 64, 8))
+    scaled = scaled_size(515, 770, 64)
+    parts = [
+        crop_scaled(rgb, scaled=scaled, top=0, left=32, size=64, original=(515, 770)).astype(int)
+        for rgb in (decode_jpeg(data)[0], decode_jpeg(data, short_side=64)[0])
+    ]
+    assert np.abs(parts[0] - parts[1]).max() <= 2
+
+
+def test_scaling_is_pillows_to_a_grey_value_and_the_same_on_any_processor():
+    code = (
+        "import numpy, hashlib; from tmad.images import scale; "
+        "rgb = numpy.random.default_rng(0).integers(0, 256, (331, 517, 3), numpy.uint8); "
+        "both = scale(rgb, (96, 150)).tobytes() + scale(rgb, (72, 64), 'bilinear').tobytes(); "
+        "print(hashlib.sha256(both).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": level, "OMP_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for level, threads in (("default", "1"), ("avx2", "2"))
+    }
+    rgb = np.random.default_rng(0).integers(0, 256, (331, 517, 3), np.uint8)
+    mine = scale(rgb, (96, 150)), scale(rgb, (72, 64), "bilinear")
+    digests.add(hashlib.sha256(mine[0].tobytes() + mine[1].tobytes()).hexdigest() + "\n")
+    assert len(digests) == 1
+    for found, method in zip(mine, (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR), strict=True):
+        pillow = np.asarray(Image.fromarray(rgb).resize(found.shape[1::-1], method))
+        assert np.abs(found.astype(int) - pillow).max() <= 1
 
 
 def test_every_value_survives_the_way_into_the_model_and_back():
