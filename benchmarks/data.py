@@ -20,17 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import simplejpeg
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Options, Report, Table, Timing, interleave, start
 from pipeline.cluster import start_ray
 from pipeline.data.batches import training_batches
+from pipeline.data.photograph import open_photograph
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import Record, read_records
 from pipeline.demo.photographs import write_photographs
 from tmad.batch import Sample, collate, make_sample
-from tmad.images import crop_scaled, decode_image, to_rgb
+from tmad.images import crop_scaled, decode_image, decode_rgb, scaled_size, to_rgb
 from tmad.rng import numpy_generator
 
 DESCRIPTION = """
@@ -49,14 +51,14 @@ CROP = 256
 PATCH = 32
 BATCH = 8
 CELLS = 16
-BARE = "bare loop"
+BARE = "bare loop, Pillow"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(Options):
     """Options of this benchmark."""
 
-    images: int = 600
+    images: int = 1800
     """Photographs of 640 x 480 pixels, cut from the demo's, as JPEG files."""
     images_per_shard: int = 64
     """Photographs of one task."""
@@ -136,9 +138,12 @@ def preparation(
 
     with ProcessPoolExecutor(processors(), multiprocessing.get_context("spawn")) as pool:
         # Processes start and import before the clock does, on both sides.
-        list(pool.map(decode_crop_encode, files[:8]))
+        list(pool.map(own_loop, files[:8]))
         job(sources["tree"])
-        calls: dict[str, Callable[[], object]] = {BARE: lambda: list(pool.map(decode_crop_encode, files, chunksize=16))}
+        calls: dict[str, Callable[[], object]] = {
+            BARE: lambda: list(pool.map(pillow_loop, files, chunksize=16)),
+            "the same, our functions": lambda: list(pool.map(own_loop, files, chunksize=16)),
+        }
         calls |= {kind: partial(job, source) for kind, source in sources.items()}
         timings = interleave(calls, options, warm=True)
     note = (
@@ -148,13 +153,20 @@ def preparation(
     report.add(table(f"Preparation, {processors()} processes", timings, len(files), note), {}, timings)
 
 
-def decode_crop_encode(file: Path) -> int:
-    """The least that preparation can do with a photograph; returns the length of the crop's file."""
-    rgb = to_rgb(decode_image(file.read_bytes()))
-    crop = crop_scaled(rgb, short_side=CROP, top=0, left=0, size=CROP)
+def pillow_loop(file: Path) -> int:
+    """The least that preparation can do with a photograph, written with Pillow; returns the length of the crop's file."""
+    image = Image.open(file).convert("RGB")
+    side = min(image.size)
     buffer = io.BytesIO()
-    Image.fromarray(crop).save(buffer, "jpeg", quality=95)
+    image.resize((CROP, CROP), Image.Resampling.LANCZOS, box=(0, 0, side, side)).save(buffer, "jpeg", quality=95)
     return buffer.tell()
+
+
+def own_loop(file: Path) -> int:
+    """The same with the functions that preparation uses."""
+    photograph = open_photograph(file.read_bytes(), short_side=CROP)
+    scaled = scaled_size(photograph.height, photograph.width, CROP)
+    return len(simplejpeg.encode_jpeg(crop_scaled(photograph.rgb, scaled=scaled, top=0, left=0, size=CROP), 95))
 
 
 def training_input(report: Report, options: DataOptions, prepared: Path, images: int) -> None:
@@ -188,11 +200,16 @@ def training_input(report: Report, options: DataOptions, prepared: Path, images:
 
     with ThreadPoolExecutor(processors()) as pool:
 
-        def bare() -> None:
-            for _ in pool.map(lambda record: record.pixels(), itertools.islice(itertools.cycle(records), total)):
+        def decode(function: Callable[[bytes], object]) -> None:
+            for _ in pool.map(function, (record.image for record in itertools.islice(itertools.cycle(records), total))):
                 pass
 
-        calls = {BARE: bare, "training input": ours, "DataLoader": loader}
+        calls = {
+            BARE: lambda: decode(lambda data: to_rgb(decode_image(data))),
+            "the same, our functions": lambda: decode(decode_rgb),
+            "training input": ours,
+            "DataLoader": loader,
+        }
         timings = interleave(calls, options, warm=True)
     note = (
         f"{total} samples of {CROP} pixels in batches of {BATCH}; the bare loop only decodes. DataLoader makes the "

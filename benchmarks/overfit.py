@@ -119,7 +119,7 @@ def scene(options: OverfitOptions) -> tuple[list[np.ndarray], list[np.ndarray]]:
         for name in PHOTOGRAPHS:
             with Image.open(Path(folder) / "train" / name) as photograph:
                 rgb = to_rgb(photograph)
-            scaled = scaled_size(*rgb.shape[:2], SIDE * 3 // 2)
+            scaled = scaled_size(rgb.shape[0], rgb.shape[1], SIDE * 3 // 2)
             truths.append(crop_scaled(rgb, scaled=scaled, top=SIDE // 4, left=SIDE // 4, size=SIDE))
             masks.append(draw_mask(options.family, SIDE, SIDE, numpy_generator("overfit", "mask", name)))
     return truths, masks
