@@ -52,6 +52,7 @@ PATCH = 32
 BATCH = 8
 CELLS = 16
 BARE = "bare loop, Pillow"
+OWN = "the same, our functions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,7 @@ def preparation(
         job(sources["tree"])
         calls: dict[str, Callable[[], object]] = {
             BARE: lambda: list(pool.map(pillow_loop, files, chunksize=16)),
-            "the same, our functions": lambda: list(pool.map(own_loop, files, chunksize=16)),
+            OWN: lambda: list(pool.map(own_loop, files, chunksize=16)),
         }
         calls |= {kind: partial(job, source) for kind, source in sources.items()}
         timings = interleave(calls, options, warm=True)
@@ -154,7 +155,7 @@ def preparation(
 
 
 def pillow_loop(file: Path) -> int:
-    """The least that preparation can do with a photograph, written with Pillow; returns the length of the crop's file."""
+    """The least that preparation can do with a photograph, written with Pillow; returns the crop's length in bytes."""
     image = Image.open(file).convert("RGB")
     side = min(image.size)
     buffer = io.BytesIO()
@@ -206,7 +207,7 @@ def training_input(report: Report, options: DataOptions, prepared: Path, images:
 
         calls = {
             BARE: lambda: decode(lambda data: to_rgb(decode_image(data))),
-            "the same, our functions": lambda: decode(decode_rgb),
+            OWN: lambda: decode(decode_rgb),
             "training input": ours,
             "DataLoader": loader,
         }

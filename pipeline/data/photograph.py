@@ -44,19 +44,19 @@ def open_photograph(
     *smallest_side*, or what `decode_image` finds.
     """
     found = None if with_original else decode_jpeg(data, max_pixels=max_pixels, short_side=short_side)
-    image = None
-    if found is None:
-        image = decode_image(data, max_pixels=max_pixels)
-        height, width = image.height, image.width
+    if found is not None:
+        rgb, (height, width) = found
+        image, plain = None, True
     else:
-        height, width = found[1]
+        image = decode_image(data, max_pixels=max_pixels)
+        rgb, height, width, plain = to_rgb(image), image.height, image.width, _is_plain(image)
     if min(height, width) < smallest_side:
         raise UnreadableImage("too-small", f"{width}x{height} pixels, the shorter side needs {smallest_side}")
     return Photograph(
-        rgb=found[0] if found else to_rgb(image),
+        rgb=rgb,
         height=height,
         width=width,
-        keeps_its_bytes=image is None or _is_plain(image),
+        keeps_its_bytes=plain,
         size=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         original=image if with_original else None,
