@@ -259,8 +259,8 @@ def scale(
 
 
 def to_model(image: Tensor) -> Tensor:
-    """uint8 [0, 255] => float32 [-1, 1], any shape."""
-    return image.to(torch.float32) / 127.5 - 1
+    """uint8 [0, 255] => float32 [-1, 1], any shape, contiguous."""
+    return image.contiguous().to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(image: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tmad.memory import window_hole_counts
-
 
 def hole_cells(mask: np.ndarray, patch_size: int) -> np.ndarray:
     """Raster indices, ascending int32, of the cells with at least one hole pixel (Sec. III-A, the patches p_s).
@@ -21,8 +19,9 @@ def hole_cells(mask: np.ndarray, patch_size: int) -> np.ndarray:
     """
     if mask.shape[0] % patch_size or mask.shape[1] % patch_size:
         raise ValueError(f"both sides must be multiples of patch_size ({patch_size}), got {mask.shape}")
-    counts = window_hole_counts(mask, patch_size=patch_size, stride=patch_size)
-    return np.flatnonzero(counts).astype(np.int32)
+    rows, columns = mask.shape[0] // patch_size, mask.shape[1] // patch_size
+    bands = mask.reshape(rows, patch_size, mask.shape[1]).max(1)
+    return np.flatnonzero(bands.reshape(rows, columns, patch_size).max(2)).astype(np.int32)
 
 
 def draw_cells(mask: np.ndarray, *, patch_size: int, num: int, rng: np.random.Generator) -> np.ndarray:
@@ -31,9 +30,9 @@ def draw_cells(mask: np.ndarray, *, patch_size: int, num: int, rng: np.random.Ge
     At random among the hole cells where there are more; where there are fewer, all of them followed by random valid
     cells. More than the grid has: the draw is repeated from its start. Deterministic in *rng*.
     """
-    grid = np.arange((mask.shape[0] // patch_size) * (mask.shape[1] // patch_size), dtype=np.int32)
     holes = hole_cells(mask, patch_size)
-    order = np.concatenate([rng.permutation(holes), rng.permutation(np.setdiff1d(grid, holes))])
+    grid = np.arange((mask.shape[0] // patch_size) * (mask.shape[1] // patch_size), dtype=np.int32)
+    order = np.concatenate([rng.permutation(holes), rng.permutation(np.delete(grid, holes))])
     return np.resize(order, num)
 
 

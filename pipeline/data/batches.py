@@ -158,16 +158,21 @@ def _grouped(items: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[s
 def _decoded(
     groups: Iterator[list[dict[str, Any]]], make: Callable[[dict[str, Any]], Sample], threads: int, ahead: int
 ) -> Iterator[Batch]:
-    """Decode *ahead* batches before they are asked for."""
-    pending: deque[list[Future[Sample]]] = deque()
+    """Decode *ahead* batches before they are asked for, each in one thread: threads that share a batch wait for the
+    interpreter lock more than they decode."""
+    pending: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def decode(rows: list[dict[str, Any]]) -> Batch:
+        return collate([make(row) for row in rows])
+
     try:
         for rows in groups:
-            pending.append([pool.submit(make, row) for row in rows])
+            pending.append(pool.submit(decode, rows))
             if len(pending) > ahead:
-                yield collate([future.result() for future in pending.popleft()])
+                yield pending.popleft().result()
         while pending:
-            yield collate([future.result() for future in pending.popleft()])
+            yield pending.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
