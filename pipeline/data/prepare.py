@@ -16,15 +16,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.cluster import start_ray
+from pipeline.data.collection import UNUSABLE, CollectionConfig, drop_of, open_collection
 from pipeline.data.contract import ContractConfig, examine, summarise_holes
 from pipeline.data.contract_report import write_report
 from pipeline.data.copies import (
@@ -36,30 +36,24 @@ from pipeline.data.copies import (
     read_facts,
     read_other_facts,
 )
-from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings, open_masks
+from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
 from pipeline.data.records import RecordConfig, make_records, open_photograph
 from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard, open_shard, set_folder
 from pipeline.data.sources.base import Source
-from pipeline.data.sources.choose import open_source
 from pipeline.data.sources.partitions import PartitionName, compare
 from pipeline.data.tasks import iterate, run_tasks
-from pipeline.errors import ConfigMismatch, MissingInput, StorageFailed, TooManyBadImages, WrongCount
+from pipeline.errors import ConfigMismatch, MissingInput, TooManyBadImages, WrongCount
 from pipeline.storage import absolute, exists, join, list_files, read_bytes, redact, remove, size, write_atomic
-from tmad.config import STRICT, PositiveInt
-from tmad.images import UnreadableImage
+from tmad.config import STRICT
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_S = 5.0
 """Seconds between two progress lines."""
 
-OUTAGES = ("bucket", "credentials", "endpoint", "connection", "timeout", "server")
-"""Failures of storage that are no property of an image: they end the job, which goes on where it was when it is run
-again. Dropping images for them would make the set depend on the network."""
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PrepareConfig(RecordConfig, ContractConfig):
+class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
     """Preparation of a data set: where from, where to, how it is cut into shards."""
 
     source: str
@@ -67,18 +61,6 @@ class PrepareConfig(RecordConfig, ContractConfig):
     tar files, Parquet file or folder of those, or text list of keys."""
     out: str
     """Folder of the prepared set: a path or any fsspec URI."""
-    images_per_shard: PositiveInt = 512
-    """Source images of one shard: the unit of work and of resuming."""
-    row_group_rows: PositiveInt = 64
-    """Records read together by the training input."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The job stops if more than this share of the images cannot be used."""
-    root: str | None = None
-    """Where the images of a list lie: folder, tar file, or folder in one; none = the list's folder."""
-    image_column: str | None = None
-    """Column of a Parquet source with the encoded images; none = image, image_bytes, bytes or jpg."""
-    key_column: str | None = None
-    """Column of a Parquet source with the images' keys; none = FILE#ROW."""
     label_column: str | None = None
     """Column of a Parquet source with whole numbers that are kept as labels; none = no labels."""
     expect: PartitionName | None = None
@@ -116,26 +98,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     if config.against is not None and set_folder(absolute(config.against)) == out:
         raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
     other = None if config.against is None else read_other_facts(config.against)
-    source = open_source(
-        config.source,
-        root=config.root,
-        image_column=config.image_column,
-        key_column=config.key_column,
-        label_column=config.label_column,
-        cache=join(out, "source_index.arrow"),
-    )
-    keys = source.keys()
-    masks = open_masks(
-        config.mask_from,
-        source=config.source,
-        images=source,
-        keys=keys,
-        masks=config.masks,
-        mask_column=config.mask_column,
-        mask_hole=config.mask_hole,
-        masks_per_image=config.masks_per_image,
-        cache=join(out, "mask_index.arrow"),
-    )
+    collection = open_collection(config.source, config, config, label_column=config.label_column, cache=out)
+    source, keys, masks = collection.source, collection.keys, collection.masks
     _claim_folder(out, config)
     _check_count(keys, source, out, config)
     tasks = _shard_tasks(keys, source, config, masks)
@@ -278,13 +242,8 @@ def _make_shard(
             fact = examine(key, data, opened[1], config)
             rows += make_records(key, data, config, label=source.label(key), opened=opened, masks=reader)
             facts.append(fact)
-        except UnreadableImage as error:
-            drops.append({"key": key, "reason": error.reason, "detail": error.detail, "bytes": len(data)})
-        except (MissingInput, StorageFailed) as error:
-            if error.details.get("kind") in OUTAGES:
-                raise
-            reason = "missing" if isinstance(error, MissingInput) else "unreadable"
-            drops.append({"key": key, "reason": reason, "detail": error.message, "bytes": 0})
+        except UNUSABLE as error:
+            drops.append(drop_of(key, error, len(data)))
     write_atomic(join(out, facts_file(task["index"])), encode_facts(facts))
     receipt = {"index": task["index"], "inputs": task["inputs"], "images": len(task["keys"]), "drops": drops}
     if config.mask_from != "family":

@@ -30,12 +30,14 @@ def run_tasks(
     function: Callable[[dict[str, Any]], pa.Table],
     *,
     num_cpus: float,
+    at_once: int | None = None,
     in_order: bool = False,
     max_ray_tasks: int = 10_000,
 ) -> ray.data.Dataset:
     """A lazy data set of the tables that *function* makes of each task (a JSON object).
 
-    *num_cpus* processors are asked for by each running task. *in_order*: rows come in the order of the tasks,
+    *num_cpus* processors are asked for by each running task; *at_once* of them run at most (none = what there are
+    processors for). *in_order*: rows come in the order of the tasks,
     otherwise as they are finished. Beyond *max_ray_tasks*, several tasks are run one after the other in one of Ray's,
     which keeps its bookkeeping small.
     """
@@ -46,6 +48,7 @@ def run_tasks(
         batch_size=1,
         batch_format="numpy",
         num_cpus=num_cpus,
+        compute=ray.data.TaskPoolStrategy(size=at_once and min(at_once, blocks)),
     )
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
@@ -60,19 +63,23 @@ def run_tasks(
 
 
 def run_stretches(
-    stretches: Iterable[Sequence[dict[str, Any]]], function: Callable[[dict[str, Any]], pa.Table], *, num_cpus: float
+    stretches: Iterable[Sequence[dict[str, Any]]],
+    function: Callable[[dict[str, Any]], pa.Table],
+    *,
+    num_cpus: float,
+    at_once: int | None = None,
 ) -> Iterator[pa.Table]:
     """The tables of one stretch of tasks after the other, in order, the next stretch being made meanwhile.
 
     For a reader that is slow, as training is. One long pipeline would be held back by its reader, and then Ray Data's
     executor, a thread of the reading process, turns without a pause: it took 40 % of a core, and the interpreter lock,
     from the training step. A stretch that is made at once leaves no executor; at most two of them are in memory.
-    What a task raised comes out as itself.
+    *num_cpus* and *at_once* as in `run_tasks`. What a task raised comes out as itself.
     """
 
     def make(tasks: Sequence[dict[str, Any]]) -> list[Any]:
         # Its operators are of no interest afterwards; the references keep the tables alive until they are read.
-        refs: list[Any] = run_tasks(tasks, function, num_cpus=num_cpus, in_order=True).to_arrow_refs()
+        refs: list[Any] = run_tasks(tasks, function, num_cpus=num_cpus, at_once=at_once, in_order=True).to_arrow_refs()
         return refs
 
     with ThreadPoolExecutor(1, thread_name_prefix="stretch") as ahead, _own_errors():
