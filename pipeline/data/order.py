@@ -20,8 +20,9 @@ from tmad.rng import numpy_generator, seed_of
 
 WINDOW_RECORDS = 4096
 """Records that are shuffled together, at most about."""
-WINDOW_PIXELS = 64 * 2**20
-"""The same in pixels: what one reading task holds, encoded; about 40 MiB of JPEG, at most 192 MiB."""
+WINDOW_PIXELS = 128 * 2**20
+"""The same in pixels: what one reading task holds, encoded; about 60 MiB of JPEG, up to 256 MiB of PNG. Bytes would
+bound it closer, but the order must not depend on how well images compress."""
 CHUNK_RECORDS = 1024
 """Windows of a small set are joined, over several epochs, until one reading task has this many records to give."""
 

@@ -37,8 +37,18 @@ from pipeline.data.copies import (
     read_other_facts,
 )
 from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
+from pipeline.data.pool_pixels import check_group_bytes, with_patches
 from pipeline.data.records import RecordConfig, make_records, open_photograph
-from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard, open_shard, set_folder
+from pipeline.data.schema import (
+    MANIFEST_NAME,
+    PATCHES_FIELD,
+    RECORD_SCHEMA,
+    SCHEMA_VERSION,
+    Manifest,
+    Shard,
+    open_shard,
+    set_folder,
+)
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import PartitionName, compare
 from pipeline.data.tasks import iterate, run_tasks
@@ -63,11 +73,24 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
     """Folder of the prepared set: a path or any fsspec URI."""
     label_column: str | None = None
     """Column of a Parquet source with whole numbers that are kept as labels; none = no labels."""
+    pool_pixels: bool = False
+    """Keep the pixels of the memory's windows beside their coordinates, for readers outside this project: about 300 kB
+    more a hole, none of which training reads."""
     expect: PartitionName | None = None
     """Official partition that the source should be: its number of images and, for a list, the presence of each are
     checked and reported in source_report.json."""
     allow_count_difference: bool = False
     """Go on, with a warning, where the source is not what expect says."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool_pixels:
+            check_group_bytes(
+                rows=self.row_group_rows,
+                variants=self.masks_per_image,
+                pool_size=self.memory.pool_size,
+                patch_size=self.patch_size,
+            )
 
     def settings(self) -> dict[str, Any]:
         """What decides the content of the set, for the manifest and for comparison with an earlier run."""
@@ -83,6 +106,8 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
                 del values[name]
         for name in ("mask_from", "mask_hole") if self.mask_from == "family" else ("mask",):
             del values[name]
+        if not self.pool_pixels:
+            del values["pool_pixels"]
         return json.loads(json.dumps(values))
 
 
@@ -253,7 +278,8 @@ def _make_shard(
 
 def _filter_shard(receipt: dict[str, Any], *, out: str, config: PrepareConfig) -> pa.Table:
     """Write a shard anew without the copies among its receipt's drops; again, running it twice is running it once."""
-    table = open_shard(out, receipt["file"]).read() if receipt["rows"] else RECORD_SCHEMA.empty_table()
+    names = RECORD_SCHEMA.names
+    table = open_shard(out, receipt["file"]).read(columns=names) if receipt["rows"] else RECORD_SCHEMA.empty_table()
     left_out = pa.array([drop["key"] for drop in receipt["drops"]], pa.string())
     copied = pc.is_in(pc.struct_field(table["source"], "key"), value_set=left_out)
     kept = table.filter(pc.invert(copied)).combine_chunks().cast(RECORD_SCHEMA)
@@ -261,15 +287,14 @@ def _filter_shard(receipt: dict[str, Any], *, out: str, config: PrepareConfig) -
 
 
 def _write_shard(table: pa.Table, receipt: dict[str, Any], out: str, config: PrepareConfig) -> pa.Table:
-    """Write the shard, then its receipt, which is also returned."""
+    """Write the shard, then its receipt, which is also returned; *table* is without the windows' pixels."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=config.row_group_rows,
-        compression="zstd",
-        use_dictionary=False,
-    )
+    rows = config.row_group_rows
+    groups = with_patches(table, rows=rows, patch_size=config.patch_size) if config.pool_pixels else iter([table])
+    schema = RECORD_SCHEMA.append(PATCHES_FIELD) if config.pool_pixels else RECORD_SCHEMA
+    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=rows)
     data = sink.getvalue().to_pybytes()
     file = _file(receipt["index"], "parquet")
     if len(table):

@@ -188,7 +188,7 @@ def _claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) ->
     lines = refusal(old, config)
     begun_with = _read_json(sets_uri) or {}
     lines += [
-        f"{_place_of(config, which, manifests[which])} {begun_with.get(which)} -> {now}"
+        f"{_content_of(config, which)} {begun_with.get(which)} -> {now}, {manifests[which].images_listed:,} images now"
         for which, now in sets.items()
         if begun_with.get(which) != now
     ]
@@ -202,11 +202,9 @@ def _claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) ->
     log.info("run %s was begun before: going on with it", config.name)
 
 
-def _place_of(config: RunConfig, which: str, manifest: Manifest) -> str:
-    if which == "train" and config.data.training_set is None:
-        listed = f"{manifest.images_listed:,} photographs listed now"
-        return f"data.images.source: names of the photographs or of their masks ({listed})"
-    return f"data.{which}: content"
+def _content_of(config: RunConfig, which: str) -> str:
+    live = which == "train" and config.data.training_set is None
+    return "data.images.source: names of the photographs or of their masks" if live else f"data.{which}: content"
 
 
 def _environment(config: RunConfig, sets: Mapping[str, str]) -> bytes:

@@ -208,7 +208,7 @@ def test_windows_of_a_large_set_are_bounded_and_cover_an_epoch():
 
 
 def test_windows_hold_fewer_records_where_records_are_large():
-    assert order.window_records(big_manifest(crop_size=256)) == 1024
+    assert order.window_records(big_manifest(crop_size=256)) == 2048
     assert order.window_records(big_manifest(crop_size=64)) == order.WINDOW_RECORDS
     assert order.window_records(big_manifest(crop_size=10_000)) == 64
 
