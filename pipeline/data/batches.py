@@ -1,6 +1,6 @@
 """Batches for training (endless order, cut to the run's length) and for evaluation (as stored).
 
-Training reads a prepared set, or photographs whose records are made on the way (`onthefly`), by tasks of Ray Data.
+Training reads a prepared set, or photographs whose records are made on the way (`onthefly`), by tasks of Ray.
 What travels through Ray is encoded bytes, bits and coordinates; decoding happens here, in a few threads of the process
 that trains, some batches ahead of the step.
 """

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,15 +31,15 @@ from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warn
 from pipeline.data.records import RecordConfig, make_records, open_photograph
 from pipeline.data.schema import Manifest, Shard
 from pipeline.data.sources.base import Source
-from pipeline.data.tasks import run_stretches
+from pipeline.data.tasks import run_ahead
 from pipeline.errors import TooManyBadImages
 from pipeline.storage import redact
 from tmad.config import MemoryConfig
 
 PORTION_RECORDS = 32
 """Records of one task: a few tenths of a second of one processor."""
-PORTIONS_A_TURN = 4
-"""Portions that each of the tasks running at once gets, one after the other, before a stretch of them is over."""
+PORTIONS_AHEAD = 4
+"""Portions that wait for the reader, finished or not, for each task that runs."""
 LOOKED_AT_LEAST = 100
 """Images that are looked at before their unusable share can end the run."""
 
@@ -204,16 +203,14 @@ def live_tables(
 ) -> Iterator[pa.Table]:
     """This rank's rows of positions *start* to *stop*, in order, as `fetch.read_portion` gives them.
 
-    *batch* images of all ranks together make a step. *at_once* tasks make records, a stretch ahead of the reader;
+    *batch* images of all ranks together make a step. *at_once* tasks make records, some portions ahead of the reader;
     *tally* counts what they could not use. Raises `TooManyBadImages`, or `StorageFailed` in an outage.
     """
     portions = _portions(
         live.manifest, seed=seed, start=start, stop=stop, batch=batch, rank=rank, world_size=world_size
     )
-    stretches = iter(lambda: list(islice(portions, at_once * PORTIONS_A_TURN)), [])
     make = partial(make_portion, photographs=live.photographs)
-    # Asking for no processor, the tasks cannot starve when training holds them all; *at_once* bounds them.
-    for table in run_stretches(stretches, make, num_cpus=0, at_once=at_once):
+    for table in run_ahead(portions, make, at_once=at_once, ahead=at_once * PORTIONS_AHEAD):
         tally.add(table)
         yield table.drop_columns(["hole_fraction", "drop"])
 

@@ -62,9 +62,9 @@ y0, x0, y1, x1, ...; `source.key` is relative to the manifest's `source`."""
 
 PATCHES_FIELD = pa.field("pool_patches", _list(pa.binary()), nullable=False)
 """One more column, the last, in sets prepared with `pool_pixels`, for readers outside this project: one entry a
-variant, the pixels of the memory's windows, (P, k, k, 3), uint8, row-major, in the order of `pool_yx`. They are cut from
-the stored crop as decoded from its bytes. That is P * k * k * 3 bytes a record and variant, 307,200 by default, so 20 MB
-in a row group of 64. Nothing here reads them unless asked to: training cuts its windows by the coordinates."""
+variant, the pixels of the memory's windows, (P, k, k, 3), uint8, row-major, in the order of `pool_yx`. They are cut
+from the stored crop as decoded from its bytes. That is P * k * k * 3 bytes a record and variant, 307,200 by default, so
+20 MB in a row group of 64. Nothing here reads them unless asked to: training cuts its windows by the coordinates."""
 
 
 def pack_mask(mask: np.ndarray) -> bytes:
