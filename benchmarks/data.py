@@ -206,7 +206,7 @@ def training_input(report: Report, options: DataOptions, prepared: Path, photogr
         calls: dict[str, Callable[[], object]] = {
             BARE: bare,
             "training input": partial(ours, str(prepared)),
-            "training input, from photographs": partial(ours, live),
+            "from photographs": partial(ours, live),
             "DataLoader": loader,
         }
         timings = interleave(calls, options, warm=True)
