@@ -91,33 +91,34 @@ def run_stretches(
 def run_ahead(
     tasks: Iterable[dict[str, Any]], function: Callable[[dict[str, Any]], pa.Table], *, at_once: int, ahead: int
 ) -> Iterator[pa.Table]:
-    """The tables that *function* makes of each task, in order, by *at_once* processes, at most *ahead* tables early.
+    """The tables that *function* makes of each task, in order, *at_once* tasks at a time, at most *ahead* tables early.
 
     For work of tenths of a second a task, made as fast as it is read. Between two such tasks Ray Data's executor needs
-    about as long again: stretches gave two thirds of the images/s. The processes ask for no processor, so they cannot
-    starve where training holds them all, and end with the process that reads. One that is lost is replaced, and its
-    tasks are run again. What a task raised comes out as itself.
+    about as long again: stretches gave two thirds of the images/s. The tasks ask for no processor, so they cannot
+    starve where training holds them all; each waits for the one *at_once* places before it. A task whose process is
+    lost is run again. What a task raised comes out as itself.
     """
-    options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": _TASK_RETRIES, "scheduling_strategy": "SPREAD"}
-    actor: Any = ray.remote(num_cpus=0, **options)(_Maker)
-    makers = [actor.remote(function) for _ in range(at_once)]
+    # One a slot, as in a relay: whoever has it may run.
+    batons: list[Any] = [None] * at_once
     pending: deque[Any] = deque()
     with _own_errors():
         for number, task in enumerate(tasks):
-            pending.append(makers[number % at_once].make.remote(task))
+            table, batons[number % at_once] = _make.remote(function, task, batons[number % at_once])
+            pending.append(table)
             if len(pending) > ahead:
                 yield ray.get(pending.popleft())
         yield from _tables(pending)
 
 
-class _Maker:
-    """One process of `run_ahead`; Ray gives it one task at a time."""
+def _make_and_hand_over(
+    function: Callable[[dict[str, Any]], pa.Table], task: dict[str, Any], baton: None
+) -> tuple[pa.Table, None]:
+    return function(task), None
 
-    def __init__(self, function: Callable[[dict[str, Any]], pa.Table]) -> None:
-        self.function = function
 
-    def make(self, task: dict[str, Any]) -> pa.Table:
-        return self.function(task)
+_make: Any = ray.remote(num_cpus=0, num_returns=2, scheduling_strategy="SPREAD", max_retries=_TASK_RETRIES)(
+    _make_and_hand_over
+)
 
 
 def _tables(refs: deque[Any]) -> Iterator[pa.Table]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from PIL import Image
@@ -268,6 +272,32 @@ def test_photographs_in_object_storage_give_the_same_and_an_outage_replaces_none
     with pytest.raises(StorageFailed, match=r"photos/05.png: .* refused the credentials"):
         list(training_batches(remote, total_images=12, tally=tally, **RUN))
     assert tally.replaced == 0
+
+
+def test_every_kind_of_source_and_a_column_of_masks_can_be_trained_on(photos, tmp_path):
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:30, 30:40] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "png")
+    rows = [
+        {"name": path.name, "picture": path.read_bytes(), "hole": buffer.getvalue()}
+        for path in sorted(photos.iterdir())
+    ]
+    table, archive, names = tmp_path / "photos.parquet", tmp_path / "photos.tar", tmp_path / "names.txt"
+    pq.write_table(pa.Table.from_pylist(rows), table, row_group_size=4)
+    with tarfile.open(archive, "w") as opened:
+        opened.add(photos, arcname=".")
+    names.write_text("\n".join(row["name"] for row in rows))
+    columns = {"image_column": "picture", "key_column": "name"}
+    expected = one_by_one(live_set(photos))
+    for source, settings in ((archive, {}), (names, {"root": str(photos)}), (table, columns)):
+        for one, other in zip(expected, one_by_one(live_set(source, **settings)), strict=True):
+            assert_equal(one, other)
+    masked = {**columns, "mask_from": "column", "mask_column": "hole"}
+    prepared = prepared_set(table, tmp_path / "set", **masked)
+    batches = training_batches(prepared, total_images=12, **{**RUN, "batch_images": 1})
+    for one, other in zip(batches, one_by_one(live_set(table, **masked)), strict=True):
+        assert_equal(one, other)
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path):

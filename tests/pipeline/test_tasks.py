@@ -51,7 +51,7 @@ def test_no_thread_of_ray_data_is_left_turning_beside_a_slow_reader(ray_session,
     assert sum(1 for _ in tables) == 1
 
 
-def test_tables_made_ahead_come_in_order_from_so_many_processes_and_no_more_are_made_early(ray_session, tmp_path):
+def test_tables_made_ahead_come_in_order_so_many_at_once_and_no_more_are_made_early(ray_session, tmp_path):
     def make(task: dict) -> pa.Table:
         mark = tmp_path / f"running-{task['number']}"
         mark.touch()
@@ -59,7 +59,7 @@ def test_tables_made_ahead_come_in_order_from_so_many_processes_and_no_more_are_
         time.sleep(0.1 if task["number"] % 2 else 0.02)
         mark.unlink()
         (tmp_path / f"done-{task['number']}").touch()
-        return pa.table({"number": [task["number"]], "running": [running], "process": [os.getpid()]})
+        return pa.table({"number": [task["number"]], "running": [running]})
 
     made = run_ahead(({"number": number} for number in range(20)), make, at_once=2, ahead=5)
     tables = [next(made)]
@@ -69,7 +69,6 @@ def test_tables_made_ahead_come_in_order_from_so_many_processes_and_no_more_are_
     rows = [row for table in tables for row in table.to_pylist()]
     assert [row["number"] for row in rows] == list(range(20))
     assert max(row["running"] for row in rows) == 2
-    assert len({row["process"] for row in rows}) == 2
 
 
 def test_a_process_that_dies_is_replaced_and_its_task_run_again(ray_session, tmp_path):
