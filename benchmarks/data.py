@@ -27,11 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import Options, Report, Table, Timing, interleave, start
 from pipeline.cluster import start_ray
 from pipeline.data.batches import training_batches
+from pipeline.data.collection import ImagesConfig
+from pipeline.data.onthefly import LiveSet, open_photographs, share
 from pipeline.data.photograph import open_photograph
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import Record, read_records
 from pipeline.demo.photographs import write_photographs
 from tmad.batch import Sample, collate, make_sample
+from tmad.config import MemoryConfig
 from tmad.images import crop_scaled, decode_image, decode_rgb, scaled_size, to_rgb
 from tmad.rng import numpy_generator
 
@@ -80,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         preparation(report, options, folder, sources, config)
         for variants in (1, 4):
             prepare(config(sources["tree"], folder / f"set{variants}", masks_per_image=variants))
-        training_input(report, options, folder / "set4", images)
+        training_input(report, options, folder / "set4", sources["tree"], images)
         on_disk(report, folder)
     report.write()
     return 0
@@ -170,20 +173,28 @@ def own_loop(file: Path) -> int:
     return len(simplejpeg.encode_jpeg(crop_scaled(photograph.rgb, scaled=scaled, top=0, left=0, size=CROP), 95))
 
 
-def training_input(report: Report, options: DataOptions, prepared: Path, images: int) -> None:
+def training_input(report: Report, options: DataOptions, prepared: Path, photographs: Path, images: int) -> None:
     """Batches of one worker; every form decodes in as many threads or processes as there are processors."""
     records = list(read_records(str(prepared)))
     total = images * (1 if options.quick else options.epochs)
 
-    def ours() -> None:
+    opened = open_photographs(
+        ImagesConfig(source=str(photographs), crop_size=CROP, masks_per_image=4),
+        patch_size=PATCH,
+        memory=MemoryConfig(),
+    )
+    live = share(opened, opened.manifest())
+
+    def ours(train: str | LiveSet) -> None:
         batches = training_batches(
-            str(prepared),
+            train,
             seed=0,
             batch_images=BATCH,
             total_images=total,
             num_cells=CELLS,
             patch_size=PATCH,
             decode_threads=processors(),
+            record_tasks=processors(),
         )
         for _ in batches:
             pass
@@ -205,17 +216,18 @@ def training_input(report: Report, options: DataOptions, prepared: Path, images:
             for _ in pool.map(function, (record.image for record in itertools.islice(itertools.cycle(records), total))):
                 pass
 
-        calls = {
+        calls: dict[str, Callable[[], object]] = {
             BARE: lambda: decode(lambda data: to_rgb(decode_image(data))),
             OWN: lambda: decode(decode_rgb),
-            "training input": ours,
+            "training input": partial(ours, str(prepared)),
+            "from photographs": partial(ours, live),
             "DataLoader": loader,
         }
         timings = interleave(calls, options, warm=True)
     note = (
         f"{total} samples of {CROP} pixels in batches of {BATCH}; the bare loop only decodes. DataLoader makes the "
         "same samples from records held in memory, and starts its processes in each call; ours reads shards and "
-        "starts its tasks."
+        "starts its tasks. From photographs, ours also does what preparation does, for one hole, and starts processes."
     )
     report.add(table(f"Training input, {processors()} threads or processes", timings, total, note), {}, timings)
 

@@ -1,8 +1,14 @@
-"""Train T-MAD on a prepared set: coarse network alone, then everything jointly, on any number of workers.
+"""Train T-MAD on a prepared set, or straight from photographs, on any number of workers.
+
+First the coarse network alone, then everything jointly.
 
 Examples:
   # the two workers of a laptop, on sets made with jobs/prepare.py
   python jobs/train_places.py --preset demo --data.train data/train --data.val data/val --name first
+  # straight from photographs, no training set prepared; the options after --data.images. are those of jobs/prepare.py
+  python jobs/train_places.py --data.images.source photos/train --data.images.mask rectangle --data.val data/val
+  # the same with a preset, whose own training set is taken back
+  python jobs/train_places.py --preset demo --data.train None --data.images.source photos/train --data.val data/val
   # the paper's settings for free-form holes, on a cluster (from the folder that holds jobs/)
   ray job submit --working-dir . -- python jobs/train_places.py --preset places_freeform --name places
       --runs s3://bucket/runs --data.train s3://bucket/places/train --data.val s3://bucket/places/val

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from pipeline.cli import one_line
+from pipeline.data.collection import ImagesConfig
 from pipeline.tracking import flatten
 from tmad.config import (
     STRICT,
@@ -39,6 +41,7 @@ VGG19_ADDRESS = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 """torchvision's ImageNet weights of VGG-19."""
 
 FREE_TO_CHANGE = (
+    "data.images.max_bad_fraction",
     "name",
     "runs",
     "perceptual.weights",
@@ -53,14 +56,29 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
-    """Prepared sets, as `jobs/prepare.py` writes them."""
+    """Where images come from: prepared sets, as `jobs/prepare.py` writes them; for training also photographs."""
 
-    train: str = "data/train"
-    """Folder or URI of the prepared training set."""
+    train: str | None = None
+    """Folder or URI of the prepared training set; none = data/train, unless images.source names photographs."""
     val: str = "data/val"
     """Folder or URI of the prepared validation set; its images are never trained on."""
     flip: bool = True
     """Mirror training images left-right, every other time [D]."""
+    images: ImagesConfig = ImagesConfig()
+
+    def __post_init__(self) -> None:
+        if self.train is not None and self.images.source is not None:
+            raise ValueError(
+                f"data.train ({self.train!r}) and data.images.source ({self.images.source!r}) both say what to train "
+                "on; take one of them (`--data.train None` takes back what a preset says)"
+            )
+        if self.training_set == self.val:
+            raise ValueError(f"data.train and data.val must be different sets, both are {self.val!r}")
+
+    @property
+    def training_set(self) -> str | None:
+        """`train`, resolved; none = photographs are trained on."""
+        return (self.train or "data/train") if self.images.source is None else None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -107,6 +125,9 @@ class WorkersConfig:
     """Training processes; they share each batch and compute what one process would."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs that Ray sets aside for each; one more must be free in the cluster to read data."""
+    record_tasks: PositiveInt | None = None
+    """With data.images.source, so many tasks make records for each worker at once; none = as many as the CPUs that
+    training leaves free, 16 at most."""
     use_gpu: bool = False
     """Give each a GPU."""
     threads: PositiveInt | None = None
@@ -184,8 +205,11 @@ class RunConfig:
                 f"schedule.batch_images must be a multiple of workers.num_workers ({self.workers.num_workers}), "
                 f"got {self.schedule.batch_images}: every worker takes an equal share of each batch"
             )
-        if self.data.train == self.data.val:
-            raise ValueError(f"data.train and data.val must be different sets, both are {self.data.train!r}")
+        if self.data.images.source is not None:
+            try:
+                self.data.images.records(patch_size=self.model.patch_size, memory=self.model.memory)
+            except ValueError as error:
+                raise ValueError(f"data.images does not fit model: {one_line(error)}") from None
 
     @property
     def training(self) -> TrainingConfig:

@@ -196,7 +196,7 @@ def test_the_data_plane_is_measured_from_every_source_and_beside_both_rivals(ray
     found = json.loads(figures.read_text(encoding="utf-8"))["figures"]
     forms = {title.split(",")[0]: set(table["samples"]) for title, table in found.items()}
     assert forms["Preparation"] == {data.BARE, data.OWN, "tree", "tar", "Parquet"}
-    assert forms["Training input"] == {data.BARE, data.OWN, "training input", "DataLoader"}
+    assert forms["Training input"] == {data.BARE, data.OWN, "training input", "from photographs", "DataLoader"}
     # Bits of a mask and two int16 a window, compressed: far below the 307,200 bytes of the pool's pixels.
     sizes = found["On disk"]["4"]
     assert 4 * 200 < (sizes["shards"] - sizes["crops"]) / sizes["records"] < 4 * 2000

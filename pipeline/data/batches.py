@@ -1,7 +1,8 @@
-"""Batches of a prepared set, for training (endless order, cut to the run's length) and for evaluation (as stored).
+"""Batches for training (endless order, cut to the run's length) and for evaluation (as stored).
 
-Training reads through one Ray Data pipeline a rank for the whole run. What travels through Ray is encoded bytes, bits
-and coordinates; decoding happens here, in a few threads of the process that trains, some batches ahead of the step.
+Training reads a prepared set, or photographs whose records are made on the way (`onthefly`), by tasks of Ray.
+What travels through Ray is encoded bytes, bits and coordinates; decoding happens here, in a few threads of the process
+that trains, some batches ahead of the step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.fetch import read_portion
+from pipeline.data.onthefly import LiveSet, Tally, live_tables
 from pipeline.data.order import chunks
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder, unpack_mask
 from pipeline.data.tasks import run_stretches
@@ -31,7 +33,7 @@ _STRETCH_PORTIONS = 2
 
 
 def training_batches(
-    manifest_uri: str,
+    train: str | LiveSet,
     *,
     seed: int,
     batch_images: int,
@@ -44,30 +46,45 @@ def training_batches(
     flip: bool = True,
     decode_threads: int = 2,
     prefetch_batches: int = 4,
+    record_tasks: int = 2,
+    tally: Tally | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of every global batch of *batch_images*, from *start_images* until *total_images* are reached.
 
-    The sequence of images, and the flips, masks, cells and penalty weights of each, depend on (*seed*, the set) alone:
+    *train*: the prepared set at this URI, or a live one, whose records *record_tasks* tasks make at once; *tally*
+    counts its unusable images. Both give the same batches if preparation leaves none of the photographs out. The
+    sequence of images, and the flips, masks, cells and penalty weights of each, depend on (*seed*, the set) alone:
     ranks of any number together see the same, and a run that starts at *start_images* sees what an unbroken one
     would have seen from there. ceil((total_images - start_images) / batch_images) batches, all of them full, the
     same number on every rank. Masks: variant epoch mod K.
 
     *num_cells* is N_ps. Raises `ValueError` if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the
-    set was prepared for another *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating.
+    set was prepared for another *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating, and for a
+    live set what `live_tables` raises.
     """
-    manifest, folder = _open_set(manifest_uri, patch_size)
     mine = _share(batch_images, rank, world_size)
     steps = max(0, -(-(total_images - start_images) // batch_images))
     stop = start_images + steps * batch_images
-    portions = [
-        {"position": position, "pieces": [vars(piece) for piece in portion]}
-        for position, portion in chunks(manifest, seed=seed, start=start_images, stop=stop)
-    ]
-    read = partial(
-        read_portion, folder=folder, start=start_images, batch=batch_images, rank=rank, world_size=world_size
-    )
+    place: dict[str, Any] = {
+        "start": start_images,
+        "batch": batch_images,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    if isinstance(train, LiveSet):
+        _check_patch_size(train.manifest, f"of photographs {train.config.source}", patch_size)
+        tally = tally or Tally(train.config)
+        tables = live_tables(train, seed=seed, stop=stop, at_once=record_tasks, tally=tally, **place)
+    else:
+        manifest, folder = _open_set(train, patch_size)
+        portions = [
+            {"position": position, "pieces": [vars(piece) for piece in portion]}
+            for position, portion in chunks(manifest, seed=seed, start=start_images, stop=stop)
+        ]
+        tables = _set_tables(portions, partial(read_portion, folder=folder, **place))
     make = partial(_sample, seed=seed, patch_size=patch_size, num_cells=num_cells, flip=flip)
-    return _decoded(_stream(portions, read, mine), make, decode_threads, prefetch_batches)
+    rows = (row for table in tables if len(table) for row in _rows(table))
+    return _decoded(_grouped(rows, mine), make, decode_threads, prefetch_batches)
 
 
 def evaluation_batches(
@@ -110,13 +127,17 @@ def evaluation_batches(
 def _open_set(manifest_uri: str, patch_size: int | None) -> tuple[Manifest, str]:
     folder = absolute(set_folder(manifest_uri))
     manifest = read_manifest(folder)
+    _check_patch_size(manifest, folder, patch_size)
+    return manifest, folder
+
+
+def _check_patch_size(manifest: Manifest, what: str, patch_size: int | None) -> None:
     if patch_size not in (None, manifest.patch_size):
         raise ConfigMismatch(
-            f"the set {folder} was prepared for patch_size {manifest.patch_size}, the model has {patch_size}; "
+            f"the set {what} was prepared for patch_size {manifest.patch_size}, the model has {patch_size}; "
             "prepare it again or change model.patch_size",
             differences={"patch_size": (manifest.patch_size, patch_size)},
         )
-    return manifest, folder
 
 
 def _share(batch_images: int, rank: int, world_size: int) -> int:
@@ -131,13 +152,10 @@ def _share(batch_images: int, rank: int, world_size: int) -> int:
     return batch_images // world_size
 
 
-def _stream(
-    portions: list[dict[str, Any]], read: Callable[[dict[str, Any]], pa.Table], batch: int
-) -> Iterator[list[dict[str, Any]]]:
-    """Rows of one batch after the other, through Ray Data, in order, with bounded memory."""
+def _set_tables(portions: list[dict[str, Any]], read: Callable[[dict[str, Any]], pa.Table]) -> Iterator[pa.Table]:
+    """Rows of a prepared set, through Ray Data, in order, with bounded memory."""
     # Reading takes no processor to speak of; asking for none, it cannot starve when training holds them all.
-    tables = run_stretches(_grouped(portions, _STRETCH_PORTIONS), read, num_cpus=0)
-    return _grouped((row for table in tables if len(table) for row in _rows(table)), batch)
+    return run_stretches(_grouped(portions, _STRETCH_PORTIONS), read, num_cpus=0)
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:

@@ -47,13 +47,19 @@ file's, `width` and `height` those of the upright picture, `hash` is `perceptual
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class ContractConfig:
-    """What a prepared set may hold, beyond files that can be decoded and are large enough."""
+class PhotographConfig:
+    """What a photograph has to be, beyond a file that can be decoded and is large enough."""
 
     max_aspect: Annotated[float, Field(ge=1)] = 4.0
     """Images whose longer side is more than this many times the shorter one are left out."""
     drop_grey: bool = False
-    """Leave out images without colour; otherwise they are counted."""
+    """Leave out images without colour."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ContractConfig(PhotographConfig):
+    """What a prepared set may hold: the photographs' own properties, and what they have to do with others."""
+
     exact_duplicates: Literal["drop", "keep"] = "drop"
     """What becomes of a file with the same bytes as an earlier one, by key; kept ones are reported."""
     near_duplicates: Literal["keep", "drop"] = "keep"
@@ -73,14 +79,7 @@ def examine(key: str, photograph: Photograph, config: ContractConfig) -> dict[st
     Raises `UnreadableImage`: `too-narrow` beyond `max_aspect`, `grey` with `drop_grey`.
     """
     rgb, height, width = photograph.rgb, photograph.height, photograph.width
-    if max(height, width) > config.max_aspect * min(height, width):
-        raise UnreadableImage(
-            "too-narrow",
-            f"{width}x{height} pixels, the longer side may be {config.max_aspect:g} times the shorter one (max_aspect)",
-        )
-    grey = is_grey(rgb)
-    if grey and config.drop_grey:
-        raise UnreadableImage("grey", f"the colour channels differ by at most {GREY_TOLERANCE} (drop_grey)")
+    grey = check_photograph(photograph, config)
     return {
         "key": key,
         "bytes": photograph.size,
@@ -90,6 +89,20 @@ def examine(key: str, photograph: Photograph, config: ContractConfig) -> dict[st
         "width": width,
         "height": height,
     }
+
+
+def check_photograph(photograph: Photograph, config: PhotographConfig) -> bool:
+    """Whether it is grey. Raises `UnreadableImage` as `examine` does."""
+    height, width = photograph.height, photograph.width
+    if max(height, width) > config.max_aspect * min(height, width):
+        raise UnreadableImage(
+            "too-narrow",
+            f"{width}x{height} pixels, the longer side may be {config.max_aspect:g} times the shorter one (max_aspect)",
+        )
+    grey = is_grey(photograph.rgb)
+    if grey and config.drop_grey:
+        raise UnreadableImage("grey", f"the colour channels differ by at most {GREY_TOLERANCE} (drop_grey)")
+    return grey
 
 
 def is_grey(rgb: np.ndarray) -> bool:

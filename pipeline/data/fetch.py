@@ -33,7 +33,7 @@ def read_portion(
         mine = (places - start) % batch // (batch // world_size) == rank
         position += places.size
         sizes = [rows for _, _, rows in piece["groups"]]
-        order = np.random.Generator(np.random.PCG64(piece["seed"])).permutation(sum(sizes))
+        order = shuffled(piece["seed"], sum(sizes))
         rows = order[piece["start"] : piece["stop"]][mine]
         # Only the row groups that hold a row of ours are read.
         owner = np.searchsorted(np.cumsum(sizes), rows, side="right")
@@ -46,6 +46,11 @@ def read_portion(
         index = rows - firsts[owner] + offsets[np.searchsorted(needed, owner)]
         parts.append(_variant(joined.take(pa.array(index)).combine_chunks(), piece["epoch"]))
     return pa.concat_tables(parts) if parts else _variant(_row_group(folder, tables, piece["groups"][0])[:0], 0)
+
+
+def shuffled(seed: int, rows: int) -> np.ndarray:
+    """The order of a window's rows: position in the shuffled window -> row, counted through its row groups."""
+    return np.random.Generator(np.random.PCG64(seed)).permutation(rows)
 
 
 def _row_group(folder: str, tables: dict[tuple[str, int], pa.Table], group: tuple[str, int, int]) -> pa.Table:

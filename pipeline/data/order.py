@@ -3,8 +3,9 @@
 The sequence is epoch after epoch, and an epoch is every record once. Within it the row groups of all shards are put
 into random order, consecutive ones are joined into windows of some thousand records, and the records of a window are
 shuffled. So reading stays in large pieces, and neighbours in the source, which is sorted by key and hence often by
-class, come far apart. All of it depends on (seed, epoch) and the manifest alone. A global batch is the next G
-positions; rank r of R takes the r-th of R equal parts of it.
+class, come far apart. All of it depends on (seed, epoch), the records' number in each shard and their size in pixels
+alone: it is the same for a prepared set and for the photographs that it was prepared from. A global batch is the next
+G positions; rank r of R takes the r-th of R equal parts of it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from tmad.rng import numpy_generator, seed_of
 
 WINDOW_RECORDS = 4096
 """Records that are shuffled together, at most about."""
-WINDOW_BYTES = 64 * 2**20
-"""The same in bytes: what one reading task holds."""
+WINDOW_PIXELS = 128 * 2**20
+"""The same in pixels: what one reading task holds, encoded; about 60 MiB of JPEG, up to 256 MiB of PNG. Bytes would
+bound it closer, but the order must not depend on how well images compress."""
 CHUNK_RECORDS = 1024
 """Windows of a small set are joined, over several epochs, until one reading task has this many records to give."""
 
@@ -40,8 +42,7 @@ class Piece:
 
 def window_records(manifest: Manifest) -> int:
     """Records after which a window is full."""
-    mean_bytes = sum(shard.size for shard in manifest.shards) / manifest.records
-    return int(np.clip(WINDOW_BYTES / mean_bytes, manifest.row_group_rows, WINDOW_RECORDS))
+    return int(np.clip(WINDOW_PIXELS // manifest.crop_size**2, manifest.row_group_rows, WINDOW_RECORDS))
 
 
 def pieces(manifest: Manifest, *, seed: int, start: int, stop: int) -> Iterator[Piece]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -225,27 +225,31 @@ class MaskReader:
             found.append(self._hole(grey, masks.hole, f"the mask {name}"))
         return found
 
-    def draw(self, count: int, side: int, rng: np.random.Generator) -> list[np.ndarray]:
+    def draw(self, count: int, side: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """*count* different masks of the list as (side, side), uint8, 1 = hole; unusable ones are passed over.
 
+        A mask is read when it is asked for.
         Raises `UnreadableImage` with the last one's reason if too few could be used.
         """
         masks = self._place()
         assert masks.names is not None, "masks are drawn from a list"
         total = len(masks.names)
-        found: list[np.ndarray] = []
+        found = 0
         error = UnreadableImage("no-mask", f"{masks.place} has {total} masks, {count} are needed")
         for row in rng.choice(total, size=min(total, count + SPARE_DRAWS), replace=False):
             name = masks.names[int(row)].as_py()
             try:
                 whole = self._hole(self._read(name), masks.hole, f"the mask {name}")
                 picture = Image.fromarray(whole).resize((side, side), Image.Resampling.NEAREST)
-                found.append(check_hole(np.array(picture), f"the mask {name} at {side} pixels"))
+                mask = check_hole(np.array(picture), f"the mask {name} at {side} pixels")
             except UnreadableImage as one:
                 self.counts["unreadable"] += one.reason.startswith("mask-") or one.reason == "no-mask"
                 error = one
-            if len(found) == count:
-                return found
+                continue
+            yield mask
+            found += 1
+            if found == count:
+                return
         raise error
 
     def _place(self) -> OwnMasks:

@@ -16,15 +16,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.cluster import start_ray
+from pipeline.data.collection import UNUSABLE, CollectionConfig, drop_of, open_collection
 from pipeline.data.contract import ContractConfig, examine, summarise_holes
 from pipeline.data.contract_report import write_report
 from pipeline.data.copies import (
@@ -36,30 +36,34 @@ from pipeline.data.copies import (
     read_facts,
     read_other_facts,
 )
-from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings, open_masks
+from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
+from pipeline.data.pool_pixels import check_group_bytes, with_patches
 from pipeline.data.records import RecordConfig, make_records, open_as
-from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard, open_shard, set_folder
+from pipeline.data.schema import (
+    MANIFEST_NAME,
+    PATCHES_FIELD,
+    RECORD_SCHEMA,
+    SCHEMA_VERSION,
+    Manifest,
+    Shard,
+    open_shard,
+    set_folder,
+)
 from pipeline.data.sources.base import Source
-from pipeline.data.sources.choose import open_source
 from pipeline.data.sources.partitions import PartitionName, compare
 from pipeline.data.tasks import iterate, run_tasks
-from pipeline.errors import ConfigMismatch, MissingInput, StorageFailed, TooManyBadImages, WrongCount
+from pipeline.errors import ConfigMismatch, MissingInput, TooManyBadImages, WrongCount
 from pipeline.storage import absolute, exists, join, list_files, read_bytes, redact, remove, size, write_atomic
-from tmad.config import STRICT, PositiveInt
-from tmad.images import UnreadableImage
+from tmad.config import STRICT
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_S = 5.0
 """Seconds between two progress lines."""
 
-OUTAGES = ("bucket", "credentials", "endpoint", "connection", "timeout", "server")
-"""Failures of storage that are no property of an image: they end the job, which goes on where it was when it is run
-again. Dropping images for them would make the set depend on the network."""
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PrepareConfig(RecordConfig, ContractConfig):
+class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
     """Preparation of a data set: where from, where to, how it is cut into shards."""
 
     source: str
@@ -67,25 +71,26 @@ class PrepareConfig(RecordConfig, ContractConfig):
     tar files, Parquet file or folder of those, or text list of keys."""
     out: str
     """Folder of the prepared set: a path or any fsspec URI."""
-    images_per_shard: PositiveInt = 512
-    """Source images of one shard: the unit of work and of resuming."""
-    row_group_rows: PositiveInt = 64
-    """Records read together by the training input."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The job stops if more than this share of the images cannot be used."""
-    root: str | None = None
-    """Where the images of a list lie: folder, tar file, or folder in one; none = the list's folder."""
-    image_column: str | None = None
-    """Column of a Parquet source with the encoded images; none = image, image_bytes, bytes or jpg."""
-    key_column: str | None = None
-    """Column of a Parquet source with the images' keys; none = FILE#ROW."""
     label_column: str | None = None
     """Column of a Parquet source with whole numbers that are kept as labels; none = no labels."""
+    pool_pixels: bool = False
+    """Keep the pixels of the memory's windows beside their coordinates, for readers outside this project: about 300 kB
+    more a hole, none of which training reads."""
     expect: PartitionName | None = None
     """Official partition that the source should be: its number of images and, for a list, the presence of each are
     checked and reported in source_report.json."""
     allow_count_difference: bool = False
     """Go on, with a warning, where the source is not what expect says."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool_pixels:
+            check_group_bytes(
+                rows=self.row_group_rows,
+                variants=self.masks_per_image,
+                pool_size=self.memory.pool_size,
+                patch_size=self.patch_size,
+            )
 
     def settings(self) -> dict[str, Any]:
         """What decides the content of the set, for the manifest and for comparison with an earlier run."""
@@ -101,6 +106,8 @@ class PrepareConfig(RecordConfig, ContractConfig):
                 del values[name]
         for name in ("mask_from", "mask_hole") if self.mask_from == "family" else ("mask",):
             del values[name]
+        if not self.pool_pixels:
+            del values["pool_pixels"]
         return json.loads(json.dumps(values))
 
 
@@ -116,26 +123,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     if config.against is not None and set_folder(absolute(config.against)) == out:
         raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
     other = None if config.against is None else read_other_facts(config.against)
-    source = open_source(
-        config.source,
-        root=config.root,
-        image_column=config.image_column,
-        key_column=config.key_column,
-        label_column=config.label_column,
-        cache=join(out, "source_index.arrow"),
-    )
-    keys = source.keys()
-    masks = open_masks(
-        config.mask_from,
-        source=config.source,
-        images=source,
-        keys=keys,
-        masks=config.masks,
-        mask_column=config.mask_column,
-        mask_hole=config.mask_hole,
-        masks_per_image=config.masks_per_image,
-        cache=join(out, "mask_index.arrow"),
-    )
+    collection = open_collection(config.source, config, config, label_column=config.label_column, cache=out)
+    source, keys, masks = collection.source, collection.keys, collection.masks
     _claim_folder(out, config)
     _check_count(keys, source, out, config)
     tasks = _shard_tasks(keys, source, config, masks)
@@ -278,13 +267,8 @@ def _make_shard(
             fact = examine(key, photograph, config)
             rows += make_records(key, data, config, label=source.label(key), photograph=photograph, masks=reader)
             facts.append(fact)
-        except UnreadableImage as error:
-            drops.append({"key": key, "reason": error.reason, "detail": error.detail, "bytes": len(data)})
-        except (MissingInput, StorageFailed) as error:
-            if error.details.get("kind") in OUTAGES:
-                raise
-            reason = "missing" if isinstance(error, MissingInput) else "unreadable"
-            drops.append({"key": key, "reason": reason, "detail": error.message, "bytes": 0})
+        except UNUSABLE as error:
+            drops.append(drop_of(key, error, len(data)))
     write_atomic(join(out, facts_file(task["index"])), encode_facts(facts))
     receipt = {"index": task["index"], "inputs": task["inputs"], "images": len(task["keys"]), "drops": drops}
     if config.mask_from != "family":
@@ -294,7 +278,8 @@ def _make_shard(
 
 def _filter_shard(receipt: dict[str, Any], *, out: str, config: PrepareConfig) -> pa.Table:
     """Write a shard anew without the copies among its receipt's drops; again, running it twice is running it once."""
-    table = open_shard(out, receipt["file"]).read() if receipt["rows"] else RECORD_SCHEMA.empty_table()
+    names = RECORD_SCHEMA.names
+    table = open_shard(out, receipt["file"]).read(columns=names) if receipt["rows"] else RECORD_SCHEMA.empty_table()
     left_out = pa.array([drop["key"] for drop in receipt["drops"]], pa.string())
     copied = pc.is_in(pc.struct_field(table["source"], "key"), value_set=left_out)
     kept = table.filter(pc.invert(copied)).combine_chunks().cast(RECORD_SCHEMA)
@@ -302,15 +287,14 @@ def _filter_shard(receipt: dict[str, Any], *, out: str, config: PrepareConfig) -
 
 
 def _write_shard(table: pa.Table, receipt: dict[str, Any], out: str, config: PrepareConfig) -> pa.Table:
-    """Write the shard, then its receipt, which is also returned."""
+    """Write the shard, then its receipt, which is also returned; *table* is without the windows' pixels."""
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=config.row_group_rows,
-        compression="zstd",
-        use_dictionary=False,
-    )
+    rows = config.row_group_rows
+    groups = with_patches(table, rows=rows, patch_size=config.patch_size) if config.pool_pixels else iter([table])
+    schema = RECORD_SCHEMA.append(PATCHES_FIELD) if config.pool_pixels else RECORD_SCHEMA
+    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=rows)
     data = sink.getvalue().to_pybytes()
     file = _file(receipt["index"], "parquet")
     if len(table):

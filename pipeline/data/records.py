@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal, TypedDict
 
 import numpy as np
@@ -32,8 +33,8 @@ _SUBSAMPLING = "420"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class RecordConfig:
-    """What a record is made of: crop, encoding, holes, memory."""
+class CropConfig:
+    """What a photograph's crops and their holes are, whatever the model's patches are."""
 
     crop_size: PositiveInt = 256
     """Side of the square crop, in pixels; a multiple of patch_size [P]."""
@@ -59,10 +60,6 @@ class RecordConfig:
     """For mask_from paired, random and column, the colour of the hole in the masks; it is never guessed."""
     masks_per_image: PositiveInt = 1
     """Holes drawn for each crop; epoch e trains with number e modulo this."""
-    patch_size: PositiveInt = 32
-    """k_p, side of a memory patch in pixels; the model must have the same [P]."""
-    memory: MemoryConfig = MemoryConfig()
-    """Which windows make up the texture memory."""
     encoding: Literal["jpeg", "png", "webp"] = "jpeg"
     """Format of stored crops; files that need no crop, scaling or conversion keep their own bytes."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
@@ -71,8 +68,6 @@ class RecordConfig:
     """Every random choice is keyed by this, the image's key and the number of the crop or hole."""
 
     def __post_init__(self) -> None:
-        if self.crop_size % self.patch_size:
-            raise ValueError(f"crop_size must be a multiple of patch_size ({self.patch_size}), got {self.crop_size}")
         low, high = self.short_sides
         if not self.crop_size <= low <= high:
             raise ValueError(f"short_side must rise from at least crop_size ({self.crop_size}), got {low} to {high}")
@@ -86,10 +81,6 @@ class RecordConfig:
             mask_column=self.mask_column,
             masks_per_image=self.masks_per_image,
         )
-        if self.patch_size % self.memory.stride_divisor:
-            raise ValueError(
-                f"memory.stride_divisor must divide patch_size ({self.patch_size}), got {self.memory.stride_divisor}"
-            )
 
     @property
     def short_sides(self) -> tuple[int, int]:
@@ -100,6 +91,25 @@ class RecordConfig:
     def smallest_side(self) -> int:
         """`min_side`, resolved."""
         return self.min_side or self.crop_size // 2
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RecordConfig(CropConfig):
+    """What a record is made of: crop, encoding, holes, memory."""
+
+    patch_size: PositiveInt = 32
+    """k_p, side of a memory patch in pixels; the model must have the same [P]."""
+    memory: MemoryConfig = MemoryConfig()
+    """Which windows make up the texture memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop_size % self.patch_size:
+            raise ValueError(f"crop_size must be a multiple of patch_size ({self.patch_size}), got {self.crop_size}")
+        if self.patch_size % self.memory.stride_divisor:
+            raise ValueError(
+                f"memory.stride_divisor must divide patch_size ({self.patch_size}), got {self.memory.stride_divisor}"
+            )
 
 
 def open_as(data: bytes, config: RecordConfig) -> Photograph:
@@ -121,38 +131,44 @@ def make_records(
     label: int | None = None,
     photograph: Photograph | None = None,
     masks: MaskReader | None = None,
+    crops: range | None = None,
+    variants: range | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of `schema.RECORD_SCHEMA` for the image file *data* and its class *label*, one a crop.
 
     *photograph*: that file, if `open_as` opened it already; *masks* reads the user's, where `mask_from` names any.
-    Raises `UnreadableImage` with the reason to leave the image out.
+    *crops* and *variants*: numbers of the crops, and of the holes of each, that are made (none = all); what is made
+    does not depend on what is left out. Raises `UnreadableImage` with the reason to leave the image out.
     """
+    crops = crops or range(config.crops_per_image)
+    variants = variants or range(config.masks_per_image)
     photograph = photograph or open_as(data, config)
     masks = masks or MaskReader()
     whole_masks = _whole_masks(key, photograph, config, masks)
     source = {"key": key, "size": photograph.size, "sha256": photograph.sha256}
     rows = []
-    for number in range(config.crops_per_image):
+    for number in crops:
         rng = numpy_generator(config.seed, "crop", key, number)
         image_id = f"{key}#{number}"
         drawn: Iterable[np.ndarray]
         if config.mask_from == "family":
-            place, drawn = _draw_place(photograph, config, rng), _family_masks(image_id, config)
+            place, drawn = _draw_place(photograph, config, rng), _family_masks(image_id, config, variants)
         elif config.mask_from == "random":
             place = _draw_place(photograph, config, rng)
-            drawn = masks.draw(config.masks_per_image, config.crop_size, numpy_generator(config.seed, "mask", image_id))
+            mask_rng = numpy_generator(config.seed, "mask", image_id)
+            found = masks.draw(config.masks_per_image, config.crop_size, mask_rng)
+            drawn = islice(found, variants.start, variants.stop)
         else:
             first = number * config.masks_per_image
             turn = [whole_masks[(first + one) % len(whole_masks)] for one in range(config.masks_per_image)]
-            place, drawn = _draw_place_with_hole(photograph, turn, config, rng)
-        cut = (config.crop_size, config.crop_size)
-        if photograph.keeps_its_bytes and (photograph.height, photograph.width) == place["scaled"] == cut:
+            place, cut = _draw_place_with_hole(photograph, turn, config, rng)
+            drawn = cut[variants.start : variants.stop]
+        sides = (photograph.height, photograph.width)
+        if photograph.keeps_its_bytes and sides == place["scaled"] == (config.crop_size, config.crop_size):
             encoded = data
         else:
-            encoded = _encode(
-                crop_scaled(photograph.rgb, original=(photograph.height, photograph.width), **place), config
-            )
-        holes = list(_with_memory(image_id, drawn, config))
+            encoded = _encode(crop_scaled(photograph.rgb, original=sides, **place), config)
+        holes = list(_with_memory(image_id, drawn, config, variants))
         rows.append(
             {
                 "image_id": image_id,
@@ -209,9 +225,9 @@ def _whole_masks(key: str, photograph: Photograph, config: RecordConfig, masks: 
     return []
 
 
-def _family_masks(image_id: str, config: RecordConfig) -> Iterator[np.ndarray]:
+def _family_masks(image_id: str, config: RecordConfig, variants: range) -> Iterator[np.ndarray]:
     """Mask (crop, crop) of each variant. A draw of no hole or nothing but hole is drawn again."""
-    for variant in range(config.masks_per_image):
+    for variant in variants:
         rng = numpy_generator(config.seed, "mask", image_id, variant)
         for _ in range(_MASK_DRAWS):
             mask = draw_mask(config.mask, config.crop_size, config.crop_size, rng)
@@ -226,10 +242,10 @@ def _family_masks(image_id: str, config: RecordConfig) -> Iterator[np.ndarray]:
 
 
 def _with_memory(
-    image_id: str, masks: Iterable[np.ndarray], config: RecordConfig
+    image_id: str, masks: Iterable[np.ndarray], config: RecordConfig, variants: range
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Mask (crop, crop) and memory (P, 2) of each variant."""
-    for variant, mask in enumerate(masks):
+    for variant, mask in zip(variants, masks, strict=True):
         pool = select_pool(
             mask,
             patch_size=config.patch_size,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +60,12 @@ RECORD_SCHEMA = pa.schema(
 variant, row-major bits of (height, width), the first pixel in the highest bit; `pool_yx` one entry a variant,
 y0, x0, y1, x1, ...; `source.key` is relative to the manifest's `source`."""
 
+PATCHES_FIELD = pa.field("pool_patches", _list(pa.binary()), nullable=False)
+"""One more column, the last, in sets prepared with `pool_pixels`, for readers outside this project: one entry a
+variant, the pixels of the memory's windows, (P, k, k, 3), uint8, row-major, in the order of `pool_yx`. They are cut
+from the stored crop as decoded from its bytes. That is P * k * k * 3 bytes a record and variant, 307,200 by default, so
+20 MB in a row group of 64. Nothing here reads them unless asked to: training cuts its windows by the coordinates."""
+
 
 def pack_mask(mask: np.ndarray) -> bytes:
     """Mask (H, W) of {0, 1} as ceil(H * W / 8) bytes."""
@@ -83,6 +90,8 @@ class Record:
     hole_fraction: list[float]
     label: int | None
     source: dict[str, Any]
+    pool_patches: list[bytes] | None = None
+    """Where they were prepared and asked for."""
 
     def pixels(self) -> np.ndarray:
         """(H, W, 3), uint8."""
@@ -98,6 +107,21 @@ class Record:
     def pool(self, variant: int = 0) -> np.ndarray:
         """(P, 2), int16, top-left corners (y, x) of the memory's windows under that mask."""
         return np.asarray(self.pool_yx[variant], np.int16).reshape(-1, 2)
+
+    def patches(self, variant: int = 0) -> np.ndarray:
+        """(P, k, k, 3), uint8, the pixels of these windows as the set holds them; read-only.
+
+        Raises `ValueError` if they were not read.
+        """
+        if self.pool_patches is None:
+            raise ValueError(
+                f"{self.image_id} comes without the pixels of its windows: prepare with pool_pixels, and read with "
+                "read_records(..., patches=True)"
+            )
+        flat = np.frombuffer(self.pool_patches[variant], np.uint8)
+        count = len(self.pool_yx[variant]) // 2
+        side = math.isqrt(flat.size // (3 * count))
+        return flat.reshape(count, side, side, 3)
 
 
 @dataclass(frozen=True)
@@ -207,19 +231,21 @@ def set_folder(uri: str) -> str:
     return uri.rstrip("/").removesuffix("/" + MANIFEST_NAME)
 
 
-def read_records(uri: str, limit: int | None = None) -> Iterator[Record]:
+def read_records(uri: str, limit: int | None = None, *, patches: bool = False) -> Iterator[Record]:
     """Records of the prepared set in their stored order, at most *limit*; without Ray, one row group at a time.
 
-    Raises what `read_manifest` raises, and `CorruptSet` naming the shard that cannot be read.
+    *patches*: with the pixels of the memory's windows, where the set has them. Raises what `read_manifest` raises, and
+    `CorruptSet` naming the shard that cannot be read.
     """
     manifest = read_manifest(uri)
     left = manifest.records if limit is None else limit
+    columns = [*RECORD_SCHEMA.names, *([PATCHES_FIELD.name] if patches else [])]
     for shard in manifest.shards:
         if left <= 0:
             return
         file = open_shard(set_folder(uri), shard.file)
         for group in range(file.num_row_groups):
-            for row in file.read_row_group(group).to_pylist()[: max(left, 0)]:
+            for row in file.read_row_group(group, columns=columns).to_pylist()[: max(left, 0)]:
                 yield Record(**row)
                 left -= 1
 

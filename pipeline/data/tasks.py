@@ -1,4 +1,4 @@
-"""How Ray Data is used here: a list of small tasks in, a stream of Arrow tables out, a task at a time.
+"""How Ray works for the data plane: a list of small tasks in, a stream of Arrow tables out, a task at a time.
 
 Tasks are plain values that name what to read; the tables hold encoded images, never decoded ones.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from pipeline.errors import TMADError
 
 BLOCK_BYTES = 8 * 2**20
 """Rows are handed on in blocks of about this size."""
+_TASK_RETRIES = 3
+"""Runs of a task whose process was lost, after the first."""
 
 
 def run_tasks(
@@ -80,14 +83,47 @@ def run_stretches(
         for tasks in stretches:
             current, upcoming = upcoming, ahead.submit(make, tasks)
             if current is not None:
-                yield from _tables(current.result())
+                yield from _tables(deque(current.result()))
         if upcoming is not None:
-            yield from _tables(upcoming.result())
+            yield from _tables(deque(upcoming.result()))
 
 
-def _tables(refs: list[Any]) -> Iterator[pa.Table]:
+def run_ahead(
+    tasks: Iterable[dict[str, Any]], function: Callable[[dict[str, Any]], pa.Table], *, at_once: int, ahead: int
+) -> Iterator[pa.Table]:
+    """The tables that *function* makes of each task, in order, *at_once* tasks at a time, at most *ahead* tables early.
+
+    For work of tenths of a second a task, made as fast as it is read. Between two such tasks Ray Data's executor needs
+    about as long again: stretches gave two thirds of the images/s. The tasks ask for no processor, so they cannot
+    starve where training holds them all; each waits for the one *at_once* places before it. A task whose process is
+    lost is run again. What a task raised comes out as itself.
+    """
+    # One a slot, as in a relay: whoever has it may run.
+    batons: list[Any] = [None] * at_once
+    pending: deque[Any] = deque()
+    with _own_errors():
+        for number, task in enumerate(tasks):
+            table, batons[number % at_once] = _make.remote(function, task, batons[number % at_once])
+            pending.append(table)
+            if len(pending) > ahead:
+                yield ray.get(pending.popleft())
+        yield from _tables(pending)
+
+
+def _make_and_hand_over(
+    function: Callable[[dict[str, Any]], pa.Table], task: dict[str, Any], baton: None
+) -> tuple[pa.Table, None]:
+    return function(task), None
+
+
+_make: Any = ray.remote(num_cpus=0, num_returns=2, scheduling_strategy="SPREAD", max_retries=_TASK_RETRIES)(
+    _make_and_hand_over
+)
+
+
+def _tables(refs: deque[Any]) -> Iterator[pa.Table]:
     while refs:
-        yield ray.get(refs.pop(0))
+        yield ray.get(refs.popleft())
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from pipeline import storage
 from pipeline.cli import one_line
 from pipeline.cluster import joined, require, start_ray
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
+from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
 from pipeline.environment import environment
 from pipeline.errors import ConfigMismatch, TMADError, TrainingFailed
@@ -67,10 +68,11 @@ def train(config: RunConfig) -> dict[str, Any]:
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
     finished = _read_json(storage.join(folder, "finished.json"))
-    sets = {"train": read_manifest(config.data.train), "val": read_manifest(config.data.val)}
+    train_set, photographs = _open_training_set(config, folder)
+    sets = {"train": train_set, "val": read_manifest(config.data.val)}
     for which, manifest in sets.items():
         check_set(config, manifest, which)
-    _claim(folder, config, {which: manifest.digest for which, manifest in sets.items()})
+    _claim(folder, config, sets)
     if finished is not None:
         log.info("run %s is finished: %s; nothing to do", config.name, storage.join(folder, "finished.json"))
         return finished
@@ -88,6 +90,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "tracking_uri": tracking_uri,
         "run_id": run_id,
         "metrics": storage.join(folder, "metrics.jsonl"),
+        "live": share(photographs, train_set) if photographs else None,
     }
     try:
         with relayed_logs() as relay:
@@ -108,7 +111,13 @@ def resolve(config: RunConfig) -> RunConfig:
     perceptual = config.perceptual
     if perceptual.weights != "download":
         perceptual = replace(perceptual, weights=storage.absolute(perceptual.weights))
-    data = replace(config.data, train=storage.absolute(config.data.train), val=storage.absolute(config.data.val))
+    train, images = config.data.training_set, config.data.images
+    data = replace(
+        config.data,
+        train=train and storage.absolute(train),
+        val=storage.absolute(config.data.val),
+        images=images.with_absolute_places(),
+    )
     return replace(with_name(config, name), runs=storage.absolute(config.runs), data=data, perceptual=perceptual)
 
 
@@ -127,9 +136,19 @@ def plan(config: RunConfig, train_set: Manifest | None = None) -> str:
     )
 
 
+def _open_training_set(config: RunConfig, folder: str) -> tuple[Manifest, Photographs | None]:
+    """The manifest of what is trained on, and the photographs if no prepared set is."""
+    if config.data.training_set is not None:
+        return read_manifest(config.data.training_set), None
+    model = config.model
+    photographs = open_photographs(config.data.images, patch_size=model.patch_size, memory=model.memory, cache=folder)
+    return photographs.manifest(), photographs
+
+
 def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
-    """Raise `ValueError` if the prepared set does not fit the model."""
-    uri = storage.redact(config.data.train if which == "train" else config.data.val)
+    """Raise `ValueError` if the set, prepared or of photographs, does not fit the model."""
+    place = config.data.training_set if which == "train" else config.data.val
+    uri = storage.redact(place or "")
     model = config.model
     if manifest.patch_size != model.patch_size:
         raise ValueError(
@@ -143,9 +162,10 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
             f"prepare {uri} again or change the model"
         )
     if manifest.crop_size % model.size_multiple:
+        remedy = f"prepare {uri} with another crop_size" if place else "set another data.images.crop_size"
         raise ValueError(
             f"data.{which} has crops of {manifest.crop_size} pixels; the model needs a multiple of "
-            f"{model.size_multiple} (patch_size and 2^coarse.num_down_blocks): prepare {uri} with another crop_size"
+            f"{model.size_multiple} (patch_size and 2^coarse.num_down_blocks): {remedy}"
         )
     cells = (manifest.crop_size // model.patch_size) ** 2
     if config.schedule.patches_per_image > cells:
@@ -155,8 +175,9 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
         )
 
 
-def _claim(folder: str, config: RunConfig, sets: dict[str, str]) -> None:
-    """Write the run's configuration, or refuse to continue a run that was begun with another one."""
+def _claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) -> None:
+    """Write the run's configuration, or refuse to continue a run that was begun with another one or other data."""
+    sets = {which: manifest.digest for which, manifest in manifests.items()}
     config_uri, sets_uri = storage.join(folder, "config.json"), storage.join(folder, "data.json")
     if not storage.exists(config_uri):
         storage.write_atomic(sets_uri, json.dumps(sets, indent=2).encode())
@@ -167,7 +188,7 @@ def _claim(folder: str, config: RunConfig, sets: dict[str, str]) -> None:
     lines = refusal(old, config)
     begun_with = _read_json(sets_uri) or {}
     lines += [
-        f"data.{which}: content {begun_with.get(which)} -> {now}"
+        f"{_content_of(config, which)} {begun_with.get(which)} -> {now}, {manifests[which].images_listed:,} images now"
         for which, now in sets.items()
         if begun_with.get(which) != now
     ]
@@ -179,6 +200,11 @@ def _claim(folder: str, config: RunConfig, sets: dict[str, str]) -> None:
         )
     storage.write_atomic(config_uri, to_json(config).encode())
     log.info("run %s was begun before: going on with it", config.name)
+
+
+def _content_of(config: RunConfig, which: str) -> str:
+    live = which == "train" and config.data.training_set is None
+    return "data.images.source: names of the photographs or of their masks" if live else f"data.{which}: content"
 
 
 def _environment(config: RunConfig, sets: Mapping[str, str]) -> bytes:

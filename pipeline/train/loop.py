@@ -46,6 +46,8 @@ class Feed:
     """Endless, from so many images on."""
     validation: Callable[[], Iterator[Batch]]
     """This worker's share of the fixed validation images."""
+    counts: Callable[[], dict[str, float]] = dict
+    """What this worker's batches have met so far; metrics with the same names on all workers, which are summed."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def train_loop(
         phase_over = images >= stretch.end
         if phase_over or due(before, images, schedule.log_every_images):
             _check_equal(state, context)
-            metrics = meter.read(context)
+            metrics = {**meter.read(context), **_summed(feed.counts(), context)}
             tracker.metrics(metrics, images)
             log.info("%s", progress_line(stretch, images, metrics))
         if phase_over or due(before, images, schedule.validate_every_images):
@@ -191,9 +193,21 @@ def progress_line(stretch: Stretch, images: int, metrics: Mapping[str, float]) -
     parts += [f"{rate:.1f} images/s", f"{100 * metrics['rate/data_wait_share']:.0f} % waiting for data"]
     if metrics.get("bad_steps"):
         parts.append(f"{metrics['bad_steps']:.0f} steps skipped so far (not finite)")
+    if metrics.get("data/replaced"):
+        parts.append(f"{metrics['data/replaced']:.0f} images replaced since the start (they cannot be used)")
     if done < length:
         parts.append(f"phase ends in {duration((length - done) / max(rate, 1e-9))}")
     return ", ".join(parts)
+
+
+def _summed(counts: Mapping[str, float], context: TrainContext) -> dict[str, float]:
+    """The counts of all workers together."""
+    if not counts:
+        return {}
+    own = torch.tensor(list(counts.values()), dtype=torch.float64, device=context.device)
+    with torch.no_grad():
+        totals = context.workers.mean(own) * context.world_size
+    return dict(zip(counts, totals.tolist(), strict=True))
 
 
 def duration(seconds: float) -> str:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import ray
 import ray.data
 import torch
 
 from pipeline.cli import configure_logging
 from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
+from pipeline.data.onthefly import LiveSet, Tally
 from pipeline.pretrained import load_perceptual
 from pipeline.tracking import Tracker
 from pipeline.train.context import RayContext, TrainContext
@@ -20,6 +22,9 @@ from pipeline.train.loop import Feed, train_loop
 from pipeline.train.relay import RelayHandler
 from tmad.batch import Batch
 from tmad.step import NonFiniteLoss
+
+MAX_RECORD_TASKS = 16
+"""Tasks of one worker, unless told otherwise: each is a process, and what they make is kept in memory."""
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -40,20 +45,23 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     perceptual = load_perceptual(config, job["weights"])
     with tracker:
         try:
-            return train_loop(config, context, data_feed(config, context), tracker, perceptual)
+            return train_loop(config, context, data_feed(config, context, job["live"]), tracker, perceptual)
         except NonFiniteLoss as error:
             # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
             return {"failed": str(error)}
 
 
-def data_feed(config: RunConfig, context: TrainContext) -> Feed:
-    """This worker's share of the prepared sets."""
+def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = None) -> Feed:
+    """This worker's share of the prepared sets, or of the photographs *live* and the prepared validation set."""
+    train = live or config.data.training_set
+    assert train is not None, "photographs are trained on as a live set"
+    tally = Tally(live.config) if live else None
     place = {"rank": context.rank, "world_size": context.world_size}
     schedule = config.schedule
 
     def training(start_images: int) -> Iterator[Batch]:
         return training_batches(
-            config.data.train,
+            train,
             seed=config.seed,
             batch_images=schedule.batch_images,
             total_images=schedule.total_images,
@@ -61,6 +69,8 @@ def data_feed(config: RunConfig, context: TrainContext) -> Feed:
             num_cells=schedule.patches_per_image,
             patch_size=config.model.patch_size,
             flip=config.data.flip,
+            record_tasks=record_tasks(config) if live else 1,
+            tally=tally,
             **place,
         )
 
@@ -71,7 +81,16 @@ def data_feed(config: RunConfig, context: TrainContext) -> Feed:
         limit=schedule.validation_images,
         **place,
     )
-    return Feed(training=training, validation=validation)
+    if tally is None:
+        return Feed(training=training, validation=validation)
+    return Feed(training=training, validation=validation, counts=lambda: {"data/replaced": float(tally.replaced)})
+
+
+def record_tasks(config: RunConfig) -> int:
+    """Tasks that make records for each worker at once, as `workers.record_tasks` says."""
+    workers = config.workers
+    free = ray.cluster_resources().get("CPU", 0.0) - workers.num_workers * workers.cpus_per_worker
+    return workers.record_tasks or min(max(1, int(free / workers.num_workers)), MAX_RECORD_TASKS)
 
 
 def _set_up_logging(config: RunConfig, context: TrainContext, lines: Any) -> None:

@@ -191,9 +191,9 @@ def portions(manifest: Manifest, stop: int) -> list[dict]:
     ]
 
 
-def big_manifest(shards: int = 40, rows: int = 1000, size: int = 20_000_000) -> Manifest:
+def big_manifest(shards: int = 40, rows: int = 1000, crop_size: int = 256, size: int = 20_000_000) -> Manifest:
     files = [Shard(f"shards/{number:05d}.parquet", rows, size, "", "", "") for number in range(shards)]
-    return Manifest({"masks_per_image": 1}, files, 0, 0, {}, shards * rows, row_group_rows=64)
+    return Manifest({"masks_per_image": 1, "crop_size": crop_size}, files, 0, 0, {}, shards * rows, row_group_rows=64)
 
 
 def test_windows_of_a_large_set_are_bounded_and_cover_an_epoch():
@@ -208,9 +208,15 @@ def test_windows_of_a_large_set_are_bounded_and_cover_an_epoch():
 
 
 def test_windows_hold_fewer_records_where_records_are_large():
-    assert order.window_records(big_manifest(size=20_000_000)) == order.WINDOW_BYTES // 20_000
-    assert order.window_records(big_manifest(size=1_000_000)) == order.WINDOW_RECORDS
-    assert order.window_records(big_manifest(size=10**12)) == 64
+    assert order.window_records(big_manifest(crop_size=256)) == 2048
+    assert order.window_records(big_manifest(crop_size=64)) == order.WINDOW_RECORDS
+    assert order.window_records(big_manifest(crop_size=10_000)) == 64
+
+
+def test_the_order_does_not_depend_on_how_well_images_compress():
+    sets = [big_manifest(size=size) for size in (1_000_000, 10**12)]
+    epochs = [list(pieces(manifest, seed=0, start=0, stop=manifest.records)) for manifest in sets]
+    assert epochs[0] == epochs[1]
 
 
 def test_a_start_in_the_middle_of_a_window_keeps_its_end():

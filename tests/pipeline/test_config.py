@@ -27,6 +27,7 @@ from pipeline.config import (
     refusal,
     to_json,
 )
+from pipeline.data.collection import ImagesConfig
 from pipeline.errors import TMADError
 from pipeline.presets import PRESETS, places_rectangle, smoke
 from tmad.config import OptimConfig
@@ -68,6 +69,37 @@ def test_a_batch_must_divide_among_the_workers() -> None:
 def test_training_and_validation_sets_must_differ() -> None:
     with pytest.raises(ValueError, match=r"data.train and data.val must be different"):
         RunConfig(data=DataConfig(train="a", val="a"))
+
+
+def test_photographs_take_the_place_of_the_training_set_and_only_one_of_them_is_named() -> None:
+    assert DataConfig().training_set == "data/train"
+    assert DataConfig(images=ImagesConfig(source="photos")).training_set is None
+    with pytest.raises(
+        ValueError, match=r"data.train \('a'\) and data.images.source \('b'\) both say .*--data.train None"
+    ):
+        DataConfig(train="a", images=ImagesConfig(source="b"))
+    argv = ["--preset", "demo", "--data.train", "None", "--data.images.source", "photos"]
+    argv += ["--data.images.short-side", "256", "300"]
+    config = parse(RunConfig, argv, PRESETS).config
+    assert (config.data.training_set, config.data.images.short_side) == (None, (256, 300))
+    assert from_json(to_json(config)) == config
+
+
+def test_settings_of_photographs_without_photographs_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"crop_size, mask_from cannot be set without source: .*data.train.* has its own"
+    ):
+        ImagesConfig(crop_size=128, mask_from="alpha")
+
+
+def test_crops_of_photographs_have_to_fit_the_models_patches() -> None:
+    images = ImagesConfig(source="photos", crop_size=100)
+    with pytest.raises(
+        ValueError, match=r"data.images does not fit model: crop_size must be a multiple of .*\(32\), got 100"
+    ):
+        RunConfig(data=DataConfig(images=images))
+    records = images.records(patch_size=20, memory=places_rectangle().model.memory)
+    assert (records.patch_size, records.memory.rule) == (20, "clean")
 
 
 def test_a_name_may_not_leave_its_folder() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -17,8 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.train_places import main
 from pipeline.cluster import require
 from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
+from pipeline.data.collection import ImagesConfig
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.errors import ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
 from pipeline.models import load_any_model
@@ -149,6 +152,61 @@ def test_a_worker_that_is_killed_changes_nothing_in_the_result(
     assert len(killed) == 1
     assert "continuing after" in caplog.text
     assert summary["model_digest"] == finished["model_digest"]
+
+
+def test_training_from_photographs_stopped_and_gone_on_with_is_training_from_the_prepared_set(
+    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    photos = shutil.copytree(place / "photos" / "train", tmp_path / "photos")
+    command = f"--preset smoke --data.val {place}/val --runs {place}/runs --name live --tracking.uri none".split()
+    command += f"--data.images.source {photos} --data.images.crop-size 32".split()
+    command += ["--data.images.images-per-shard", "4", "--data.images.row-group-rows", "2"]
+    metrics = str(place / "runs" / "live" / "metrics.jsonl")
+
+    def past_the_first_checkpoint() -> bool:
+        return any(row["step"] > 8 for row in read_json_lines(metrics))
+
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_a_worker_when, args=(past_the_first_checkpoint, killed), daemon=True)
+    killer.start()
+    with pytest.raises(TrainingFailed, match="the same command with --name live goes on"):
+        main([*command, "--workers.max-failures", "0"])
+    killer.join(timeout=10)
+    with caplog.at_level(logging.INFO):
+        main(command)
+    assert "continuing after" in caplog.text
+    losses = [
+        {row["step"]: row for row in read_json_lines(str(place / "runs" / name / "metrics.jsonl")) if "lr" in row}
+        for name in ("whole", "live")
+    ]
+    assert losses[0].keys() == losses[1].keys() == {8, 16, 24}
+    for step, row in losses[0].items():
+        same = [name for name in row if name.startswith("loss/")]
+        assert same
+        assert {name: losses[1][step][name] for name in same} == {name: row[name] for name in same}
+        assert losses[1][step]["data/replaced"] == 0
+    summary = json.loads((place / "runs" / "live" / "finished.json").read_text())
+    assert summary["model_digest"] == finished["model_digest"]
+
+    Image.fromarray(make_photo(99, 40, 48)).save(photos / "99.png")
+    with pytest.raises(ConfigMismatch, match=r"names of the photographs .* \w+ -> \w+, 11 images now\)"):
+        main(command)
+    with pytest.raises(ConfigMismatch, match=r"data.images.mask: brush_or_rectangle -> rectangle"):
+        main([*command, "--data.images.mask", "rectangle"])
+
+
+def test_unusable_photographs_are_told_and_counted_in_the_metrics(
+    place: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    photos = shutil.copytree(place / "photos" / "train", tmp_path / "photos")
+    (photos / "3.png").write_bytes(b"no picture")
+    images = ImagesConfig(source=str(photos), crop_size=32)
+    with caplog.at_level(logging.INFO):
+        train(_config(place, "spoilt", data=DataConfig(images=images, val=str(place / "val"))))
+    assert "3.png cannot be used, another image takes its place: not-an-image" in caplog.text
+    assert "2 images replaced since the start" in caplog.text
+    rows = read_json_lines(str(place / "runs" / "spoilt" / "metrics.jsonl"))
+    assert [row["data/replaced"] for row in rows if "data/replaced" in row][-1] == 2
 
 
 def _kill_a_worker_when(ready: Callable[[], bool], killed: list[int]) -> None:

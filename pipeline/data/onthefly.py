@@ -1,0 +1,294 @@
+"""Training input straight from photographs: the records that a prepared set would hold, made when they are needed.
+
+The photographs are taken for the set that `prepare` would make of them if it left none out: the same shards and row
+groups, which are never written. So `order` gives the same sequence, and a record is the same to the last bit, since
+both come from `records.make_records`. Only the crop and the hole that a position asks for are made.
+
+No earlier pass has left out what cannot be used. Such a position is filled by the next usable record of its shuffled
+window, cyclically, which depends on seed and photographs alone, as all else does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from pipeline.data.collection import UNUSABLE, ImagesConfig, drop_of, open_collection
+from pipeline.data.contract import check_photograph
+from pipeline.data.fetch import shuffled
+from pipeline.data.order import pieces
+from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
+from pipeline.data.records import RecordConfig, make_records, open_as
+from pipeline.data.schema import Manifest, Shard
+from pipeline.data.sources.base import Source
+from pipeline.data.tasks import run_ahead
+from pipeline.errors import TooManyBadImages
+from pipeline.storage import redact
+from tmad.config import MemoryConfig
+
+PORTION_RECORDS = 32
+"""Records of one task: a few tenths of a second of one processor."""
+PORTIONS_AHEAD = 4
+"""Portions that wait for the reader, finished or not, for each task that runs."""
+LOOKED_AT_LEAST = 100
+"""Images that are looked at before their unusable share can end the run."""
+
+_ROWS = pa.schema(
+    {
+        "image_id": pa.string(),
+        "image": pa.binary(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "mask": pa.binary(),
+        "pool_yx": pa.list_(pa.int16()),
+        "epoch": pa.int64(),
+        "hole_fraction": pa.float32(),
+        "drop": pa.string(),
+    }
+)
+"""What a task gives: the columns of `fetch.read_portion`, and what `Tally` counts. `drop`, JSON: why the record that
+belongs to the position cannot be used and another one stands here; else null."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """What it takes to make any record; picklable, because the tasks get it."""
+
+    source: Source
+    keys: pa.LargeStringArray
+    masks: OwnMasks | None
+    config: ImagesConfig
+    records: RecordConfig
+
+    def record(self, number: int, variant: int, reader: MaskReader) -> dict[str, Any]:
+        """The row (`_ROWS`) of record *number*, counted through the keys and the crops of each, with one of its holes.
+
+        If it cannot be made, the entry of the quarantine, which has a `reason`. Raises `StorageFailed` in an outage.
+        """
+        place, crop = divmod(number, self.records.crops_per_image)
+        key, data = self.keys[place].as_py(), b""
+        try:
+            data = self.source.read(key)
+            photograph = open_as(data, self.records)
+            check_photograph(photograph, self.config)
+            (row,) = make_records(
+                key,
+                data,
+                self.records,
+                photograph=photograph,
+                masks=reader,
+                crops=range(crop, crop + 1),
+                variants=range(variant, variant + 1),
+            )
+        except UNUSABLE as error:
+            return drop_of(key, error, len(data))
+        one = {"mask": row["masks"][0], "pool_yx": row["pool_yx"][0], "hole_fraction": row["hole_fraction"][0]}
+        return {name: row[name] for name in ("image_id", "image", "height", "width")} | one
+
+    def manifest(self) -> Manifest:
+        """That of the set that preparation would make if it left nothing out; a shard's file is its first record.
+
+        Its digest names keys, their masks' names and settings, not the bytes of the images, which nobody has read.
+        """
+        config, crops = self.config, self.records.crops_per_image
+        shards = []
+        for first in range(0, len(self.keys), config.images_per_shard):
+            part = self.keys[first : first + config.images_per_shard].to_pylist()
+            made_of = json.dumps([part, self.masks.made_of(part) if self.masks else None])
+            digest = hashlib.sha256(made_of.encode()).hexdigest()
+            shards.append(Shard(str(first * crops), len(part) * crops, 0, digest, part[0], part[-1]))
+        settings = json.loads(json.dumps(asdict(config) | asdict(self.records)))
+        del settings["max_bad_fraction"]
+        images = len(self.keys)
+        return Manifest(settings, shards, images, images, {}, images * crops, row_group_rows=config.row_group_rows)
+
+
+@dataclass(frozen=True)
+class LiveSet:
+    """A set whose records are made while it is read, as it goes to the training workers."""
+
+    manifest: Manifest
+    config: ImagesConfig
+    photographs: ray.ObjectRef[Photographs]
+    """In Ray's memory: a listing of millions of keys goes to each machine once."""
+
+
+def open_photographs(
+    config: ImagesConfig, *, patch_size: int, memory: MemoryConfig, cache: str | None = None
+) -> Photographs:
+    """List the photographs at `config.source` for a model with these patches; *cache* as for `open_collection`.
+
+    Raises `ValueError` if crops and patches do not fit together, and what `open_collection` raises.
+    """
+    assert config.source is not None, "photographs need a source"
+    records = config.records(patch_size=patch_size, memory=memory)
+    opened = open_collection(config.source, config, config, cache=cache)
+    return Photographs(opened.source, pa.array(opened.keys, pa.large_string()), opened.masks, config, records)
+
+
+def share(photographs: Photographs, manifest: Manifest) -> LiveSet:
+    """The photographs where all workers of the running Ray reach them, for as long as this process lives."""
+    return LiveSet(manifest, photographs.config, ray.put(photographs))
+
+
+@dataclass
+class Tally:
+    """What one worker saw of images that cannot be used, since it started."""
+
+    config: ImagesConfig
+    looked: int = 0
+    """Positions of the order."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Those of them that another image fills, by reason."""
+    _told: set[str] = field(default_factory=set)
+    _mostly_hole: int = 0
+
+    @property
+    def replaced(self) -> int:
+        """Positions that another image fills."""
+        return self.reasons.total()
+
+    def add(self, table: pa.Table) -> None:
+        """Count the rows of a task, and name each unusable image once.
+
+        Raises `TooManyBadImages` beyond `max_bad_fraction`, once `LOOKED_AT_LEAST` positions were seen.
+        """
+        self.looked += len(table)
+        for text in table["drop"].drop_null().to_pylist():
+            drop = json.loads(text)
+            self.reasons[drop["reason"]] += 1
+            if drop["key"] not in self._told:
+                self._told.add(drop["key"])
+                logger.warning(
+                    "%s cannot be used, another image takes its place: %s (%s)",
+                    drop["key"],
+                    drop["reason"],
+                    redact(drop["detail"]),
+                )
+        self._look_at_masks(table)
+        if self.looked >= LOOKED_AT_LEAST and self.replaced > self.config.max_bad_fraction * self.looked:
+            raise TooManyBadImages(
+                f"{self.replaced} of {self.looked} images looked at cannot be used, more than "
+                f"data.images.max_bad_fraction={self.config.max_bad_fraction:g} allows: {_by_reason(self.reasons)}; "
+                "the log names each one with its reason",
+                reasons=dict(self.reasons),
+            )
+
+    def _look_at_masks(self, table: pa.Table) -> None:
+        """Say once, of the user's own masks, if they look the other way round."""
+        self._mostly_hole += int((table["hole_fraction"].to_numpy() > 0.5).sum())
+        enough = self.looked - len(table) < LOOKED_AT_LEAST <= self.looked
+        if enough and self.config.mask_from != "family":
+            counts = join_counts([{"masks": self.looked, "mostly_hole": self._mostly_hole}])
+            for warning in mask_warnings(counts, self.config.mask_from, self.config.mask_hole):
+                logger.warning("%s", warning)
+
+
+def live_tables(
+    live: LiveSet,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    batch: int,
+    rank: int,
+    world_size: int,
+    at_once: int,
+    tally: Tally,
+) -> Iterator[pa.Table]:
+    """This rank's rows of positions *start* to *stop*, in order, as `fetch.read_portion` gives them.
+
+    *batch* images of all ranks together make a step. *at_once* tasks make records, some portions ahead of the reader;
+    *tally* counts what they could not use. Raises `TooManyBadImages`, or `StorageFailed` in an outage.
+    """
+    portions = _portions(
+        live.manifest, seed=seed, start=start, stop=stop, batch=batch, rank=rank, world_size=world_size
+    )
+    make = partial(make_portion, photographs=live.photographs)
+    for table in run_ahead(portions, make, at_once=at_once, ahead=at_once * PORTIONS_AHEAD):
+        tally.add(table)
+        yield table.drop_columns(["hole_fraction", "drop"])
+
+
+def _portions(
+    manifest: Manifest, *, seed: int, start: int, stop: int, batch: int, rank: int, world_size: int
+) -> Iterator[dict[str, Any]]:
+    """One rank's positions, `PORTION_RECORDS` to a task: `windows` as in `order.Piece` with their `places`."""
+    windows: list[dict[str, Any]] = []
+    position, room = start, PORTION_RECORDS
+    for piece in pieces(manifest, seed=seed, start=start, stop=stop):
+        places = np.arange(piece.start, piece.stop)
+        places = places[(position + places - piece.start - start) % batch // (batch // world_size) == rank]
+        position += piece.stop - piece.start
+        while places.size:
+            taken, places = places[:room], places[room:]
+            window = {"epoch": piece.epoch, "seed": piece.seed, "groups": piece.groups}
+            windows.append({**window, "places": taken.tolist()})
+            room -= taken.size
+            if room == 0:
+                yield {"windows": windows}
+                windows, room = [], PORTION_RECORDS
+    if windows:
+        yield {"windows": windows}
+
+
+def make_portion(portion: dict[str, Any], *, photographs: ray.ObjectRef[Photographs]) -> pa.Table:
+    """The rows (`_ROWS`) of a portion of one rank's order, made here and now.
+
+    Raises `TooManyBadImages` if a whole window is unusable, `StorageFailed` in an outage.
+    """
+    images = ray.get(photographs)
+    reader = MaskReader(images.masks, max_pixels=images.records.max_pixels)
+    known: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def made(record: int, epoch: int) -> dict[str, Any]:
+        one = record, epoch % images.records.masks_per_image
+        if one not in known:
+            known[one] = images.record(*one, reader)
+        return known[one]
+
+    windows = [(window, _shuffled_records(window["seed"], window["groups"], images)) for window in portion["windows"]]
+    # In the order of the source, which a Parquet table is read in.
+    for record, epoch in sorted({(int(order[at]), one["epoch"]) for one, order in windows for at in one["places"]}):
+        made(record, epoch)
+    rows = []
+    for window, order in windows:
+        for place in window["places"]:
+            drops: Counter[str] = Counter()
+            own = made(int(order[place]), window["epoch"])
+            for record in np.roll(order, -place):
+                row = made(int(record), window["epoch"])
+                if "reason" not in row:
+                    break
+                drops[row["reason"]] += 1
+            else:
+                raise TooManyBadImages(
+                    f"none of the {len(order)} images that are shuffled together can be used: {_by_reason(drops)}; "
+                    f"the first of them is {own['key']}: {redact(own['detail'])}",
+                    reasons=dict(drops),
+                )
+            rows.append({**row, "epoch": window["epoch"], "drop": json.dumps(own) if "reason" in own else None})
+    return pa.Table.from_pylist(rows, schema=_ROWS)
+
+
+def _shuffled_records(seed: int, groups: list[tuple[str, int, int]], images: Photographs) -> np.ndarray:
+    """Numbers of the records of a window, in their shuffled order."""
+    firsts = [int(file) + number * images.config.row_group_rows for file, number, _ in groups]
+    records = np.concatenate([first + np.arange(rows) for first, (_, _, rows) in zip(firsts, groups, strict=True)])
+    return records[shuffled(seed, len(records))]
+
+
+def _by_reason(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
