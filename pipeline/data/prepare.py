@@ -12,9 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Annotated, Any
 
@@ -27,24 +25,18 @@ from pydantic.dataclasses import dataclass
 from pipeline.cluster import start_ray
 from pipeline.data.contract import ContractConfig, examine, summarise_holes
 from pipeline.data.contract_report import write_report
-from pipeline.data.copies import (
-    SET_WIDE,
-    Facts,
-    encode_facts,
-    facts_file,
-    find_copies,
-    read_facts,
-    read_other_facts,
-)
+from pipeline.data.copies import Facts, encode_facts, facts_file, find_copies, read_facts, read_other_facts
 from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings, open_masks
+from pipeline.data.plan import shard_tasks
+from pipeline.data.receipts import by_reason, count_drops, make_manifest, read_receipts, shard_file, with_copies
 from pipeline.data.records import RecordConfig, make_records, open_photograph
-from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, Shard, open_shard, set_folder
+from pipeline.data.schema import MANIFEST_NAME, RECORD_SCHEMA, SCHEMA_VERSION, Manifest, open_shard, set_folder
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
 from pipeline.data.sources.partitions import PartitionName, compare
 from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import ConfigMismatch, MissingInput, StorageFailed, TooManyBadImages, WrongCount
-from pipeline.storage import absolute, exists, join, list_files, read_bytes, redact, remove, size, write_atomic
+from pipeline.storage import absolute, exists, join, read_bytes, redact, remove, write_atomic
 from tmad.config import STRICT, PositiveInt
 from tmad.images import UnreadableImage
 
@@ -138,8 +130,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     )
     _claim_folder(out, config)
     _check_count(keys, source, out, config)
-    tasks = _shard_tasks(keys, source, config, masks)
-    receipts = _finished(out, tasks)
+    tasks = shard_tasks(keys, source, config, masks)
+    receipts = read_receipts(out, tasks)
     todo = [task for task in tasks if task["index"] not in receipts]
     if receipts:
         logger.info("%d of %d shards are already there and are kept", len(receipts), len(tasks))
@@ -153,7 +145,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         _check_drops(receipts, len(keys), source, config)
     facts = read_facts(out, range(len(tasks)))
     copies = find_copies(facts, other, config)
-    planned = {index: _with_copies(receipts[index], copies.dropped[index]) for index in range(len(tasks))}
+    planned = {index: with_copies(receipts[index], copies.dropped[index]) for index in range(len(tasks))}
     _check_drops(planned, len(keys), source, config, other)
     receipts = _without_copies(receipts, planned, tasks, make_shard, config)
     ordered = [receipts[task["index"]] for task in tasks]
@@ -162,10 +154,10 @@ def prepare(config: PrepareConfig) -> Manifest:
         for warning in mask_warnings(counts, config.mask_from, config.mask_hole):
             logger.warning("%s", warning)
     report = write_report(out, ordered, facts, copies.kept, listed=len(keys), source=source, config=config, other=other)
-    manifest = _manifest(ordered, len(keys), config)
+    manifest = make_manifest(ordered, len(keys), config)
     if manifest.records == 0:
         raise MissingInput(
-            f"none of the {len(keys)} images in {redact(config.source)} can be used: {_by_reason(manifest.drops)}; "
+            f"none of the {len(keys)} images in {redact(config.source)} can be used: {by_reason(manifest.drops)}; "
             f"each one's reason is in {redact(out)}/quarantine.jsonl"
         )
     write_atomic(join(out, MANIFEST_NAME), manifest.to_json().encode())
@@ -176,7 +168,7 @@ def prepare(config: PrepareConfig) -> Manifest:
         manifest.images_used,
         len(manifest.shards),
         sum(manifest.drops.values()),
-        f" ({_by_reason(manifest.drops)})" if manifest.drops else "",
+        f" ({by_reason(manifest.drops)})" if manifest.drops else "",
         manifest.digest,
     )
     logger.info("what was found and left out, with pictures: %s", redact(report))
@@ -217,38 +209,6 @@ def _check_count(keys: Sequence[str], source: Source, out: str, config: PrepareC
             "allow_count_difference goes on with what is there",
             report=values,
         )
-
-
-def _shard_tasks(
-    keys: Sequence[str], source: Source, config: PrepareConfig, masks: OwnMasks | None = None
-) -> list[dict[str, Any]]:
-    """Consecutive slices of the keys; `inputs` identifies what a shard is made of."""
-    settings = json.dumps([SCHEMA_VERSION, config.settings()], sort_keys=True)
-    tasks = []
-    for index, start in enumerate(range(0, len(keys), config.images_per_shard)):
-        part = list(keys[start : start + config.images_per_shard])
-        labels = [source.label(key) for key in part]
-        made_of = [settings, part] if set(labels) == {None} else [settings, part, labels]
-        if masks is not None:
-            made_of = [*made_of, masks.made_of(part)]
-        inputs = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-        tasks.append({"index": index, "keys": part, "inputs": inputs})
-    return tasks
-
-
-def _finished(out: str, tasks: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Receipts, by shard number, of the shards that are there and made of the same inputs."""
-    there = set(list_files(out))
-
-    def receipt_of(task: dict[str, Any]) -> dict[str, Any] | None:
-        if not {_file(task["index"], "json"), facts_file(task["index"])} <= there:
-            return None
-        receipt = json.loads(read_bytes(join(out, _file(task["index"], "json"))))
-        whole = receipt["rows"] == 0 or size(join(out, receipt["file"])) == receipt["size"]
-        return receipt if whole and receipt["inputs"] == task["inputs"] else None
-
-    with ThreadPoolExecutor(16) as pool:
-        return {receipt["index"]: receipt for receipt in pool.map(receipt_of, tasks) if receipt}
 
 
 def _run(todo: Sequence[dict[str, Any]], function: Callable[[dict[str, Any]], pa.Table]) -> Iterator[dict[str, Any]]:
@@ -312,7 +272,7 @@ def _write_shard(table: pa.Table, receipt: dict[str, Any], out: str, config: Pre
         use_dictionary=False,
     )
     data = sink.getvalue().to_pybytes()
-    file = _file(receipt["index"], "parquet")
+    file = shard_file(receipt["index"], "parquet")
     if len(table):
         write_atomic(join(out, file), data)
     else:
@@ -329,13 +289,8 @@ def _write_shard(table: pa.Table, receipt: dict[str, Any], out: str, config: Pre
         "holes": summarise_holes(pc.list_flatten(table["hole_fraction"]).to_numpy()),
     }
     text = json.dumps(receipt, sort_keys=True)
-    write_atomic(join(out, _file(receipt["index"], "json")), text.encode())
+    write_atomic(join(out, shard_file(receipt["index"], "json")), text.encode())
     return pa.table({"receipt": [text]})
-
-
-def _with_copies(receipt: dict[str, Any], copies: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The receipt with these copies among its drops, in place of those that it has."""
-    return {**receipt, "drops": [drop for drop in receipt["drops"] if drop["reason"] not in SET_WIDE] + list(copies)}
 
 
 def _without_copies(
@@ -369,30 +324,12 @@ def _without_copies(
     return {**receipts, **{receipt["index"]: receipt for receipt in _run(filtering, filter_shard)}}
 
 
-def _file(index: int, ending: str) -> str:
-    return f"shards/{index:05d}.{ending}"
-
-
-def _manifest(receipts: Sequence[dict[str, Any]], listed: int, config: PrepareConfig) -> Manifest:
-    names = [field.name for field in dataclasses.fields(Shard)]
-    drops = _count_drops(receipts)
-    return Manifest(
-        settings=config.settings(),
-        shards=[Shard(**{name: receipt[name] for name in names}) for receipt in receipts if receipt["rows"]],
-        images_listed=listed,
-        images_used=listed - sum(drops.values()),
-        drops=drops,
-        records=sum(receipt["rows"] for receipt in receipts),
-        row_group_rows=config.row_group_rows,
-    )
-
-
 def _check_drops(
     receipts: dict[int, dict[str, Any]], listed: int, source: Source, config: PrepareConfig, other: Facts | None = None
 ) -> None:
     """Write the quarantine once it is whole, or as soon as it is too long, and then stop the job."""
     out = absolute(config.out)
-    drops = _count_drops(list(receipts.values()))
+    drops = count_drops(list(receipts.values()))
     bad = sum(drops.values())
     too_many = bad > config.max_bad_fraction * listed
     ordered = [receipt for _, receipt in sorted(receipts.items())]
@@ -404,18 +341,10 @@ def _check_drops(
         report = write_report(out, ordered, facts, [], listed=listed, source=source, config=config, other=other)
         raise TooManyBadImages(
             f"{bad} of {listed} images cannot be used, more than max_bad_fraction={config.max_bad_fraction:g} allows: "
-            f"{_by_reason(drops)}; each one's reason is in {redact(out)}/quarantine.jsonl, pictures are in "
+            f"{by_reason(drops)}; each one's reason is in {redact(out)}/quarantine.jsonl, pictures are in "
             f"{redact(report)}",
             reasons=drops,
         )
-
-
-def _count_drops(receipts: Sequence[dict[str, Any]]) -> dict[str, int]:
-    return dict(sorted(Counter(drop["reason"] for receipt in receipts for drop in receipt["drops"]).items()))
-
-
-def _by_reason(drops: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in drops.items())
 
 
 class _Progress:
