@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.data.copies import SET_WIDE, facts_file
+from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.schema import Manifest, Shard
-from pipeline.storage import join, list_files, read_bytes, size
+from pipeline.storage import join, read_bytes
 
-if TYPE_CHECKING:
-    from pipeline.data.prepare import PrepareConfig
+KINDS = ("json", "parquet")
+"""Endings of a shard's two files: the receipt, the shard."""
 
 
 def shard_file(index: int, ending: str) -> str:
@@ -26,19 +27,27 @@ def shard_file(index: int, ending: str) -> str:
     return f"shards/{index:05d}.{ending}"
 
 
-def read_receipts(out: str, tasks: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Receipts, by shard number, of the shards that are there and made of the same inputs."""
-    there = set(list_files(out))
+def read_receipts(out: str, inputs: Mapping[int, str], there: Mapping[str, int]) -> dict[int, dict[str, Any]]:
+    """Receipts, by shard number, of the shards that are whole and made of the same *inputs*.
 
-    def receipt_of(task: dict[str, Any]) -> dict[str, Any] | None:
-        if not {shard_file(task["index"], "json"), facts_file(task["index"])} <= there:
+    *there*: the files of the set and their bytes.
+    """
+
+    def receipt_of(index: int) -> dict[str, Any] | None:
+        if not {shard_file(index, "json"), facts_file(index)} <= there.keys():
             return None
-        receipt: dict[str, Any] = json.loads(read_bytes(join(out, shard_file(task["index"], "json"))))
-        whole = receipt["rows"] == 0 or size(join(out, receipt["file"])) == receipt["size"]
-        return receipt if whole and receipt["inputs"] == task["inputs"] else None
+        receipt: dict[str, Any] = json.loads(read_bytes(join(out, shard_file(index, "json"))))
+        whole = there.get(receipt["file"]) == (receipt["size"] if receipt["rows"] else None)
+        return receipt if whole and receipt["inputs"] == inputs[index] else None
 
     with ThreadPoolExecutor(16) as pool:
-        return {receipt["index"]: receipt for receipt in pool.map(receipt_of, tasks) if receipt}
+        return {receipt["index"]: receipt for receipt in pool.map(receipt_of, inputs) if receipt}
+
+
+def unplanned_files(there: Iterable[str], indices: Iterable[int]) -> list[str]:
+    """Those files of the set that belong to none of the shards with these numbers."""
+    planned = {file for index in indices for file in (*(shard_file(index, kind) for kind in KINDS), facts_file(index))}
+    return sorted(file for file in there if file.startswith(("shards/", "facts/")) and file not in planned)
 
 
 def with_copies(receipt: dict[str, Any], copies: Sequence[dict[str, Any]]) -> dict[str, Any]:
