@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,10 +113,12 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     """Run `main(argv)` as a program: logging to stderr, errors as one line, exit code.
 
     Exit code 1 with one line for `TMADError` and `ValueError`, with the traceback for anything unexpected or with
-    `--debug`; 130 after Ctrl-C.
+    `--debug`; 130 after Ctrl-C. SIGTERM ends it as Ctrl-C does, so that what a job holds is released, with code 143
+    (another once Ray, which has a handler of its own, was started).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         code = main(arguments)
     except KeyboardInterrupt:
@@ -127,6 +130,8 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         else:
             log.error("%s", one_line(error))
         sys.exit(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code or 0)
 
 

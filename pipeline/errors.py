@@ -48,6 +48,15 @@ class WrongCount(TMADError):
     """A collection does not hold the images that its partition has; `details["report"]` has the numbers."""
 
 
+class FolderInUse(TMADError):
+    """Another job writes to the same folder, or took it over while this one gave no sign of life; `details["holder"]`
+    says who."""
+
+
+class VanishedImages(TMADError):
+    """Images that a prepared set was made of are no longer in its source; `details["keys"]` names them."""
+
+
 class UnfinishedSet(TMADError):
     """A prepared set whose manifest was never written: its preparation was stopped and has to be run again."""
 

@@ -40,6 +40,7 @@ PART_BYTES = 32 * 2**20
 _PART_READERS = 4
 _WRITE_PART_BYTES = 50 * 2**20  # s3fs writes larger files in parts of this size
 _MAX_PAUSE_S = 20.0
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # as `write_atomic` names them
 
 _SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY",
@@ -229,13 +230,16 @@ def fingerprint(uri: str) -> str:
     return str(_guard(uri, "look up", lambda: fs.ukey(path)))
 
 
-def write_atomic(uri: str, data: bytes) -> None:
+def write_atomic(uri: str, data: bytes, *, ready: Callable[[], None] | None = None) -> None:
     """Write the file wholly or not at all, replacing an older one; folders are made.
 
-    Local: a temporary file in the same folder, flushed to disk, then renamed. Object stores: a single put.
+    Local: a temporary file in the same folder, flushed to disk, then renamed. Object stores: a single put. *ready* is
+    called before the renaming, or the put, and may stop it with an error.
     """
     fs, path = file_system(uri)
+    ready = ready or (lambda: None)
     if not isinstance(fs, LocalFileSystem):
+        ready()
         parts = 1 + len(data) // _WRITE_PART_BYTES
         _guard(uri, "write", lambda: fs.pipe_file(path, data, **_bounded(fs, parts)))
         return
@@ -249,12 +253,52 @@ def write_atomic(uri: str, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            ready()
             os.replace(temporary, path)
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
 
     _guard(uri, "write", write)
+
+
+def remove_temporary(uri: str) -> None:
+    """Delete what writers to the local folder *uri* have left that were killed; remote storage keeps nothing of theirs.
+    A writer that is only stopped fails when it goes on."""
+    if is_remote(uri):
+        return
+    for folder, _, names in os.walk(absolute(uri)):
+        for name in filter(_TEMPORARY.fullmatch, names):
+            remove(os.path.join(folder, name))
+
+
+def create(uri: str, data: bytes) -> bool:
+    """Write the file if there is none, and say whether it was written; folders are made.
+
+    Of several writers at once one succeeds on local file systems, and on S3 where the server honours `If-None-Match`.
+    Elsewhere each may believe that it did, and one of their files stays.
+    """
+    fs, path = file_system(uri)
+
+    def attempt() -> bool:
+        try:
+            if isinstance(fs, LocalFileSystem):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "xb") as file:
+                    file.write(data)
+            else:
+                fs.pipe_file(path, data, mode="create", **_bounded(fs))
+        except FileExistsError:
+            return False
+        except Exception as error:
+            if s3.error_code(error) == "ConditionalRequestConflict":
+                return False
+            if s3.error_code(error) != "NotImplemented":
+                raise
+            fs.pipe_file(path, data, **_bounded(fs))
+        return True
+
+    return _guard(uri, "write", attempt)
 
 
 def remove(uri: str) -> None:
@@ -264,6 +308,16 @@ def remove(uri: str) -> None:
         _guard(uri, "delete", lambda: fs.rm_file(path, **_bounded(fs)))
     except MissingInput:
         return
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Bytes of every file below the folder *uri* by its key, by one listing, hidden ones left out; none if there is no
+    such folder."""
+    fs, path = file_system(uri)
+    root = path.rstrip("/") + "/"
+    found = _guard(uri, "list", lambda: fs.find(path, detail=True))
+    keys = {name[len(root) :]: int(info["size"]) for name, info in found.items() if name.startswith(root)}
+    return {key: size for key, size in keys.items() if not _is_hidden(key)}
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
@@ -282,8 +336,12 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
             raise MissingInput(f"there is no folder {redact(uri)}")
         if _guard(uri, "look up", lambda: fs.isfile(path)):
             raise MissingInput(f"{redact(uri)} is a file; a folder is needed here")
-    visible = (key for key in keys if not any(part.startswith(".") for part in key.split("/")))
+    visible = (key for key in keys if not _is_hidden(key))
     return sorted(key for key in visible if not suffixes or key.lower().endswith(tuple(suffixes)))
+
+
+def _is_hidden(key: str) -> bool:
+    return any(part.startswith(".") for part in key.split("/"))
 
 
 def local_copy(uri: str) -> Path:

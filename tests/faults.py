@@ -38,7 +38,7 @@ FOR_EVER = 10**9
 class Fault:
     """What happens to the next *times* requests that match *method* and *target*, a pattern searched in path?query."""
 
-    kind: Literal["answer", "reset", "hang", "delay", "truncate", "vanish"]
+    kind: Literal["answer", "reset", "swallow", "hang", "delay", "truncate", "vanish"]
     method: str
     target: str
     times: int
@@ -96,6 +96,10 @@ class FaultyProxy:
     def reset(self, *, method: str = ".*", target: str = "", times: int = FOR_EVER) -> None:
         """Read the request, then reset the connection."""
         self._add(Fault("reset", method, target, times))
+
+    def swallow(self, *, method: str = ".*", target: str = "", times: int = FOR_EVER) -> None:
+        """Hand the request on, then reset the connection instead of answering."""
+        self._add(Fault("swallow", method, target, times))
 
     def hang(self, *, method: str = ".*", target: str = "", times: int = FOR_EVER) -> None:
         """Read the request and never answer."""
@@ -198,6 +202,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))]
             return self._send(STATUS_OF[fault.code], headers, text.encode())
         status, headers, answer = self._forward(body)
+        if fault is not None and fault.kind == "swallow":
+            return self._reset()
         if self.command == "GET":
             proxy.listed(self.path, self.headers.get("Authorization") or "", answer)
         if fault is not None and fault.kind == "truncate" and len(answer) > fault.after:

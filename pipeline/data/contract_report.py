@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,15 +19,13 @@ from PIL import Image
 from pipeline.data.contract import join_holes, polarity_warning
 from pipeline.data.copies import Facts
 from pipeline.data.own_masks import join_counts, mask_warnings
+from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.schema import Record, open_shard, set_folder
 from pipeline.data.sources.base import Source
 from pipeline.errors import TMADError
 from pipeline.report import Report
-from pipeline.storage import absolute, exists, join, read_bytes, write_atomic
+from pipeline.storage import absolute, exists, join, read_bytes, remove, write_atomic
 from tmad.images import UnreadableImage, decode_rgb
-
-if TYPE_CHECKING:
-    from pipeline.data.prepare import PrepareConfig
 
 SHOWN = 24
 """Pictures shown for each reason."""
@@ -78,8 +76,9 @@ def write_report(
     findings = summarise(receipts, facts, kept_copies, listed=listed, settings=config.settings())
     text = (json.dumps(findings, indent=2) + "\n").encode()
     numbers, page = join(out, "report.json"), join(out, "report.html")
-    # The page is written first, so beside the same numbers lies the page that belongs to them.
+    # Numbers are removed first and written last, so beside them lies the page that belongs to them.
     if not (exists(page) and exists(numbers) and read_bytes(numbers) == text):
+        remove(numbers)
         _page(findings, _Pictures(out, receipts, source, config, other)).write(page)
         write_atomic(numbers, text)
     return page

@@ -1,7 +1,7 @@
 """Images that are there twice, in a set or in two sets: found by sorting, for any number of images.
 
-Of copies the first in the order of the source stays, in a folder the first by key. 24 bytes an image are compared
-(digest and perceptual hash), and nothing is decoded again.
+Of copies the first in the order of the set stays: that of the source, with what came later at the end. 24 bytes
+an image are compared (digest and perceptual hash), and nothing is decoded again.
 """
 
 from __future__ import annotations

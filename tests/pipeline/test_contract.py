@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import prepare as prepare_module
+from pipeline.data.claim import Claim
 from pipeline.data.contract import (
     NO_HASH,
     ContractConfig,
@@ -29,7 +30,7 @@ from pipeline.data.photograph import Photograph, open_photograph
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest, read_records
 from pipeline.demo.photographs import PHOTOGRAPHS, installed_file
-from pipeline.errors import MissingInput, SharedImages, TooManyBadImages, UnfinishedSet
+from pipeline.errors import MissingInput, SharedImages, TooManyBadImages, UnfinishedSet, VanishedImages
 from tests.conftest import make_photo
 from tmad.config import MemoryConfig
 from tmad.images import UnreadableImage, decode_image, to_rgb
@@ -243,16 +244,16 @@ def test_a_run_that_was_stopped_anywhere_is_completed_to_the_same_bytes(
 ) -> None:
     whole, out = photos.parent / "whole", photos.parent / "set"
     prepare(settings(photos, whole))
-    write = prepare_module.write_atomic
+    write = Claim.write
     left = iter(range(writes))
 
-    def until_stopped(uri: str, data: bytes) -> None:
+    def until_stopped(claim: Claim, key: str, data: bytes) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        write(uri, data)
+        write(claim, key, data)
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(prepare_module, "write_atomic", until_stopped)
+        stopped.setattr(Claim, "write", until_stopped)
         try:
             prepare(settings(photos, out))
         except KeyboardInterrupt:
@@ -268,15 +269,19 @@ def test_a_run_that_was_stopped_anywhere_is_completed_to_the_same_bytes(
 def test_a_copy_comes_back_when_what_it_is_a_copy_of_is_gone(one_process: None, photos: Path) -> None:
     out = photos.parent / "set"
     prepare(settings(photos, out))
-    (photos / "0.png").rename(photos / "00.png")
-    Image.fromarray(make_photo(50, 128, 160)).save(photos / "00.png")
-    manifest = prepare(settings(photos, out))
+    (photos / "0.png").unlink()
+    before = files_of(out)
+    with pytest.raises(VanishedImages, match=r"1 of the 11 images of .* no longer in .*: '0.png'; .*vanished=drop"):
+        prepare(settings(photos, out))
+    assert files_of(out) == before
+    manifest = prepare(settings(photos, out, vanished="drop"))
     assert manifest.drops == {"duplicate": 2}
     keys = [record.source["key"] for record in read_records(str(out))]
     assert "6-as-0.png" in keys
     assert "8-as-0.png" not in keys
-    prepare(settings(photos, photos.parent / "fresh"))
-    assert files_of(out) == files_of(photos.parent / "fresh")
+    changed = {name for name, data in files_of(out).items() if name.startswith("shards/") and data != before.get(name)}
+    # The shard that it was in, and the one whose copy came back and the other one that is a copy of that now.
+    assert changed == {f"shards/0000{number}.{kind}" for number in (0, 2) for kind in ("json", "parquet")}
 
 
 def test_images_of_the_training_set_are_left_out_of_validation(one_process: None, photos: Path, tmp_path: Path) -> None:

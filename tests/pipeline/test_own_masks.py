@@ -6,12 +6,14 @@ import io
 import json
 import logging
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import storage
 from pipeline.data import prepare as prepare_module
 from pipeline.data.own_masks import MaskReader, OwnMasks, open_masks, stem_of
 from pipeline.data.prepare import PrepareConfig, prepare
@@ -409,6 +411,33 @@ def test_a_bad_mask_of_a_list_is_passed_over_and_counted(photos, tmp_path, caplo
 
 
 # Always the same
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("mask_from", ["paired", "random"])
+def test_masks_and_images_of_object_storage_make_the_set_that_local_ones_make(
+    mask_from, faulty_cluster, bucket, photos, masks, tmp_path, monkeypatch
+):
+    changes = {"mask_from": mask_from, "masks_per_image": 2, "crops_per_image": 2}
+    places = {}
+    for name, folder in {"photos": photos, "masks": masks}.items():
+        places[name] = f"{bucket}/{name}"
+        storage.upload_folder(folder, places[name])
+    faulty_cluster.heal()
+    faulty_cluster.truncate(60, target=r"/masks/\w+/\w+\.png", times=2)
+    remote = prepare(settings(places["photos"], f"{bucket}/set", masks=places["masks"], **changes))
+    assert faulty_cluster.unspent() == 0
+    assert (remote.images_used, remote.drops) == (3, {})
+    in_this_process(monkeypatch)
+    local = prepare(settings(photos, tmp_path / "set", masks=masks, **changes))
+    assert (remote.shards, remote.digest) == (local.shards, local.digest)
+    for shard in local.shards:
+        assert storage.read_bytes(f"{bucket}/set/{shard.file}") == (tmp_path / "set" / shard.file).read_bytes()
+    gone = storage.list_files(places["masks"])[0]
+    faulty_cluster.answer("AccessDenied", target=re.escape(f"/masks/{gone}"))
+    if mask_from == "paired":
+        arguments = settings(places["photos"], f"{bucket}/other", masks=places["masks"], **changes, max_bad_fraction=1)
+        assert prepare(arguments).drops == {"unreadable": 1}
 
 
 @pytest.mark.ray

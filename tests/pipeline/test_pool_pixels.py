@@ -59,7 +59,7 @@ def test_pixels_are_the_windows_of_the_stored_crop(sets, photo_folder):
             assert np.array_equal(record.patches(variant), expected.numpy())
     # Not those of the photograph, which the crop's JPEG is not equal to.
     original = to_rgb(decode_image((photo_folder / records[0].source["key"]).read_bytes()))
-    assert not np.array_equal(crop_scaled(original, short_side=64, top=0, left=0, size=64), records[0].pixels())
+    assert not np.array_equal(crop_scaled(original, scaled=(64, 64), top=0, left=0, size=64), records[0].pixels())
 
 
 def test_sets_differ_in_this_column_alone(sets):

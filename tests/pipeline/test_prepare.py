@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import prepare as prepare_module
+from pipeline.data.claim import claim_folder
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.records import RecordConfig, make_records
 from pipeline.data.schema import RECORD_SCHEMA, pack_mask, read_manifest, read_records, unpack_mask
@@ -320,14 +321,13 @@ def test_a_source_without_one_usable_image_is_an_error(ray_session, tmp_path):
 
 
 def test_an_image_that_vanishes_after_it_was_listed_is_left_out(tmp_path):
-    (tmp_path / "shards").mkdir()
-
     class Vanishing:
         def read(self, key):
             raise MissingInput(f"cannot read {key}: it is not there")
 
     task = {"index": 0, "keys": ["a.png"], "inputs": "x"}
-    table = prepare_module._make_shard(task, source=Vanishing(), out=str(tmp_path), config=settings("x", tmp_path))
+    with claim_folder(str(tmp_path)) as claim:
+        table = prepare_module._make_shard(task, source=Vanishing(), claim=claim, config=settings("x", tmp_path))
     drop = json.loads(table["receipt"][0].as_py())["drops"][0]
     assert drop == {"key": "a.png", "reason": "missing", "detail": "cannot read a.png: it is not there", "bytes": 0}
 

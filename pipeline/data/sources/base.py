@@ -30,6 +30,10 @@ class Source(Protocol):
         """The class that the collection gives the image, none if it gives none."""
         ...
 
+    def labels(self, keys: pa.Array) -> pa.Array:
+        """The classes of many images, int64, null where there is none."""
+        ...
+
 
 class Index:
     """Keys with a few whole numbers each, sorted by key and found by bisection.
@@ -64,6 +68,13 @@ class Index:
             return None
         place = self.find(key)
         return None if place is None else place["label"]
+
+    def labels(self, keys: pa.Array) -> pa.Array:
+        """The numbers of *keys* in the column `label`, int64, null for those that have none or are not there."""
+        if self.table["label"].null_count == len(self):
+            return pa.nulls(len(keys), pa.int64())
+        rows = pc.index_in(keys, value_set=self.table["key"].combine_chunks())
+        return self.table["label"].combine_chunks().take(rows)
 
     def repeated(self) -> np.ndarray:
         """Rows of the table whose key is also that of the row before."""

@@ -56,6 +56,11 @@ class KeyList:
         own = self._index.label(key)
         return self.root.label(key) if own is None else own
 
+    def labels(self, keys: pa.Array) -> pa.Array:
+        """Those of `label`, all at once."""
+        own = self._index.labels(keys)
+        return pc.coalesce(own, self.root.labels(keys)) if own.null_count else own
+
     def compare_with_root(self) -> tuple[list[str], list[str]]:
         """Keys of the list that *root* does not hold, and keys of *root* that the list does not name."""
         mine, theirs = self._index.table["key"], pa.array(self.root.keys(), pa.large_string())

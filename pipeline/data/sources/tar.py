@@ -75,6 +75,10 @@ class TarShards:
         """The whole number in the `.cls` of its sample."""
         return self._index.label(key)
 
+    def labels(self, keys: pa.Array) -> pa.Array:
+        """Those of `label`, all at once."""
+        return self._index.labels(keys)
+
     @property
     def _uris(self) -> Sequence[str]:
         return [join(self.uri, file) for file in self.files] if self.files else [self.uri]

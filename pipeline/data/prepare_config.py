@@ -1,0 +1,73 @@
+"""What a preparation is asked for: where from, where to, and everything that decides what the set holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from pipeline.data.claim import EXPIRY_S
+from pipeline.data.collection import CollectionConfig
+from pipeline.data.contract import ContractConfig
+from pipeline.data.pool_pixels import check_group_bytes
+from pipeline.data.records import RecordConfig
+from pipeline.data.schema import set_folder
+from pipeline.data.sources.partitions import PartitionName
+from pipeline.storage import absolute, redact
+from tmad.config import STRICT, PositiveFloat
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
+    """Preparation of a data set: where from, where to, how it is cut into shards."""
+
+    source: str
+    """Path or fsspec URI: folder with images at any depth, tar file (ARCHIVE.tar/FOLDER: a folder in it) or folder of
+    tar files, Parquet file or folder of those, or text list of keys."""
+    out: str
+    """Folder of the prepared set: a path or any fsspec URI."""
+    label_column: str | None = None
+    """Column of a Parquet source with whole numbers that are kept as labels; none = no labels."""
+    pool_pixels: bool = False
+    """Keep the pixels of the memory's windows beside their coordinates, for readers outside this project: about 300 kB
+    more a hole, none of which training reads."""
+    expect: PartitionName | None = None
+    """Official partition that the source should be: its number of images and, for a list, the presence of each are
+    checked and reported in source_report.json."""
+    allow_count_difference: bool = False
+    """Go on, with a warning, where the source is not what expect says."""
+    vanished: Literal["stop", "drop"] = "stop"
+    """What becomes of images that the set was made of and that the source no longer has: the job stops, or their shards
+    are made again without them."""
+    claim_expiry_s: PositiveFloat = EXPIRY_S
+    """Seconds without a sign of life after which another job may take the folder over from this one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pool_pixels:
+            check_group_bytes(
+                rows=self.row_group_rows,
+                variants=self.masks_per_image,
+                pool_size=self.memory.pool_size,
+                patch_size=self.patch_size,
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the content of the set, for the manifest and for comparison with an earlier run."""
+        values = dataclasses.asdict(self)
+        for name in ("out", "max_bad_fraction", "expect", "allow_count_difference", "vanished", "claim_expiry_s"):
+            del values[name]
+        for name in ("source", "root", "masks"):
+            values[name] = redact(absolute(values[name])) if values[name] else None
+        values["against"] = redact(set_folder(absolute(self.against))) if self.against else None
+        # Settings that not every set has stand only where they are given: the other sets keep their identity.
+        for name in ("root", "image_column", "key_column", "label_column", "masks", "mask_column", "against"):
+            if values[name] is None:
+                del values[name]
+        for name in ("mask_from", "mask_hole") if self.mask_from == "family" else ("mask",):
+            del values[name]
+        if not self.pool_pixels:
+            del values["pool_pixels"]
+        return json.loads(json.dumps(values))

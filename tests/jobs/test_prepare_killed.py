@@ -1,0 +1,253 @@
+"""jobs/prepare.py killed at random moments, stopped, and started twice: real processes, Ray included.
+
+Every kind of source is killed once and completed; `TMAD_SOAK_S=300` goes on for so many seconds, killing the same job
+several times, each round with another seed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline import storage
+from pipeline.data.claim import CLAIM_NAME
+from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.data.schema import MANIFEST_NAME
+from tests.conftest import RAY_ENVIRONMENT, ROOT
+from tests.pipeline.test_contract import run_here
+from tests.pipeline.test_plan import photo, write
+from tmad.config import MemoryConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+SETTINGS = {"crop_size": 64, "patch_size": 16, "images_per_shard": 2, "max_bad_fraction": 0.9}
+PHOTOS = {f"{number:02d}.png": photo(number) for number in range(12)}
+PHOTOS |= {f"copy-{number}.png": PHOTOS[f"{number:02d}.png"] for number in (1, 4, 7, 8)}
+PHOTOS |= {"broken.png": PHOTOS["00.png"][:900], "d.png": photo(20), "e.png": photo(21)}
+SHARDS = -(-len(PHOTOS) // SETTINGS["images_per_shard"])
+KINDS = ["tree", "tar", "parquet", "list", "tree on s3"]
+SOAK_S = float(os.environ.get("TMAD_SOAK_S", 0))
+
+Moment = Callable[[], bool]
+
+
+class Job:
+    """jobs/prepare.py in a session of its own."""
+
+    def __init__(self, log: Path, arguments: dict[str, str], out: str, **more: object) -> None:
+        options = {**SETTINGS, **arguments, "out": out, **more, "memory.pool_size": 12}
+        named = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        command = [sys.executable, ROOT / "jobs" / "prepare.py", *named]
+        self.log, self.out = log, out
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, env={**os.environ, **RAY_ENVIRONMENT}, start_new_session=True
+            )
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to all processes of the session: Ray's workers have process groups of their own."""
+        session = self.process.pid
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
+                    os.kill(int(entry.name), number)
+            except ProcessLookupError:
+                continue
+
+    def kill(self) -> None:
+        """Kill all of it; the parent first, so that it can say nothing more."""
+        self.process.kill()
+        self.send(signal.SIGKILL)
+        self.process.wait()
+
+    def wait_for(self, moment: Moment) -> bool:
+        """True when *moment* has come, false if the job ended before it."""
+        while not moment():
+            if self.process.poll() is not None:
+                return False
+            time.sleep(0.002)
+        return True
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and what it said."""
+        code = self.process.wait(timeout=240)
+        return code, self.log.read_text()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def begin(arguments: dict[str, str], out: str, **more: object) -> Job:
+        jobs.append(Job(tmp_path / f"log-{len(jobs)}", arguments, out, **more))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+
+
+def content(folder: str) -> dict[str, bytes]:
+    """All files, hidden ones too where the folder is local."""
+    if storage.is_remote(folder):
+        return {key: storage.read_bytes(storage.join(folder, key)) for key in storage.list_files(folder)}
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def source(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], tuple[dict[str, str], str]]:
+    """Settings that name a source of this kind, and a folder beside it."""
+
+    def make(kind: str) -> tuple[dict[str, str], str]:
+        folder = tmp_path / kind.replace(" ", "-")
+        if kind == "tree on s3":
+            place = f"{request.getfixturevalue('bucket')}/{folder.name}"
+            for key, data in PHOTOS.items():
+                storage.write_atomic(f"{place}/photos/{key}", data)
+            return {"source": f"{place}/photos"}, place
+        arguments = write(kind, folder, [PHOTOS])
+        return arguments, str(folder)
+
+    return make
+
+
+def in_one_go(arguments: dict[str, str], out: str) -> dict[str, bytes]:
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        prepare(PrepareConfig(**{**SETTINGS, **arguments, "memory": MemoryConfig(pool_size=12)}, out=out))
+    return content(out)
+
+
+def moments(out: str, rng: random.Random) -> list[tuple[str, Moment]]:
+    """When to kill: at the n-th file, after the last shard, in the midst of leaving copies out, before the manifest."""
+
+    def files() -> set[str]:
+        return storage.file_sizes(out).keys()
+
+    count, copies, pause = rng.randrange(1, 3 * SHARDS), rng.randrange(4), rng.uniform(0, 0.1)
+    first: dict[str, float] = {}
+
+    def after(name: str, seconds: float, found: bool) -> bool:
+        if found:
+            first.setdefault(name, time.monotonic())
+        return name in first and time.monotonic() >= first[name] + seconds
+
+    def receipts() -> int:
+        return sum(name.startswith("shards/") and name.endswith(".json") for name in files())
+
+    def filtered() -> int:
+        # A shard whose images are all left out, or all unreadable, has no file.
+        return receipts() - sum(name.startswith("shards/") and name.endswith(".parquet") for name in files())
+
+    return [
+        (f"file {count}", lambda: len(files()) >= count),
+        (f"{pause:.3f} s after the last shard", lambda: after("shards", pause, receipts() == SHARDS)),
+        (f"after {copies} copies", lambda: receipts() == SHARDS and (filtered() >= copies or "report.html" in files())),
+        ("the quarantine", lambda: "quarantine.jsonl" in files()),
+        ("the report", lambda: "report.html" in files() or MANIFEST_NAME in files()),
+    ]
+
+
+def kill_until_done(start, arguments: dict[str, str], out: str, rng: random.Random, first: int) -> list[str]:
+    """Run and kill, the first time at the moment number *first*, until a run ends by itself; the moments."""
+    killed = []
+    for round_ in range(20):
+        job = start(arguments, out)
+        name, moment = moments(out, rng)[first] if round_ == 0 else rng.choice(moments(out, rng))
+        enough = round_ > 0 and (not SOAK_S or rng.random() < 0.3)
+        if enough or not job.wait_for(moment):
+            code, said = job.end()
+            assert code == 0, (out, killed, said)
+            return killed
+        job.kill()
+        killed.append(name)
+    pytest.fail(f"not done after {killed}")
+
+
+def test_a_job_that_is_killed_again_and_again_leaves_what_one_in_one_go_leaves(start, source, ray_free_slots, capsys):
+    places = {kind: source(kind) for kind in KINDS}
+    whole = {kind: in_one_go(arguments, f"{place}/whole") for kind, (arguments, place) in places.items()}
+    for files in whole.values():
+        assert {MANIFEST_NAME, "quarantine.jsonl", "report.json", "report.html", "plan.parquet"} <= files.keys()
+        assert files["quarantine.jsonl"].count(b'"duplicate"') == 4
+        assert files["quarantine.jsonl"].count(b'"truncated"') == 1
+
+    def attempt(number: int) -> tuple[str, list[str]]:
+        kind, seed = KINDS[number % len(KINDS)], number
+        arguments, place = places[kind]
+        out = f"{place}/set-{number}"
+        killed = kill_until_done(start, arguments, out, random.Random(seed), number % 5)
+        files = content(out)
+        assert files.keys() == whole[kind].keys(), (kind, killed)
+        assert [name for name in files if files[name] != whole[kind][name]] == [], (kind, killed)
+        if not storage.is_remote(out):
+            shutil.rmtree(out)
+        return kind, killed
+
+    end = time.monotonic() + SOAK_S
+    number = 0
+    while number == 0 or time.monotonic() < end:
+        with ThreadPoolExecutor(ray_free_slots) as pool:
+            done = list(pool.map(attempt, range(number, number + len(KINDS))))
+        number += len(KINDS)
+        if SOAK_S:
+            with capsys.disabled():
+                print(number, *done, sep="\n  ")
+
+
+@pytest.fixture
+def ray_free_slots() -> int:
+    """Embedded Rays that run side by side."""
+    return max(2, (os.cpu_count() or 2) // 2)
+
+
+@pytest.mark.parametrize("kind", ["tree", "tree on s3"])
+def test_a_second_job_on_one_output_ends_at_once_and_the_first_is_undisturbed(kind, start, source):
+    arguments, place = source(kind)
+    out = f"{place}/set"
+    jobs = [start(arguments, out) for _ in range(2)]
+    ends = sorted(job.end() for job in jobs)
+    assert [code for code, _ in ends] == [0, 1], ends
+    assert f"another job writes to {out}: process " in ends[1][1]
+    assert "Traceback" not in ends[1][1]
+    assert content(out) == in_one_go(arguments, f"{place}/whole")
+
+
+def test_a_job_that_was_stopped_for_too_long_ends_without_harm_to_the_one_that_took_over(start, source):
+    arguments, place = source("tree")
+    out = f"{place}/set"
+    first = start(arguments, out, claim_expiry_s=2)
+    assert first.wait_for(lambda: "shards/00002.json" in storage.file_sizes(out))
+    first.send(signal.SIGSTOP)
+    second = start(arguments, out)
+    code, said = second.end()
+    assert code == 0, said
+    assert "it is taken over if it gives none within" in said
+    whole = in_one_go(arguments, f"{place}/whole")
+    assert content(out) == whole
+    first.send(signal.SIGCONT)
+    code, said = first.end()
+    assert code == 1
+    assert f"{CLAIM_NAME} is gone; this job gave no sign of life for too long" in said
+    assert content(out) == whole
+
+
+def test_a_job_that_is_ended_politely_leaves_no_claim(start, source):
+    arguments, place = source("tree")
+    out = f"{place}/set"
+    job = start(arguments, out)
+    assert job.wait_for(lambda: "shards/00002.json" in storage.file_sizes(out))
+    job.process.terminate()
+    assert job.end()[0] != 0
+    assert CLAIM_NAME not in storage.file_sizes(out)
