@@ -13,7 +13,8 @@ Examples:
 
 A source is a folder of images, tar files, Parquet files or a text list of keys: docs/bring-your-own-data.md.
 Stopped at any moment, the same command goes on where it was; new images extend the set. An image that cannot be used,
-or is there twice, is left out and listed with its reason in quarantine.jsonl; report.html shows them (docs/data-contract.md).
+or is there twice, is left out and listed with its reason in quarantine.jsonl; report.html shows them
+(docs/data-contract.md).
 """
 
 from __future__ import annotations
