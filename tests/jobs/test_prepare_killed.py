@@ -70,7 +70,7 @@ class Job:
                 stdout=file,
                 stderr=file,
                 cwd=ROOT,
-                env={**os.environ, **RAY_ENVIRONMENT},
+                env=environment,
                 start_new_session=True,
             )
 
