@@ -191,6 +191,10 @@ def test_a_finished_set_is_recognised_without_a_look_at_its_images(tmp_path, mon
         (out / lost).unlink()
         prepare(config("tree", tmp_path, [FIRST, SECOND], out))
         assert (out / lost).read_bytes() == content, lost
+    whole = (out / "manifest.json").read_bytes()
+    (out / "manifest.json").write_bytes(whole.replace(b'"rows": 3', b'"rows": 2'))
+    prepare(config("tree", tmp_path, [FIRST, SECOND], out))
+    assert (out / "manifest.json").read_bytes() == whole
 
 
 def test_a_finished_set_is_compared_anew_with_the_one_it_is_held_against(tmp_path):
