@@ -154,7 +154,7 @@ def preparation(
 
 
 def pillow_loop(file: Path) -> int:
-    """The least that preparation can do with a photograph, written with Pillow; returns the length of the crop's file."""
+    """The least that preparation can do with a photograph, written with Pillow; returns the file's length."""
     image = Image.open(file).convert("RGB")
     side = min(image.size)
     buffer = io.BytesIO()
@@ -164,7 +164,12 @@ def pillow_loop(file: Path) -> int:
 
 def own_loop(file: Path) -> int:
     """The same with the functions that preparation uses."""
-    photograph = open_photograph(file.read_bytes(), short_side=CROP)
+    return crop_encoded(file.read_bytes())
+
+
+def crop_encoded(data: bytes) -> int:
+    """Decode, crop and encode the file *data*; returns the crop's length in bytes."""
+    photograph = open_photograph(data, short_side=CROP)
     scaled = scaled_size(photograph.height, photograph.width, CROP)
     return len(simplejpeg.encode_jpeg(crop_scaled(photograph.rgb, scaled=scaled, top=0, left=0, size=CROP), 95))
 

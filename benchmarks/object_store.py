@@ -45,7 +45,7 @@ class Meter:
         self._add(f"{bucket} {kind}", f"{bucket} bytes in", int(environ.get("CONTENT_LENGTH") or 0))
 
         def started(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
-            length = dict((name.lower(), value) for name, value in headers).get("content-length", "0")
+            length = {name.lower(): value for name, value in headers}.get("content-length", "0")
             if environ["REQUEST_METHOD"] != "HEAD":
                 self._add("", f"{bucket} bytes out", int(length))
             return start_response(status, headers, *more)
@@ -123,12 +123,14 @@ def running(folder: Path) -> Iterator[ObjectStore]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    os.environ |= {
+    settings = {
         "AWS_ENDPOINT_URL": address,
         "AWS_ACCESS_KEY_ID": "benchmark",
         "AWS_SECRET_ACCESS_KEY": "not-a-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     log = folder / "object-store.log"
     command = [sys.executable, "-m", "benchmarks.object_store", str(port)]
     root = Path(__file__).resolve().parent.parent
@@ -139,6 +141,8 @@ def running(folder: Path) -> Iterator[ObjectStore]:
             yield store
         finally:
             server.terminate()
+            for name, value in before.items():
+                os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
 def _wait(store: ObjectStore, server: subprocess.Popen[bytes], log: Path) -> None:

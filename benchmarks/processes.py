@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import ray
 from ray._private.internal_api import get_state_from_address, node_stats
+from ray._raylet import Config
 
 SAMPLE_S = 0.25
 """Seconds between two looks."""
@@ -42,7 +44,7 @@ class Usage:
     store_peak: int = 0
     """Largest number of bytes in Ray's object store at one look."""
     spilled: int = 0
-    """Bytes that Ray wrote to disk because the store was full."""
+    """Bytes for which the store had no room: spilled to disk, and laid out there from the start."""
     processor_s: float = 0.0
     """Processor time of all processes, as far as the last look saw it."""
     wall_s: float = 0.0
@@ -95,16 +97,27 @@ class Watch:
         self.usage.store_looks += 1
 
 
-def run_watched(command: Sequence[str], *, log: Path, may_fail: bool = False) -> Usage:
-    """Run *command* and watch it until it ends. Raises `RuntimeError` with the end of *log* if it fails."""
+def share_token() -> None:
+    """Give this process, and those that it starts, one new token for their Rays, so that it may ask a job's store.
+
+    Before Ray is started or joined.
+    """
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    Config.initialize("")  # Ray looked at the environment when it was imported
+
+
+def run_watched(command: Sequence[str], *, log: Path, cwd: Path | None = None, may_fail: bool = False) -> Usage:
+    """Run *command* in *cwd* and watch it until it ends. Raises `RuntimeError` with the end of *log* if it fails."""
     began = time.perf_counter()
-    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as job:
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, cwd=cwd) as job:
         watch = Watch(job.pid)
         while job.poll() is None:
             watch.look()
             time.sleep(SAMPLE_S)
     if job.returncode and not may_fail:
-        raise RuntimeError(f"{' '.join(command)} ended with {job.returncode}: {log.read_text(errors='replace')[-2000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {job.returncode}: {log.read_text(errors='replace')[-2000:]}"
+        )
     watch.usage.wall_s = time.perf_counter() - began
     return watch.usage
 
