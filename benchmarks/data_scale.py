@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ray
 import s3fs
 
+from benchmarks.data import crop_encoded
 from benchmarks.data_cost import Costs, cost_tables, measure_kinds
 from benchmarks.harness import ROOT, Options, Report, Table, Timing, interleave, mb, start
 from benchmarks.large_sources import Maker, as_parquet, as_tar, write_list, write_pictures
@@ -28,7 +29,8 @@ from pipeline.cluster import start_ray
 from pipeline.data.batches import training_batches
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest
-from pipeline.storage import absolute, join, upload_folder, write_atomic
+from pipeline.storage import absolute, join, list_files, read_bytes, upload_folder, write_atomic
+from tmad.batch import Batch
 
 DESCRIPTION = """
 Three questions. Memory: peaks of driver, largest Ray worker and object store of `jobs/prepare.py` and of the training
@@ -67,21 +69,18 @@ class ScaleOptions(Options):
     """Images of each kind that the costs are computed from; of the largest kind an eighth."""
 
 
-QUICK = {
-    "photographs": (8,),
-    "samples": 8,
-    "pictures": (8, 16),
-    "keys": (1000,),
-    "s3_photographs": 8,
-    "kind_images": 16,
-}
+def quick(options: ScaleOptions) -> ScaleOptions:
+    """The same with tiny collections."""
+    return dataclasses.replace(
+        options, photographs=(8,), samples=8, pictures=(8, 16), keys=(1000,), s3_photographs=8, kind_images=16
+    )
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, measure, write the report; returns the exit code."""
     options = start(ScaleOptions, argv, prog="data_scale.py", description=DESCRIPTION)
     if options.quick:
-        options = dataclasses.replace(options, **QUICK)
+        options = quick(options)
     share_token()
     report = Report("data_scale", "The data plane at scale: memory, object storage, cost", options)
     with tempfile.TemporaryDirectory() as name:
@@ -194,7 +193,7 @@ def read_set(uri: str, samples: int) -> None:
         pass
 
 
-def batches(uri: str, samples: int) -> object:
+def batches(uri: str, samples: int) -> Iterator[Batch]:
     """The training input of one worker with default settings."""
     return training_batches(uri, seed=0, batch_images=BATCH, total_images=samples, num_cells=CELLS, patch_size=PATCH)
 
@@ -288,8 +287,6 @@ def training_over_s3(
 
 def copy_set(made: str, local: str) -> None:
     """The set's manifest and shards, from the bucket to disk."""
-    from pipeline.storage import list_files, read_bytes
-
     for key in list_files(made):
         write_atomic(join(absolute(local), key), read_bytes(join(made, key)))
 
@@ -316,8 +313,6 @@ def traced(call: Callable[[], object], store: ObjectStore) -> Traced:
 
 def bare(path: str) -> int:
     """Fetch one object, decode, crop and encode with the functions of preparation; the crop's length in bytes."""
-    from benchmarks.data import crop_encoded
-
     return crop_encoded(s3fs.S3FileSystem(use_listings_cache=False).cat_file(path))
 
 

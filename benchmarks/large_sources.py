@@ -50,7 +50,7 @@ class Maker:
             width, height = (int(side * share) for side in original.size)
             left, top = int(rng.integers(original.width - width + 1)), int(rng.integers(original.height - height + 1))
             parts.append(original.resize(size, Image.Resampling.BILINEAR, (left, top, left + width, top + height)))
-        picture = np.asarray(Image.blend(*parts, 0.3))
+        picture = np.asarray(Image.blend(parts[0], parts[1], 0.3))
         if grain:
             picture = self._with_grain(picture, grain, rng)
         return simplejpeg.encode_jpeg(np.ascontiguousarray(picture), quality, "RGB", "420")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import ray
 from ray._private.internal_api import get_state_from_address, node_stats
-from ray._raylet import Config
+from ray._raylet import Config  # type: ignore[attr-defined]
 
 SAMPLE_S = 0.25
 """Seconds between two looks."""
