@@ -109,7 +109,7 @@ def test_the_meter_counts_requests_and_bytes_of_each_bucket_and_answers_late(tmp
 
 def ask(address: str, path: str, method: str = "GET", body: bytes | None = None, *, range: str = "") -> bytes:
     # Whose signature it is does not matter, only that there is one.
-    headers = {"Authorization": "AWS tests:x", **({"Range": range} if range else {})}
+    headers = {"Authorization": "AWS tests:x", "Content-Type": "image/jpeg", **({"Range": range} if range else {})}
     request = urllib.request.Request(address + path, body, headers, method=method)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return bytes(answer.read())
