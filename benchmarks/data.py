@@ -232,7 +232,7 @@ def training_input(report: Report, options: DataOptions, prepared: Path, photogr
     note = (
         f"{total} samples of {CROP} pixels in batches of {BATCH}; the bare loop only decodes. DataLoader makes the "
         "same samples from records held in memory, and starts its processes in each call; ours reads shards and "
-        "starts its tasks. From photographs, ours also does what preparation does, for one hole, and starts processes."
+        "starts its tasks. From photographs, ours also does what preparation does, for one hole."
     )
     report.add(table(f"Training input, {processors()} threads or processes", timings, total, note), {}, timings)
 

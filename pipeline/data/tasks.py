@@ -94,7 +94,7 @@ def run_ahead(
     """The tables that *function* makes of each task, in order, *at_once* tasks at a time, at most *ahead* tables early.
 
     For work of tenths of a second a task, made as fast as it is read. Between two such tasks Ray Data's executor needs
-    about as long again: stretches gave two thirds of the images/s. The tasks ask for no processor, so they cannot
+    about as long again (docs/log.md). The tasks ask for no processor, so they cannot
     starve where training holds them all; each waits for the one *at_once* places before it. A task whose process is
     lost is run again. What a task raised comes out as itself.
     """

@@ -24,7 +24,7 @@ from tmad.batch import Batch
 from tmad.step import NonFiniteLoss
 
 MAX_RECORD_TASKS = 16
-"""Tasks of one worker, unless told otherwise: each is a process, and what they make is kept in memory."""
+"""Of one worker, unless told otherwise: each is a process, and what they make is kept in memory."""
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
