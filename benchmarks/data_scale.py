@@ -20,7 +20,7 @@ import ray
 import s3fs
 
 from benchmarks.data import crop_encoded
-from benchmarks.data_cost import Costs, cost_tables, measure_kinds
+from benchmarks.data_cost import LATE_S, Costs, cost_tables, measure_kinds
 from benchmarks.harness import ROOT, Options, Report, Table, Timing, interleave, mb, start
 from benchmarks.large_sources import Maker, as_parquet, as_tar, write_list, write_pictures
 from benchmarks.object_store import ObjectStore, Traffic, running
@@ -45,8 +45,6 @@ Examples:
 
 CROP, PATCH, CELLS, BATCH = 256, 32, 16, 8
 BARE = "bare loop, s3fs"
-LATE_S = 0.03
-"""How much later answers come in one table: about what a store in the same region takes."""
 PHOTOGRAPHS, SETS = "photographs", "prepared-sets"
 """The buckets: what is read and what is made."""
 
@@ -59,14 +57,14 @@ class ScaleOptions(Options):
     """Photographs of 640 x 480 pixels in the collections whose memory is measured."""
     samples: int = 4096
     """Samples that the training input hands out in each of its runs; more than a small set holds."""
-    pictures: tuple[int, ...] = (1000, 10_000)
+    pictures: tuple[int, ...] = (1000, 40_000)
     """Pictures of 64 pixels in the collections that show what the driver needs for an image."""
     keys: tuple[int, ...] = (10_000, 1_000_000)
     """Keys in lists that are planned; the job ends with the first shard, as all but one image are missing."""
-    s3_photographs: int = 384
+    s3_photographs: int = 512
     """Photographs of 640 x 480 pixels in the bucket."""
-    kind_images: int = 384
-    """Images of each kind that the costs are computed from; of the largest kind an eighth."""
+    kind_images: int = 1024
+    """Images of each kind that the costs are computed from; of the largest kind a sixteenth."""
 
 
 def quick(options: ScaleOptions) -> ScaleOptions:

@@ -124,6 +124,7 @@ def test_totals_are_the_figures_of_one_image_times_their_number() -> None:
         {
             "images": 10**8,
             "core-hours": 1000,
+            "hours of waiting": 2 * 10**8 * 0.03 / 3600,
             "GET and HEAD": 2 * 10**8 + 3 * shards,
             "PUT, LIST, DELETE": 4 * shards,
             "GB read": 600_000,
