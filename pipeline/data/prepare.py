@@ -49,6 +49,7 @@ from pipeline.data.schema import (
     open_shard,
     set_folder,
 )
+from pipeline.data.sources.ahead import read_ahead
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
 from pipeline.data.tasks import iterate, run_tasks
@@ -232,10 +233,10 @@ def _make_shard(
     facts: list[dict[str, Any]] = []
     drops: list[dict[str, Any]] = []
     reader = MaskReader(masks, max_pixels=config.max_pixels)
-    for key in task["keys"]:
+    for key, read in read_ahead(source, task["keys"]):
         data = b""
         try:
-            data = source.read(key)
+            data = read()
             photograph = open_as(data, config)
             fact = examine(key, photograph, config)
             rows += make_records(key, data, config, label=source.label(key), photograph=photograph, masks=reader)

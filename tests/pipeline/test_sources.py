@@ -19,6 +19,7 @@ from PIL import Image
 from pipeline import storage
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest, read_records
+from pipeline.data.sources.ahead import read_ahead
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
 from pipeline.data.sources.partitions import PARTITIONS, Partition
@@ -106,6 +107,10 @@ def in_a_worker(source: Source) -> Source:
     return pickle.loads(pickle.dumps(source))
 
 
+def ahead_of(source: Source, keys: list[str]) -> dict[str, bytes]:
+    return {key: read() for key, read in read_ahead(in_a_worker(source), keys)}
+
+
 def all_of(source: Source) -> dict[str, bytes]:
     keys = source.keys()
     worker = in_a_worker(source)
@@ -121,6 +126,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_every_kind_of_source_gives_the_same_photographs(place, layout):
     source = open_source(**write_layout(layout, place))
     assert all_of(source) == PHOTOS
+    for keys in (source.keys(), source.keys()[::-1], source.keys()[::2]):
+        found = ahead_of(source, keys)
+        assert list(found) == keys
+        assert found == {key: PHOTOS[key] for key in keys}
     labels = {key: in_a_worker(source).label(key) for key in PHOTOS}
     assert labels == (dict.fromkeys(PHOTOS) if layout in ("tree", "tar") else LABELS)
 
@@ -142,6 +151,43 @@ def test_a_source_that_is_not_there_is_named(place, name, message):
 
 
 # Tar files
+
+
+def test_neighbours_in_a_remote_tar_file_are_fetched_together_and_a_lost_one_is_named_alone(bucket, monkeypatch):
+    files = {f"{number:03d}.jpg": bytes([number]) * 3000 for number in range(200)}
+    storage.write_atomic(f"{bucket}/many.tar", tar_of(files.items()))
+    source = open_source(f"{bucket}/many.tar")
+    assert source.keys() == list(files)
+    runs = source.runs(list(files))
+    assert [len(run) for run in runs] == [200]
+    scattered = source.runs(["000.jpg", "001.jpg", "100.jpg", "nowhere.jpg", "101.jpg"])
+    assert [len(run) for run in scattered] == [2, 1, 1, 1]
+    monkeypatch.setattr("pipeline.data.sources.tar.RUN_BYTES", 40_000)
+    cut = source.runs(list(files))
+    assert [key for run in cut for key in run] == list(files)
+    assert max(map(len, cut)) < 15
+    assert ahead_of(source, list(files)) == files
+    storage.write_atomic(f"{bucket}/many.tar", tar_of(files.items())[: 150 * (512 + 3072)])
+    found, lost = [], []
+    for key, read in read_ahead(source, list(files)):
+        try:
+            assert read() == files[key]
+            found.append(key)
+        except StorageFailed:
+            lost.append(key)
+    assert found == list(files)[:150]
+    assert lost == list(files)[150:]
+
+
+def test_an_object_that_is_gone_is_missing_alone(bucket):
+    write_layout("tree", bucket)
+    source = open_source(f"{bucket}/photos")
+    keys = source.keys()
+    storage.remove(f"{bucket}/photos/{keys[1]}")
+    reads = dict(read_ahead(source, keys))
+    with pytest.raises(MissingInput, match=keys[1]):
+        reads.pop(keys[1])()
+    assert {key: read() for key, read in reads.items()} == {key: PHOTOS[key] for key in reads}
 
 
 @pytest.fixture

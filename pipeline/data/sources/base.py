@@ -7,6 +7,7 @@ lies or in which order it is listed.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,15 @@ class Source(Protocol):
 
     def read(self, key: str) -> bytes:
         """The file of one image. Raises `MissingInput` or `StorageFailed`."""
+        ...
+
+    def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
+        """*keys*, in their order, as runs that `read_run` reads by one request each; none where requests for several
+        at once gain nothing: on local disks, or where reading one brings the next."""
+        ...
+
+    def read_run(self, keys: Sequence[str]) -> list[bytes]:
+        """The files of one of `runs`. Raises as `read` does."""
         ...
 
     def label(self, key: str) -> int | None:

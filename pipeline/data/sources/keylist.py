@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,6 +51,14 @@ class KeyList:
     def read(self, key: str) -> bytes:
         """The image in *root*."""
         return self.root.read(key)
+
+    def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
+        """Those of *root*."""
+        return self.root.runs(keys)
+
+    def read_run(self, keys: Sequence[str]) -> list[bytes]:
+        """As *root* reads them."""
+        return self.root.read_run(keys)
 
     def label(self, key: str) -> int | None:
         """The number on its line, else what *root* says."""

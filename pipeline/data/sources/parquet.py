@@ -67,6 +67,14 @@ class ParquetTable:
             self._held[:] = [(group, self._images(*group))]
         return self._held[0][1][place["row"]].as_py() or b""
 
+    def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
+        """None: a row group is read at once."""
+        return None
+
+    def read_run(self, keys: Sequence[str]) -> list[bytes]:
+        """One after the other."""
+        return [self.read(key) for key in keys]
+
     def label(self, key: str) -> int | None:
         """The number in *label_column*."""
         return self._index.label(key)

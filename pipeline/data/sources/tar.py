@@ -1,7 +1,7 @@
 """Tar files, read in place: the plain archives of Places365 and the shards of the WebDataset convention.
 
 Nothing is unpacked. The headers are walked once, which gives the place of every image; an image is one ranged read
-then. A compressed archive has no such places and is refused.
+then, and neighbours are fetched together. A compressed archive has no such places and is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,17 @@ import pyarrow.compute as pc
 
 from pipeline.data.sources.base import Index, make_index_table
 from pipeline.errors import CorruptSource, MissingInput
-from pipeline.storage import exists, fingerprint, join, open_file, read_bytes, read_range, redact, write_atomic
+from pipeline.storage import (
+    exists,
+    fingerprint,
+    is_remote,
+    join,
+    open_file,
+    read_bytes,
+    read_range,
+    redact,
+    write_atomic,
+)
 from tmad.images import SUFFIXES
 
 logger = logging.getLogger(__name__)
@@ -30,6 +40,10 @@ logger = logging.getLogger(__name__)
 READ_AHEAD = 8 * 2**20
 """Bytes fetched from remote storage at a time while headers are walked. Members smaller than this pass by in the
 stream, which is faster than a request for each of their headers; larger ones are skipped."""
+
+RUN_BYTES = 4 * 2**20
+"""Members that lie one after the other are fetched from remote storage in pieces of at most this size."""
+_GAP_BYTES = 2**16
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 _WHOLE_NUMBER = re.compile(rb"-?\d{1,18}")
@@ -70,6 +84,32 @@ class TarShards:
         if place is None:
             raise MissingInput(f"there is no {key!r} in {redact(self.uri)}")
         return read_range(self._uris[place["file"]], place["offset"], place["size"])
+
+    def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
+        """Members that lie one after the other, up to `RUN_BYTES`."""
+        if not is_remote(self.uri):
+            return None
+        runs: list[list[str]] = []
+        first: dict[str, Any] | None = None
+        last: dict[str, Any] | None = None
+        for key in keys:
+            place = self._index.find(key)
+            if first and last and place and _follows(first, last, place):
+                runs[-1].append(key)
+            else:
+                runs.append([key])
+                first = place
+            last = place
+        return list(runs)
+
+    def read_run(self, keys: Sequence[str]) -> list[bytes]:
+        """All of them by one ranged read."""
+        if len(keys) == 1:
+            return [self.read(keys[0])]
+        places = [place for key in keys if (place := self._index.find(key)) is not None]
+        start, last = places[0]["offset"], places[-1]
+        data = read_range(self._uris[last["file"]], start, last["offset"] + last["size"] - start)
+        return [data[place["offset"] - start :][: place["size"]] for place in places]
 
     def label(self, key: str) -> int | None:
         """The whole number in the `.cls` of its sample."""
@@ -118,6 +158,13 @@ class TarShards:
             return None
         table = pa.ipc.open_file(pa.BufferReader(read_bytes(self.cache))).read_all()
         return Index(table) if json.loads(table.schema.metadata[b"made_of"]) == identity else None
+
+
+def _follows(first: dict[str, Any], last: dict[str, Any], place: dict[str, Any]) -> bool:
+    """Whether one read from *first* to *place* brings little else than the members between them."""
+    gap = place["offset"] - last["offset"] - last["size"]
+    whole = place["offset"] + place["size"] - first["offset"]
+    return bool(place["file"] == first["file"] and 0 <= gap <= _GAP_BYTES and whole <= RUN_BYTES)
 
 
 def _write_table(uri: str, table: pa.Table, identity: list[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import MissingInput
-from pipeline.storage import join, list_files, read_bytes, redact
+from pipeline.storage import is_remote, join, list_files, read_bytes, redact
 from tmad.images import SUFFIXES
 
 
@@ -38,6 +38,14 @@ class ImageTree:
     def read(self, key: str) -> bytes:
         """The file below the folder."""
         return read_bytes(join(self.uri, key))
+
+    def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
+        """Each file by itself."""
+        return [[key] for key in keys] if is_remote(self.uri) else None
+
+    def read_run(self, keys: Sequence[str]) -> list[bytes]:
+        """The one file."""
+        return [self.read(key) for key in keys]
 
     def label(self, key: str) -> int | None:
         """None: folders are not taken for classes."""
