@@ -233,8 +233,8 @@ def object_storage(
         f"{images} photographs of 640 x 480 pixels in a bucket of moto's server to a set in another, over HTTP on "
         f"loopback; {workers} processes on both sides, as many as Ray has logical processors, on "
         f"{len(os.sched_getaffinity(0))} real ones, which the server shares. The bare loop fetches with s3fs, decodes, "
-        "crops and encodes. moto copies an object whole for each range of it, which slows tar and Parquet. Requests: of "
-        "the photographs' bucket for an image, of the set's bucket for a shard of 64. "
+        "crops and encodes. moto copies an object whole for each range of it, which slows tar and Parquet. Requests: "
+        "of the photographs' bucket for an image, of the set's bucket for a shard of 64. "
         "Processor: milliseconds of all processes but the server, for an image."
     )
     header = ["form", "images/s", "of the bare loop", "spread", "requests an image", "a shard", "processor, ms"]

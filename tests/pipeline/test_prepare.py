@@ -19,6 +19,7 @@ from pipeline.data.claim import claim_folder
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.records import RecordConfig, make_records
 from pipeline.data.schema import RECORD_SCHEMA, pack_mask, read_manifest, read_records, unpack_mask
+from pipeline.data.sources.tree import ImageTree
 from pipeline.errors import (
     ConfigMismatch,
     CorruptSet,
@@ -321,15 +322,13 @@ def test_a_source_without_one_usable_image_is_an_error(ray_session, tmp_path):
 
 
 def test_an_image_that_vanishes_after_it_was_listed_is_left_out(tmp_path):
-    class Vanishing:
-        def read(self, key):
-            raise MissingInput(f"cannot read {key}: it is not there")
-
     task = {"index": 0, "keys": ["a.png"], "inputs": "x"}
     with claim_folder(str(tmp_path)) as claim:
-        table = prepare_module._make_shard(task, source=Vanishing(), claim=claim, config=settings("x", tmp_path))
+        config = settings("x", tmp_path)
+        table = prepare_module._make_shard(task, source=ImageTree(str(tmp_path)), claim=claim, config=config)
     drop = json.loads(table["receipt"][0].as_py())["drops"][0]
-    assert drop == {"key": "a.png", "reason": "missing", "detail": "cannot read a.png: it is not there", "bytes": 0}
+    detail = f"cannot read {tmp_path}/a.png: it is not there"
+    assert drop == {"key": "a.png", "reason": "missing", "detail": detail, "bytes": 0}
 
 
 def test_empty_and_missing_folders_are_named(tmp_path):

@@ -40,17 +40,19 @@ def read_ahead(source: Source, keys: Sequence[str]) -> Iterator[tuple[str, Calla
 def _answers(
     source: Source, run: Sequence[str], future: Future[list[bytes]]
 ) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    if len(run) == 1:
-        yield run[0], lambda: future.result()[0]
-        return
-    try:
-        files = future.result()
-    except TMADError:
+    error = future.exception()
+    if error is None:
+        for key, data in zip(run, future.result(), strict=True):
+            yield key, partial(_given, data)
+    elif len(run) == 1 or not isinstance(error, TMADError):
+        yield run[0], partial(_raise, error)
+    else:
         # One of them is the cause: each is asked for by itself, so that it is known which.
         yield from ((key, partial(source.read, key)) for key in run)
-        return
-    for key, data in zip(run, files, strict=True):
-        yield key, partial(_given, data)
+
+
+def _raise(error: BaseException) -> bytes:
+    raise error
 
 
 def _given(data: bytes) -> bytes:
