@@ -55,6 +55,8 @@ class ScaleOptions(Options):
 
     photographs: tuple[int, ...] = (250, 1000, 4000)
     """Photographs of 640 x 480 pixels in the collections whose memory is measured."""
+    large_crops: int = 512
+    """Side of larger crops, in pixels, that the training input is measured on too; 0 = none."""
     samples: int = 4096
     """Samples that the training input hands out in each of its runs; more than a small set holds."""
     pictures: tuple[int, ...] = (1000, 40_000)
@@ -70,7 +72,14 @@ class ScaleOptions(Options):
 def quick(options: ScaleOptions) -> ScaleOptions:
     """The same with tiny collections."""
     return dataclasses.replace(
-        options, photographs=(8,), samples=8, pictures=(8, 16), keys=(1000,), s3_photographs=8, kind_images=16
+        options,
+        photographs=(8,),
+        large_crops=0,
+        samples=8,
+        pictures=(8,),
+        keys=(1000,),
+        s3_photographs=8,
+        kind_images=16,
     )
 
 
@@ -111,9 +120,11 @@ def memory(report: Report, options: ScaleOptions, folder: Path, maker: Maker) ->
             os.link(file, part / file.name)
         usages["preparation"][count] = run_watched(job(part, made), log=folder / "log")
         usages["training input"][count] = reading(made, options.samples)
-    large_set = folder / "large-crops"
-    run_watched(job(part, large_set, "--crop-size", "512"), log=folder / "log")
-    usages["training input, crops of 512"] = {len(list(part.iterdir())): reading(large_set, options.samples)}
+    if options.large_crops:
+        large_set = folder / "large-crops"
+        run_watched(job(part, large_set, "--crop-size", str(options.large_crops)), log=folder / "log")
+        found = reading(large_set, options.samples)
+        usages[f"training input, crops of {options.large_crops}"] = {max(options.photographs): found}
     small = ["--crop-size", "64", "--patch-size", "16"]
     usages |= {"small pictures": {}, "list": {}}
     for count in options.pictures:

@@ -148,7 +148,7 @@ def test_a_quick_run_looks_into_every_job_and_counts_every_request(tmp_path: Pat
     assert run.returncode == 0, run.stderr
     (figures,) = tmp_path.glob("*-data_scale-quick.json")
     found = json.loads(figures.read_text(encoding="utf-8"))["figures"]
-    for name in ("preparation", "training input", "training input, crops of 512", "small pictures", "list"):
+    for name in ("preparation", "training input", "small pictures", "list"):
         for usage in found["Memory"][name].values():
             assert usage["store_looks"] > 0
             assert usage["driver_rss"] > usage["driver_own"] > 50 * MB
