@@ -140,6 +140,7 @@ def test_totals_are_the_figures_of_one_image_times_their_number() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.skipif("TMAD_SOAK_S" not in os.environ, reason="takes minutes; set TMAD_SOAK_S to run it")
 @pytest.mark.timeout(900)
 def test_a_quick_run_looks_into_every_job_and_counts_every_request(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "data_scale.py"
@@ -157,6 +158,6 @@ def test_a_quick_run_looks_into_every_job_and_counts_every_request(tmp_path: Pat
     images = data_scale.quick(data_scale.ScaleOptions()).s3_photographs
     assert traffic[data_scale.BARE]["read"]["requests"]["GET"] == images
     assert traffic["tree"]["read"]["requests"]["GET"] >= images
-    assert traffic["tar"]["read"]["requests"]["GET"] >= images
+    assert traffic["tar"]["read"]["requests"]["GET"] < images
     assert traffic["Parquet"]["read"]["requests"]["GET"] < images
     assert set(found["One image"]) - {"samples"} == {kind.name for kind in KINDS}
