@@ -48,7 +48,7 @@ format: $(READY)  ## format the code and repair what the linter can repair
 	$(BIN)/ruff check --fix $(CODE)
 
 bench: $(READY)  ## the benchmarks, one after the other; reports go to benchmarks/reports (use a quiet machine)
-	for name in carafe retrieval training_step inference data; do $(BIN)/python benchmarks/$$name.py --limit-s 600 || exit 1; done
+	for name in carafe retrieval training_step inference data data_scale; do $(BIN)/python benchmarks/$$name.py --limit-s 600 || exit 1; done
 
 mlflow: $(READY)  ## open the MLflow UI on the runs of this machine
 	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db"

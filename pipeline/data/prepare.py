@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -102,7 +102,7 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
         _check_drops(receipts, len(plan), source, claim, config)
         _tell(manifest, receipts, config)
         return manifest
-    progress = _Progress(len(plan), done=sum(receipt["images"] for receipt in receipts.values()))
+    progress = _Progress(len(plan), receipts.values())
     make_shard = partial(_make_shard, source=source, claim=claim, config=config, masks=masks)
 
     def make(indices: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -111,7 +111,8 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
     for receipt in make(todo):
         receipts[receipt["index"]] = receipt
         progress.add(receipt)
-        _check_drops(receipts, len(plan), source, claim, config)
+        if progress.dropped > config.max_bad_fraction * len(plan):
+            _check_drops(receipts, len(plan), source, claim, config)
     facts = read_facts(out, list(inputs))
     copies = find_copies(facts, other, config)
     planned = {
@@ -359,14 +360,19 @@ def _check_drops(
 class _Progress:
     """A line with rate and remaining time, at most every `PROGRESS_S` seconds."""
 
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done, self.dropped = total, done, 0
-        self.first = done
+    def __init__(self, total: int, finished: Iterable[dict[str, Any]]) -> None:
+        self.total, self.done, self.dropped = total, 0, 0
+        for receipt in finished:
+            self._count(receipt)
+        self.first = self.done
         self.start = self.last = time.monotonic()
 
-    def add(self, receipt: dict[str, Any]) -> None:
+    def _count(self, receipt: dict[str, Any]) -> None:
         self.done += receipt["images"]
         self.dropped += len(receipt["drops"])
+
+    def add(self, receipt: dict[str, Any]) -> None:
+        self._count(receipt)
         now = time.monotonic()
         if now - self.last < PROGRESS_S and self.done < self.total:
             return

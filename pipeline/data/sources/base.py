@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from pipeline.errors import MissingInput
+from pipeline.storage import join, redact
 
 
 class Source(Protocol):
@@ -91,6 +95,35 @@ class Index:
         keys = self.table["key"]
         same = pc.equal(keys.slice(1), keys.slice(0, max(len(keys) - 1, 0)))
         return np.flatnonzero(same.to_numpy()) + 1
+
+
+class Indexed:
+    """What sources have in common whose images lie in files that an `Index` tells the places of."""
+
+    uri: str
+    files: tuple[str, ...]
+
+    @cached_property
+    def _index(self) -> Index:
+        raise NotImplementedError
+
+    @property
+    def _uris(self) -> Sequence[str]:
+        return [join(self.uri, file) for file in self.files] if self.files else [self.uri]
+
+    def _place(self, key: str) -> dict[str, Any]:
+        place = self._index.find(key)
+        if place is None:
+            raise MissingInput(f"there is no {key!r} in {redact(self.uri)}")
+        return place
+
+    def label(self, key: str) -> int | None:
+        """The class that the collection gives the image."""
+        return self._index.label(key)
+
+    def labels(self, keys: pa.Array) -> pa.Array:
+        """Those of `label`, all at once."""
+        return self._index.labels(keys)
 
 
 def make_index_table(keys: list[str], **numbers: list[int] | list[int | None]) -> pa.Table:

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.data.sources.base import Index
+from pipeline.data.sources.base import Index, Indexed
 from pipeline.errors import CorruptSource, MissingInput
-from pipeline.storage import join, open_file, redact
+from pipeline.storage import open_file, redact
 
 IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg")
 """Where images are looked for if no column is named."""
@@ -23,7 +23,7 @@ _READERS = 8
 
 
 @dataclass(frozen=True)
-class ParquetTable:
+class ParquetTable(Indexed):
     """The images in one Parquet file, or in all those of a folder; a part of a struct is named `column.part`.
 
     The key is the value of *key_column*, without it `FILE#ROW` (rows from 0). A row group is read at once and kept
@@ -59,9 +59,7 @@ class ParquetTable:
 
     def read(self, key: str) -> bytes:
         """The bytes of one row; those of no image are empty."""
-        place = self._index.find(key)
-        if place is None:
-            raise MissingInput(f"there is no {key!r} in {redact(self.uri)}")
+        place = self._place(key)
         group = place["file"], place["group"]
         if not self._held or self._held[0][0] != group:
             self._held[:] = [(group, self._images(*group))]
@@ -74,18 +72,6 @@ class ParquetTable:
     def read_run(self, keys: Sequence[str]) -> list[bytes]:
         """One after the other."""
         return [self.read(key) for key in keys]
-
-    def label(self, key: str) -> int | None:
-        """The number in *label_column*."""
-        return self._index.label(key)
-
-    def labels(self, keys: pa.Array) -> pa.Array:
-        """Those of `label`, all at once."""
-        return self._index.labels(keys)
-
-    @property
-    def _uris(self) -> Sequence[str]:
-        return [join(self.uri, file) for file in self.files] if self.files else [self.uri]
 
     def _images(self, file: int, group: int) -> pa.ChunkedArray:
         with open_file(self._uris[file]) as opened:

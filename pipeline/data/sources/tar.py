@@ -20,13 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.sources.base import Index, make_index_table
+from pipeline.data.sources.base import Index, Indexed, make_index_table
 from pipeline.errors import CorruptSource, MissingInput
 from pipeline.storage import (
     exists,
     fingerprint,
     is_remote,
-    join,
     open_file,
     read_bytes,
     read_range,
@@ -51,7 +50,7 @@ _WALKERS = 8
 
 
 @dataclass(frozen=True)
-class TarShards:
+class TarShards(Indexed):
     """The images in one tar file, or in all those of a folder.
 
     The key is the member's name without `./` and `/` before it. If a key occurs in two files, every key of the
@@ -80,9 +79,7 @@ class TarShards:
 
     def read(self, key: str) -> bytes:
         """The bytes of one member, by one ranged read."""
-        place = self._index.find(key)
-        if place is None:
-            raise MissingInput(f"there is no {key!r} in {redact(self.uri)}")
+        place = self._place(key)
         return read_range(self._uris[place["file"]], place["offset"], place["size"])
 
     def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
@@ -106,22 +103,10 @@ class TarShards:
         """All of them by one ranged read."""
         if len(keys) == 1:
             return [self.read(keys[0])]
-        places = [place for key in keys if (place := self._index.find(key)) is not None]
+        places = [self._place(key) for key in keys]
         start, last = places[0]["offset"], places[-1]
         data = read_range(self._uris[last["file"]], start, last["offset"] + last["size"] - start)
         return [data[place["offset"] - start :][: place["size"]] for place in places]
-
-    def label(self, key: str) -> int | None:
-        """The whole number in the `.cls` of its sample."""
-        return self._index.label(key)
-
-    def labels(self, keys: pa.Array) -> pa.Array:
-        """Those of `label`, all at once."""
-        return self._index.labels(keys)
-
-    @property
-    def _uris(self) -> Sequence[str]:
-        return [join(self.uri, file) for file in self.files] if self.files else [self.uri]
 
     @cached_property
     def _index(self) -> Index:
