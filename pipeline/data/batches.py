@@ -21,15 +21,16 @@ from pipeline.data.fetch import read_portion
 from pipeline.data.onthefly import LiveSet, Tally, live_tables
 from pipeline.data.order import chunks
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder, unpack_mask
-from pipeline.data.tasks import run_stretches
+from pipeline.data.tasks import run_ahead
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
 from tmad.batch import Batch, Sample, collate, make_sample
 from tmad.images import UnreadableImage, decode_rgb
 from tmad.rng import numpy_generator
 
-_STRETCH_PORTIONS = 2
-"""Portions of the order, each worth a task, that are read at once; as much again is read ahead."""
+_READS_AT_ONCE = 2
+_READS_AHEAD = 3
+"""Portions of the order, each a task of some thousand records, that wait for the reader."""
 
 
 def training_batches(
@@ -77,11 +78,12 @@ def training_batches(
         tables = live_tables(train, seed=seed, stop=stop, at_once=record_tasks, tally=tally, **place)
     else:
         manifest, folder = _open_set(train, patch_size)
-        portions = [
+        portions = (
             {"position": position, "pieces": [vars(piece) for piece in portion]}
             for position, portion in chunks(manifest, seed=seed, start=start_images, stop=stop)
-        ]
-        tables = _set_tables(portions, partial(read_portion, folder=folder, **place))
+        )
+        read = partial(read_portion, folder=folder, **place)
+        tables = run_ahead(portions, read, at_once=_READS_AT_ONCE, ahead=_READS_AHEAD)
     make = partial(_sample, seed=seed, patch_size=patch_size, num_cells=num_cells, flip=flip)
     rows = (row for table in tables if len(table) for row in _rows(table))
     return _decoded(_grouped(rows, mine), make, decode_threads, prefetch_batches)
@@ -152,12 +154,6 @@ def _share(batch_images: int, rank: int, world_size: int) -> int:
     return batch_images // world_size
 
 
-def _set_tables(portions: list[dict[str, Any]], read: Callable[[dict[str, Any]], pa.Table]) -> Iterator[pa.Table]:
-    """Rows of a prepared set, through Ray Data, in order, with bounded memory."""
-    # Reading takes no processor to speak of; asking for none, it cannot starve when training holds them all.
-    return run_stretches(_grouped(portions, _STRETCH_PORTIONS), read, num_cpus=0)
-
-
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
     names = [name for name in table.column_names if name != "pool_yx"]
     columns = {name: table[name].to_pylist() for name in names}
@@ -174,7 +170,10 @@ def _grouped(items: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[s
 
 
 def _decoded(
-    groups: Iterator[list[dict[str, Any]]], make: Callable[[dict[str, Any]], Sample], threads: int, ahead: int
+    groups: Iterator[list[dict[str, Any]]],
+    make: Callable[[dict[str, Any], np.ndarray], Sample],
+    threads: int,
+    ahead: int,
 ) -> Iterator[Batch]:
     """Decode *ahead* batches before they are asked for, each in one thread: threads that share a batch wait for the
     interpreter lock more than they decode."""
@@ -182,7 +181,8 @@ def _decoded(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def decode(rows: list[dict[str, Any]]) -> Batch:
-        return collate([make(row) for row in rows])
+        images = np.empty((len(rows), rows[0]["height"], rows[0]["width"], 3), np.uint8)
+        return collate([make(row, image) for row, image in zip(rows, images, strict=True)], images)
 
     try:
         for rows in groups:
@@ -195,10 +195,10 @@ def _decoded(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _sample(row: dict[str, Any], *, seed: int, patch_size: int, num_cells: int, flip: bool) -> Sample:
+def _sample(row: dict[str, Any], out: np.ndarray, *, seed: int, patch_size: int, num_cells: int, flip: bool) -> Sample:
     image_id = row["image_id"]
     try:
-        image = decode_rgb(row["image"])
+        image = decode_rgb(row["image"], out=out)
     except UnreadableImage as error:
         raise CorruptSet(
             f"record {image_id} of the prepared set cannot be decoded ({error}); prepare it again"

@@ -9,7 +9,6 @@ import json
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -62,41 +61,16 @@ def run_tasks(
     return dataset
 
 
-def run_stretches(
-    stretches: Iterable[Sequence[dict[str, Any]]], function: Callable[[dict[str, Any]], pa.Table], *, num_cpus: float
-) -> Iterator[pa.Table]:
-    """The tables of one stretch of tasks after the other, in order, the next stretch being made meanwhile.
-
-    For a reader that is slow, as training is. One long pipeline would be held back by its reader, and then Ray Data's
-    executor, a thread of the reading process, turns without a pause: it took 40 % of a core, and the interpreter lock,
-    from the training step. A stretch that is made at once leaves no executor; at most two of them are in memory.
-    What a task raised comes out as itself.
-    """
-
-    def make(tasks: Sequence[dict[str, Any]]) -> list[Any]:
-        # Its operators are of no interest afterwards; the references keep the tables alive until they are read.
-        refs: list[Any] = run_tasks(tasks, function, num_cpus=num_cpus, in_order=True).to_arrow_refs()
-        return refs
-
-    with ThreadPoolExecutor(1, thread_name_prefix="stretch") as ahead, _own_errors():
-        upcoming: Future[list[Any]] | None = None
-        for tasks in stretches:
-            current, upcoming = upcoming, ahead.submit(make, tasks)
-            if current is not None:
-                yield from _tables(deque(current.result()))
-        if upcoming is not None:
-            yield from _tables(deque(upcoming.result()))
-
-
 def run_ahead(
     tasks: Iterable[dict[str, Any]], function: Callable[[dict[str, Any]], pa.Table], *, at_once: int, ahead: int
 ) -> Iterator[pa.Table]:
     """The tables that *function* makes of each task, in order, *at_once* tasks at a time, at most *ahead* tables early.
 
-    For work of tenths of a second a task, made as fast as it is read. Between two such tasks Ray Data's executor needs
-    about as long again (docs/log.md). The tasks ask for no processor, so they cannot
-    starve where training holds them all; each waits for the one *at_once* places before it. A task whose process is
-    lost is run again. What a task raised comes out as itself.
+    For work of tenths of a second a task that a training step reads. Ray Data's executor needs about as long again
+    between two such tasks, and behind a slow reader it turns without a pause in the reader's process: 40 % of a core,
+    and the interpreter lock (docs/log.md). The tasks ask for no processor, so they cannot starve where training holds
+    them all; each waits for the one *at_once* places before it. A task whose process is lost is run again. What a task
+    raised comes out as itself.
     """
     # One a slot, as in a relay: whoever has it may run.
     batons: list[Any] = [None] * at_once
@@ -107,7 +81,8 @@ def run_ahead(
             pending.append(table)
             if len(pending) > ahead:
                 yield ray.get(pending.popleft())
-        yield from _tables(pending)
+        while pending:
+            yield ray.get(pending.popleft())
 
 
 def _make_and_hand_over(
@@ -119,11 +94,6 @@ def _make_and_hand_over(
 _make: Any = ray.remote(num_cpus=0, num_returns=2, scheduling_strategy="SPREAD", max_retries=_TASK_RETRIES)(
     _make_and_hand_over
 )
-
-
-def _tables(refs: deque[Any]) -> Iterator[pa.Table]:
-    while refs:
-        yield ray.get(refs.popleft())
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from pipeline.data.tasks import run_ahead, run_stretches, run_tasks
+from pipeline.data.tasks import run_ahead, run_tasks
 
 pytestmark = pytest.mark.ray
 
@@ -31,24 +30,6 @@ def test_rows_come_in_the_order_of_their_tasks_however_many_share_one_of_rays(ra
     dataset = run_tasks(tasks, large_tables(tmp_path), num_cpus=0, in_order=True, max_ray_tasks=3)
     found = [number for batch in dataset.iter_batches(batch_size=2) for number in batch["number"]]
     assert found == list(range(7))
-
-
-def test_stretches_come_in_order_and_only_the_next_one_is_made_ahead_of_a_slow_reader(ray_session, tmp_path):
-    stretches = [[{"number": number} for number in range(first, first + 3)] for first in range(0, 30, 3)]
-    tables = run_stretches(stretches, large_tables(tmp_path), num_cpus=0)
-    found = [next(tables)["number"].to_pylist()]
-    time.sleep(2)
-    assert len(list(tmp_path.iterdir())) == 6
-    found += [table["number"].to_pylist() for table in tables]
-    assert found == [[number] for number in range(30)]
-
-
-def test_no_thread_of_ray_data_is_left_turning_beside_a_slow_reader(ray_session, tmp_path):
-    tables = run_stretches([[{"number": 0}], [{"number": 1}]], large_tables(tmp_path), num_cpus=0)
-    next(tables)
-    time.sleep(2)
-    assert not [one.name for one in threading.enumerate() if one.name.startswith("StreamingExecutor")]
-    assert sum(1 for _ in tables) == 1
 
 
 def test_tables_made_ahead_come_in_order_so_many_at_once_and_no_more_are_made_early(ray_session, tmp_path):
