@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from tmad.coarse import compose
+from tmad.draws import hole_cells
 from tmad.images import restore_mode, to_model, to_rgb, to_uint8
 from tmad.memory import select_pool
 from tmad.model import TMAD
-from tmad.patches import cell_corners, hole_cells, tile
+from tmad.patches import cell_corners, tile
 from tmad.rng import numpy_generator
 
 MASK_THRESHOLD = 127
