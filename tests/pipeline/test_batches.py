@@ -11,6 +11,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -21,9 +23,10 @@ from pipeline.data.order import chunks, pieces
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import Manifest, Shard, read_manifest, read_records
 from pipeline.errors import ConfigMismatch, CorruptSet
-from tmad.batch import Batch
+from tmad.batch import Batch, collate, make_sample
 from tmad.config import MemoryConfig
 from tmad.patches import cut
+from tmad.rng import numpy_generator
 
 pytestmark = pytest.mark.ray
 
@@ -127,6 +130,30 @@ def test_image_mask_and_memory_are_flipped_together(prepared):
         windows = [cut(batch.image.float(), batch.pool_yx, 16) for batch in (one, other)]
         assert torch.equal(windows[0].flip(-1), windows[1])
     assert 5 <= turned <= 17
+
+
+def test_what_tasks_draw_and_threads_decode_is_the_sample_of_its_key(prepared):
+    records = {record.image_id: record for record in read_records(prepared)}
+    sequence = training_batches(prepared, total_images=44, **{**RUN, "batch_images": 1})
+    for position, batch in enumerate(sequence):
+        record, epoch = records[batch.image_id[0]], position // 22
+        rng = numpy_generator(RUN["seed"], "sample", record.image_id, epoch)
+        hole, memory = record.mask(epoch % 2), record.pool(epoch % 2)
+        sample = make_sample(
+            record.image_id, record.pixels(), hole, memory, patch_size=16, num_cells=6, rng=rng, flip=True
+        )
+        assert_equal(batch, collate([sample]))
+
+
+def test_a_picture_that_is_not_of_its_records_size_is_named(prepared, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(prepared, folder)
+    (shard, *_) = sorted(folder.glob("shards/*.parquet"))
+    table = pq.read_table(shard)
+    taller = table.set_column(table.column_names.index("height"), "height", pa.array([80] * len(table), pa.int32()))
+    pq.write_table(taller, shard, row_group_size=5)
+    with pytest.raises(CorruptSet, match=r"record .* cannot be decoded \(the image is \(64, 64\), room was made for"):
+        list(evaluation_batches(str(folder), batch_images=4))
 
 
 def test_draws_differ_from_epoch_to_epoch(prepared):
