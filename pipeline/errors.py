@@ -93,5 +93,9 @@ class ModelNotFound(TMADError):
     """No model where one was looked for; the message lists every place."""
 
 
+class WeightsMismatch(TMADError):
+    """A model's weights do not fit the networks that are to start from them; `details["report"]` lists every tensor."""
+
+
 class TrainingFailed(TMADError):
     """Training stopped before its end; `details["checkpoint"]` names the last good one, if there is any."""
