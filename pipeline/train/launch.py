@@ -73,7 +73,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
     finished = _read_json(storage.join(folder, "finished.json"))
-    train_set, photographs = _open_training_set(config, folder)
+    train_set, photographs = open_training_set(config, folder)
     sets = {"train": train_set, "val": read_manifest(config.data.val)}
     for which, manifest in sets.items():
         check_set(config, manifest, which)
@@ -85,7 +85,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     weights = resolve_perceptual(config)
     start_ray()
-    require(_resources(config), wait_s=config.workers.start_timeout_s if joined() else 0.0)
+    require(resources(config), wait_s=config.workers.start_timeout_s if joined() else 0.0)
     initial = kept_initial(config, folder)
     run_id = _open_tracking(folder, config, tracking_uri, sets, initial)
     log.info("run %s: %s", config.name, plan(config, sets["train"]))
@@ -147,8 +147,9 @@ def plan(config: RunConfig, train_set: Manifest | None = None) -> str:
     )
 
 
-def _open_training_set(config: RunConfig, folder: str) -> tuple[Manifest, Photographs | None]:
-    """The manifest of what is trained on, and the photographs if no prepared set is."""
+def open_training_set(config: RunConfig, folder: str | None) -> tuple[Manifest, Photographs | None]:
+    """The manifest of what is trained on, and the photographs if no prepared set is; where these lie in tar files is
+    kept in *folder*."""
     if config.data.training_set is not None:
         return read_manifest(config.data.training_set), None
     model = config.model
@@ -235,10 +236,11 @@ def _environment(config: RunConfig, sets: Mapping[str, str], initial: Mapping[st
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _resources(config: RunConfig) -> dict[str, float]:
+def resources(config: RunConfig) -> dict[str, float]:
+    """What the cluster must have."""
     workers = config.workers
-    resources = {"CPU": workers.num_workers * workers.cpus_per_worker + CPUS_FOR_DATA}
-    return {**resources, "GPU": float(workers.num_workers)} if workers.use_gpu else resources
+    cpus = {"CPU": workers.num_workers * workers.cpus_per_worker + CPUS_FOR_DATA}
+    return {**cpus, "GPU": float(workers.num_workers)} if workers.use_gpu else cpus
 
 
 def _open_tracking(
