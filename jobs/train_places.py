@@ -10,7 +10,7 @@ Examples:
   # the same with a preset, whose own training set is taken back
   python jobs/train_places.py --preset demo --data.train None --data.images.source photos/train --data.val data/val
   # the paper's settings for free-form holes, on a cluster (from the folder that holds jobs/)
-  ray job submit --working-dir . -- python jobs/train_places.py --preset places_freeform --name places
+  ray job submit --working-dir . -- python jobs/train_places.py --preset places --name places
       --runs s3://bucket/runs --data.train s3://bucket/places/train --data.val s3://bucket/places/val
   # a run once more, with another seed
   python jobs/train_places.py --config runs/first/config.json --name second --seed 1

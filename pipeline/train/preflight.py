@@ -27,7 +27,7 @@ from pipeline.train.launch import check_claim, check_set, open_training_set, res
 from pipeline.train.loop import due, duration
 
 UNKNOWN_RATE = (
-    "unknown; state the rate with --images-per-s, as benchmarks/training_step.py measures it on such a machine or as an "
+    "unknown; state the rate with --images-per-s, as benchmarks/training_step.py measures it on such a machine or an "
     "earlier run recorded it (rate/images_per_s)"
 )
 
