@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig, digest, refusal
-from pipeline.errors import CorruptSource, ModelNotFound, WeightsMismatch
+from pipeline.data.schema import read_manifest
+from pipeline.errors import ConfigMismatch, CorruptSource, ModelNotFound, WeightsMismatch
 from pipeline.registry import register_model
 from pipeline.tracking import Tracker
 from pipeline.train.context import LocalContext
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, find_initial, keep_initial, kept_initial
-from pipeline.train.launch import resolve
+from pipeline.train.launch import _claim, resolve
 from pipeline.train.loop import train_loop
+from tests.pipeline.conftest import SetMaker
 from tests.pipeline.test_loop import CONFIG, Recorder, Stopped, _feed
 from tests.tmad.tiny import Features, make_state, train
-from tmad.checkpoint import load_model, model_digest, save_state
+from tmad.checkpoint import load_model, model_digest, save_model, save_state
 from tmad.step import OneWorker, TrainingState
 
 
@@ -193,3 +195,32 @@ def test_the_model_belongs_to_what_a_run_is(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it is not given"):
         replace(CONFIG, init_networks="coarse")
     assert resolve(_from("runs/a")).init_from == str(Path("runs/a").absolute())
+
+
+def test_a_run_that_goes_on_keeps_what_it_was_begun_with_whatever_the_model_is_by_then(
+    checkpoint: Path, tmp_path: Path, make_set: SetMaker
+) -> None:
+    sets = {which: read_manifest(make_set(name=which)) for which in ("train", "val")}
+    source, run = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(checkpoint / "model", source)
+    config = _from(source)
+    _claim(str(run), config, sets, None)
+    begun = {name: (run / name).read_bytes() for name in (REPORT_FILE, WEIGHTS_FILE)}
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["init_digest"] == json.loads(begun[REPORT_FILE])["digest"]
+    save_model(make_state(seed=8).model, source)
+    assert find_initial(config, None).report["model_digest"] != json.loads(begun[REPORT_FILE])["model_digest"]
+    _claim(str(run), config, sets, None)
+    shutil.rmtree(source)
+    _claim(str(run), config, sets, None)
+    assert begun == {name: (run / name).read_bytes() for name in begun}
+    with pytest.raises(ConfigMismatch, match=r"init_from: .*/source -> "):
+        _claim(str(run), _from(checkpoint), sets, None)
+
+
+def test_a_model_that_does_not_fit_leaves_no_run_behind(checkpoint: Path, tmp_path: Path, make_set: SetMaker) -> None:
+    sets = {which: read_manifest(make_set(name=which)) for which in ("train", "val")}
+    with pytest.raises(WeightsMismatch):
+        _claim(str(tmp_path / "run"), _from(checkpoint, WIDER), sets, None)
+    assert not (tmp_path / "run" / "config.json").exists()
+    _claim(str(tmp_path / "run"), _from(checkpoint, WIDER, init_networks="coarse"), sets, None)
