@@ -37,8 +37,8 @@ NO_TRACKING = "none"
 SECRET_NAME = re.compile(r"passw|secret|token|credential|api_?key|access_?key|account_?key", re.IGNORECASE)
 """Parameters and tags with such a name are logged as `***`."""
 
-CHECK_TIMEOUT_S = 5.0
-"""A server that is asked whether it is there has so long to answer."""
+CHECK_TIMEOUT_S = 5
+"""A server that is asked whether it is there has so long to answer; MLflow takes whole seconds."""
 
 MAX_PARAM_CHARACTERS = 6000
 MAX_PENDING_METRICS = 20_000
@@ -112,7 +112,7 @@ def check_tracking(uri: str | None) -> str:
     if database != uri and not Path(database).exists():
         return f"{shown}, a new database"
     # What MLflow does by itself: 120 s for an answer, seven times over.
-    patience = {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{CHECK_TIMEOUT_S:g}", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    patience = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(CHECK_TIMEOUT_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     before = {name: os.environ.get(name) for name in patience}
     os.environ.update(patience)
     try:
@@ -120,7 +120,7 @@ def check_tracking(uri: str | None) -> str:
     except Exception as error:
         # Errors of MLflow's HTTP and SQL libraries come through, as everywhere here.
         raise TrackingUnreachable(
-            f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S:g} s: {storage.redact(str(error))}; start the "
+            f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S} s: {storage.redact(str(error))}; start the "
             "server, correct tracking.uri or MLFLOW_TRACKING_URI, or train without it (--tracking.uri none)"
         ) from error
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,11 +159,14 @@ def test_the_probe_in_object_storage_is_removed(place: Path, bucket: str) -> Non
 
 
 def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "CHECK_TIMEOUT_S", 0.5)
-    began = time.monotonic()
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(TrackingUnreachable, match=r"within 0\.5 s"):
-        tracking.check_tracking(f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert time.monotonic() - began < 30
+    monkeypatch.setattr(tracking, "CHECK_TIMEOUT_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with pytest.raises(TrackingUnreachable, match=r"within 1 s: .*timed out"):
+            tracking.check_tracking(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        silent.settimeout(0.2)
+        silent.accept()[0].close()
+        with pytest.raises(TimeoutError):  # it was asked once
+            silent.accept()
 
 
 def test_a_database_that_is_there_is_asked_and_another_file_is_refused(tracking_uri: str, tmp_path: Path) -> None:
@@ -204,6 +206,9 @@ def test_a_step_takes_about_what_is_estimated_from_smaller_ones(monkeypatch: pyt
     batch = make_batch(size=4, num_cells=16)
     state.step(batch, "joint", global_batch=4, progress=0.0)
     real = peak_bytes(lambda: state.step(batch, "joint", global_batch=4, progress=0.0))
-    assert 0.9 * real < measure(config, crop_size=64).step < 1.3 * real
+    estimate = measure(config, crop_size=64).step
+    assert 0.9 * real < estimate < 1.3 * real
+    # The largest step counts, not the one that happens to be measured.
+    assert measure(replace(config, loss=replace(config.loss, gp_every=4)), crop_size=64).step == estimate
     alone = replace(config, schedule=replace(schedule, joint_images=0))
     assert measure(alone, crop_size=64).step < real / 2
