@@ -42,6 +42,7 @@ VGG19_ADDRESS = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 
 FREE_TO_CHANGE = (
     "data.images.max_bad_fraction",
+    "init_allow_partial",
     "name",
     "runs",
     "perceptual.weights",
@@ -182,6 +183,15 @@ class RunConfig:
     """Seed of everything random: first weights, order of images, flips, cells."""
     runs: str = "runs"
     """Folder or URI that holds all runs; on several machines one that all of them see."""
+    init_from: str | None = None
+    """Model that a new run takes its first weights from: artifact folder, checkpoint, run, URI or
+    `models:/name@alias`; a checkpoint gives both discriminators too. None = random weights. Optimizers and averages
+    start anew; a run that goes on does not look at it again."""
+    init_networks: Literal["all", "coarse"] = "all"
+    """Networks that are taken from there: all that it has, or the coarse network alone, which goes with
+    schedule.coarse_images = 0 for joint training from a given coarse network."""
+    init_allow_partial: bool = False
+    """Take the layers that fit and leave the others random, instead of stopping at the first that does not."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: networks under autocast, losses and gradient penalty in fp32; `fp32` everywhere."""
     model: TMADConfig = TMADConfig()
@@ -205,6 +215,8 @@ class RunConfig:
                 f"schedule.batch_images must be a multiple of workers.num_workers ({self.workers.num_workers}), "
                 f"got {self.schedule.batch_images}: every worker takes an equal share of each batch"
             )
+        if self.init_from is None and (self.init_networks != "all" or self.init_allow_partial):
+            raise ValueError("init_networks and init_allow_partial say how init_from is taken; it is not given")
         if self.data.images.source is not None:
             try:
                 self.data.images.records(patch_size=self.model.patch_size, memory=self.model.memory)
@@ -268,7 +280,11 @@ def with_name(config: RunConfig, name: str) -> RunConfig:
 
 
 def _what_is_learned(config: RunConfig) -> dict[str, Any]:
-    return {key: value for key, value in flatten(asdict(config)).items() if not _matches(key, FREE_TO_CHANGE)}
+    # A run with weights of its own keeps the digest that it had before others could be taken.
+    unused = ("init_from", "init_networks") if config.init_from is None else ()
+    return {
+        key: value for key, value in flatten(asdict(config)).items() if not _matches(key, (*FREE_TO_CHANGE, *unused))
+    }
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -330,6 +330,16 @@ class TrainingState:
             "bad_steps": self.bad_steps,
             "bad_steps_in_row": self.bad_steps_in_row,
         }
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin with other weights than the seed's: *tensors* of generator (`model/`) and discriminators, named as
+        `tensors` does; what is not among them stays. The average starts from the generator, the optimizers anew."""
+        for network, module in self._networks().items():
+            own = {key[len(network) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{network}/")}
+            module.load_state_dict(own, strict=False)
+        self.ema_model.load_state_dict(self.model.state_dict())
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
 
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Continue from what `tensors` and `counters` gave, bit for bit. Raises `ValueError` on names that differ."""

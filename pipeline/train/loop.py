@@ -24,6 +24,7 @@ from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.errors import TrainingFailed
 from pipeline.tracking import Tracker
 from pipeline.train.context import TrainContext, checksums
+from pipeline.train.initial import KeptWeights
 from pipeline.train.validate import validate
 from tmad.batch import Batch
 from tmad.checkpoint import load_state, save_state
@@ -81,16 +82,22 @@ def checkpoint_name(images: int) -> str:
 
 
 def train_loop(
-    config: RunConfig, context: TrainContext, feed: Feed, tracker: Tracker, perceptual: nn.Module | None = None
+    config: RunConfig,
+    context: TrainContext,
+    feed: Feed,
+    tracker: Tracker,
+    perceptual: nn.Module | None = None,
+    initial: KeptWeights | None = None,
 ) -> dict[str, Any]:
     """Train from the newest checkpoint, or from the start, to the end of both phases.
 
-    Returns the summary `{"images", "checkpoint", "validation"}`. Raises `NonFiniteLoss` from the step, alike on all
-    workers, and `TrainingFailed` if the workers' weights differ.
+    *initial*: weights for the start instead of the seed's, not looked at where there is a checkpoint. Returns the
+    summary `{"images", "checkpoint", "validation"}`. Raises `NonFiniteLoss` from the step, alike on all workers, and
+    `TrainingFailed` if the workers' weights differ.
     """
     schedule = config.schedule
     state = TrainingState(config.training, seed=config.seed, device=context.device, perceptual=perceptual)
-    validation = _restore(state, context)
+    validation = _restore(state, context, initial)
     _check_equal(state, context)
     batches: Iterator[Batch] | None = None
     meter = Meter()
@@ -235,10 +242,12 @@ def _check_equal(state: TrainingState, context: TrainContext) -> None:
         )
 
 
-def _restore(state: TrainingState, context: TrainContext) -> dict[str, float]:
+def _restore(state: TrainingState, context: TrainContext, initial: KeptWeights | None) -> dict[str, float]:
     """Continue *state* from the newest checkpoint, if there is one; returns the validation kept with it."""
     with context.newest_checkpoint() as folder:
         if folder is None:
+            if initial is not None:
+                state.start_from(initial.read())
             return {}
         load_state(state, folder)
         log.info("continuing after %s images", f"{state.images_seen:,}")

@@ -45,7 +45,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     perceptual = load_perceptual(config, job["weights"])
     with tracker:
         try:
-            return train_loop(config, context, data_feed(config, context, job["live"]), tracker, perceptual)
+            feed = data_feed(config, context, job["live"])
+            return train_loop(config, context, feed, tracker, perceptual, job["initial"])
         except NonFiniteLoss as error:
             # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
             return {"failed": str(error)}

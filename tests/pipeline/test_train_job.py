@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -28,7 +31,7 @@ from pipeline.models import load_any_model
 from pipeline.presets import smoke
 from pipeline.tracking import mlflow_client, read_json_lines
 from pipeline.train.launch import train
-from tests.conftest import make_photo
+from tests.conftest import ROOT, make_photo
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 
@@ -232,6 +235,43 @@ def _training_workers() -> list[int]:
             continue
     ours = [pid for pid, parent in parents.items() if parents.get(parent) == os.getpid()]
     return sorted(pid for pid in ours if names[pid].startswith("ray::RayTrainWorker"))
+
+
+def test_joint_training_starts_from_the_coarse_network_of_a_registered_model(
+    place: Path, finished: dict[str, Any]
+) -> None:
+    tracking = TrackingConfig(experiment="smoke", registered_name="tmad-joint")
+    config = _config(
+        place,
+        "joint",
+        init_from=finished["registered"]["uri"],
+        init_networks="coarse",
+        schedule=replace(smoke().schedule, coarse_images=0, joint_images=4),
+        optim=replace(smoke().optim, lr=1e-9, min_lr=0.0),
+        tracking=tracking,
+    )
+    summary = train(config)
+    run = place / "runs" / "joint"
+    report = json.loads((run / "init_report.json").read_text())
+    assert (report["networks"], report["model_digest"]) == (["coarse"], finished["model_digest"])
+    ours, source = (load_any_model(str(place / "runs" / name)).coarse.state_dict() for name in ("joint", "whole"))
+    assert all(torch.allclose(value, source[name], atol=1e-6) for name, value in ours.items())
+    client = mlflow_client(summary["tracking_uri"])
+    tags = client.get_run(summary["mlflow_run_id"]).data.tags
+    assert (tags["init_digest"], tags["init_model"]) == (report["digest"], finished["model_digest"])
+    assert "init_report.json" in {one.path for one in client.list_artifacts(summary["mlflow_run_id"])}
+
+
+def test_a_dry_run_joins_the_cluster_and_compares_what_is_asked_for(place: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "train_places.py"), "--preset", "smoke", "--dry-run"]
+    command += f"--data.train {place}/train --data.val {place}/val --runs {place}/dry --tracking.uri none".split()
+    command += ["--workers.cpus-per-worker", "100"]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 1, done.stderr
+    assert "asked for 201 CPU, the cluster has 4 CPU: 197 CPU missing; a run would wait 600 s" in done.stderr
+    assert done.stderr.endswith("1 of 7 checks failed\n")
+    assert not (place / "dry").exists()
 
 
 def test_losses_that_are_not_finite_stop_without_a_retry(place: Path) -> None:
