@@ -93,5 +93,9 @@ class ModelNotFound(TMADError):
     """No model where one was looked for; the message lists every place."""
 
 
+class CheckpointsDamaged(TMADError):
+    """A run has checkpoints, and none of them is what was written; `details["damaged"]` says by name what is wrong."""
+
+
 class TrainingFailed(TMADError):
     """Training stopped before its end; `details["checkpoint"]` names the last good one, if there is any."""

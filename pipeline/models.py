@@ -42,6 +42,7 @@ def find_model(ref: str, *, tracking_uri: str | None = None) -> Path:
       `MLFLOW_TRACKING_URI`, else `runs/mlflow.db` in the current folder;
     - a folder or any fsspec URI that holds `config.json` and `model.safetensors`;
     - a checkpoint or a finished run (its `model/` is taken);
+    - `best/` of a run (the model with the best validation);
     - an unfinished run (the newest of its `checkpoints/` is taken, with a warning).
 
     Raises `ModelNotFound` saying what was looked for where.
@@ -54,6 +55,8 @@ def find_model(ref: str, *, tracking_uri: str | None = None) -> Path:
     for place in looked:
         if _is_artifact(place):
             return storage.local_copy(place)
+    if ref.rstrip("/").endswith("/best") and (best := _newest_checkpoint(ref)) is not None:
+        return storage.local_copy(storage.join(best, "model"))
     checkpoints = storage.join(ref, "checkpoints")
     looked.append(storage.join(checkpoints, "*", "model"))
     newest = _newest_checkpoint(checkpoints)
