@@ -34,6 +34,11 @@ from tmad.config import (
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
+ValidationMeasure = Literal[
+    "psnr_hole", "l1_hole_pct", "ssim_full", "coarse_psnr_hole", "coarse_l1_hole_pct", "coarse_ssim_full"
+]
+"""What `train.validate` measures."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a run may be called: it becomes a folder and a part of URIs."""
 
@@ -101,7 +106,12 @@ class ScheduleConfig:
     checkpoint_every_images: PositiveInt = 50_000
     """Keep a checkpoint so often, and at the end; a failure repeats at most so much work."""
     keep_checkpoints: PositiveInt = 3
-    """Checkpoints that stay in storage, the newest ones."""
+    """Checkpoints that stay in storage, the newest ones; with 1 there is none to fall back to if it is damaged."""
+    best_measure: ValidationMeasure = "psnr_hole"
+    """The model with the best value of this measure of the validations (`val/...`) is kept too, in `best/`. Without
+    `coarse_` it is measured in the joint phase alone."""
+    stop_after_validations: PositiveInt | None = None
+    """End the joint phase when so many validations in a row have not improved `best_measure`; none = never."""
     log_every_images: PositiveInt = 1_600
     """Progress line, metrics and the check that the workers are still equal, so often."""
 

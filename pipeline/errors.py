@@ -105,5 +105,9 @@ class WeightsMismatch(TMADError):
     """A model's weights do not fit the networks that are to start from them; `details["report"]` lists every tensor."""
 
 
+class CheckpointsDamaged(TMADError):
+    """A run has checkpoints, and none of them is what was written; `details["damaged"]` says by name what is wrong."""
+
+
 class TrainingFailed(TMADError):
     """Training stopped before its end; `details["checkpoint"]` names the last good one, if there is any."""

@@ -48,6 +48,7 @@ def locate_model(ref: str, *, tracking_uri: str | None = None) -> str:
       `MLFLOW_TRACKING_URI`, else `runs/mlflow.db` in the current folder;
     - a folder or any fsspec URI that holds `config.json` and `model.safetensors`;
     - a checkpoint or a finished run (its `model/` is taken);
+    - `best/` of a run (the model with the best validation);
     - an unfinished run (the newest of its `checkpoints/` is taken, with a warning).
 
     Raises `ModelNotFound` saying what was looked for where.
@@ -60,6 +61,8 @@ def locate_model(ref: str, *, tracking_uri: str | None = None) -> str:
     for place in looked:
         if _is_artifact(place):
             return place
+    if ref.rstrip("/").endswith("/best") and (best := _newest_checkpoint(ref)) is not None:
+        return storage.join(best, "model")
     checkpoints = storage.join(ref, "checkpoints")
     looked.append(storage.join(checkpoints, "*", "model"))
     newest = _newest_checkpoint(checkpoints)

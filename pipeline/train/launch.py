@@ -1,8 +1,9 @@
 """From a configuration to a finished run: the only place that builds Ray's `TorchTrainer`.
 
-`runs/<name>/` holds `config.json`, `environment.json`, `tracking.json`, `metrics.jsonl`, `checkpoints/`, and at the end
-`model/` and `finished.json`; with `init_from` also what was taken from that model. The same command with the same name
-goes on where the run stands: at its newest checkpoint, at the final steps, or nowhere when `finished.json` is there.
+`runs/<name>/` holds `config.json`, `environment.json`, `tracking.json`, `metrics.jsonl`, `checkpoints/`, `best/`, and
+at the end `model/` and `finished.json`; with `init_from` also what was taken from that model. The same command with the
+same name goes on where the run stands: at its newest checkpoint, at the final steps, or nowhere when `finished.json` is
+there.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
 from pipeline.environment import environment
-from pipeline.errors import ConfigMismatch, TMADError, TrainingFailed
+from pipeline.errors import CheckpointsDamaged, ConfigMismatch, TMADError, TrainingFailed
 from pipeline.models import MLFLOW_SCHEMES
 from pipeline.pretrained import resolve_perceptual
 from pipeline.registry import register_model
 from pipeline.tracking import Tracker, resolve_tracking_uri
+from pipeline.train.best import best_kept
+from pipeline.train.checkpoints import forget_broken_records
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_initial, kept_initial
 from pipeline.train.relay import relayed_logs
 from pipeline.train.worker import work
@@ -96,6 +99,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         "tracking_uri": tracking_uri,
         "run_id": run_id,
         "metrics": storage.join(folder, "metrics.jsonl"),
+        "checkpoints": storage.join(folder, "checkpoints"),
+        "best": storage.join(folder, "best"),
         "live": share(photographs, train_set) if photographs else None,
         "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
     }
@@ -108,6 +113,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         raise
     Tracker(tracking_uri, run_id).finish("FINISHED")
     log.info("run %s finished in %.0f s: model %s", config.name, time.time() - began, finished["model"])
+    if best := finished["best"]:
+        log.info(
+            "best %s was %.4g after %s images: %s", best["measure"], best["value"], f"{best['images']:,}", best["model"]
+        )
     return finished
 
 
@@ -298,11 +307,14 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
             **more,
         ),
     )
+    forget_broken_records(storage.join(folder, "checkpoints"))
     try:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
         raise TrainingFailed(f"training stopped: {_cause(error)}; {_how_to_go_on(folder)}") from error
     summary: dict[str, Any] = result.return_value
+    if "damaged" in summary:
+        raise CheckpointsDamaged(summary["failed"], damaged=summary["damaged"])
     if "failed" in summary:
         raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}")
     return summary
@@ -322,6 +334,7 @@ def _finish(
         registered = {"name": name, "version": version, "alias": alias, "uri": f"models:/{name}@{alias}"}
     finished = {
         **summary,
+        "best": best_kept(storage.join(folder, "best"), config.schedule.best_measure),
         "name": config.name,
         "model": model_uri,
         "model_digest": model_digest(artifact),

@@ -23,7 +23,7 @@ from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, find_
 from pipeline.train.launch import _claim, resolve
 from pipeline.train.loop import train_loop
 from tests.pipeline.conftest import SetMaker
-from tests.pipeline.test_loop import CONFIG, Recorder, Stopped, _feed
+from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed
 from tests.tmad.tiny import Features, make_state, train
 from tmad.checkpoint import load_model, model_digest, save_model, save_state
 from tmad.step import OneWorker, TrainingState
@@ -165,7 +165,7 @@ def test_joint_training_begins_with_the_given_coarse_network_and_goes_on_without
 
     def go(folder: Path, stop_at: int | None = None) -> dict[str, Any]:
         context = LocalContext(folder, workers=OneWorker())
-        return train_loop(config, context, _feed(stop_at), Recorder(), Features(), kept)
+        return train_loop(config, context, make_feed(stop_at), Recorder(), Features(), kept)
 
     with pytest.raises(Stopped):
         go(tmp_path / "kept", stop_at=6)

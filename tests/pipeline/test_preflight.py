@@ -27,7 +27,7 @@ from pipeline.train.loop import train_loop
 from pipeline.train.preflight import Preflight, checkpoint_count, preflight
 from tests.conftest import make_photo
 from tests.pipeline.test_contract import run_here
-from tests.pipeline.test_loop import CONFIG, Recorder, _feed
+from tests.pipeline.runs import CONFIG, Recorder, make_feed
 from tests.tmad.tiny import Features, make_batch, make_state, train
 from tmad.checkpoint import save_state
 from tmad.step import OneWorker, TrainingState
@@ -180,7 +180,7 @@ def test_a_database_that_is_there_is_asked_and_another_file_is_refused(tracking_
 def test_the_plan_counts_the_checkpoints_that_a_run_writes(coarse: int, joint: int, every: int, tmp_path: Path) -> None:
     lengths = {"coarse_images": coarse, "joint_images": joint, "checkpoint_every_images": every}
     config = replace(CONFIG, schedule=replace(CONFIG.schedule, **lengths))
-    train_loop(config, LocalContext(tmp_path, workers=OneWorker()), _feed(), Recorder(), Features())
+    train_loop(config, LocalContext(tmp_path, workers=OneWorker()), make_feed(), Recorder(), Features())
     assert checkpoint_count(config) == len(list(tmp_path.iterdir()))
 
 
