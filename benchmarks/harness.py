@@ -25,7 +25,8 @@ import torch
 import tyro
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
+
+from pipeline.train.footprint import peak_bytes as peak_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "benchmarks" / "reports"
@@ -136,25 +137,6 @@ def _repeats(call: Callable[[], object]) -> int:
     begin = time.perf_counter()
     call()
     return max(1, math.ceil(MIN_SAMPLE_S / max(time.perf_counter() - begin, 1e-6)))
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Largest sum of tensor bytes that *call* holds at one moment, beyond what lives when it begins.
-
-    A running sum over the allocations and releases that PyTorch's profiler reports for the CPU allocator. What the
-    libraries below allocate by themselves (oneDNN's scratch) is not in it.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = call()
-    del result
-    events = recorded.profiler.kineto_results.events()
-    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    held = peak = 0
-    # Stable: events of one timestamp stay in the order in which they happened.
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 def saved_bytes(call: Callable[[], object], *, without: Sequence[Tensor] = ()) -> int:

@@ -10,16 +10,24 @@ Examples:
   # the same with a preset, whose own training set is taken back
   python jobs/train_places.py --preset demo --data.train None --data.images.source photos/train --data.val data/val
   # the paper's settings for free-form holes, on a cluster (from the folder that holds jobs/)
-  ray job submit --working-dir . -- python jobs/train_places.py --preset places_freeform --name places
+  ray job submit --working-dir . -- python jobs/train_places.py --preset places --name places
       --runs s3://bucket/runs --data.train s3://bucket/places/train --data.val s3://bucket/places/val
   # a run once more, with another seed
   python jobs/train_places.py --config runs/first/config.json --name second --seed 1
+  # before anything is scheduled: the plan, the time it takes at a known rate, and whether all that it needs is there
+  python jobs/train_places.py --preset celebahq --name faces --dry-run --images-per-s 60
+  # fine-tuning of a registered model
+  python jobs/train_places.py --preset celebahq --name faces --init-from models:/tmad@champion
+  # joint training from the coarse network of another run
+  python jobs/train_places.py --preset places --name joint --init-from runs/coarse --init-networks coarse
+      --schedule.coarse-images 0
 
 The same command with the same --name continues a run that was stopped.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,17 +39,26 @@ from pipeline.config import RunConfig
 from pipeline.presets import PRESETS
 
 
-def main(argv: Sequence[str]) -> None:
-    """Parse *argv* and train."""
-    command = parse(RunConfig, argv, PRESETS, prog="python jobs/train_places.py", description=__doc__ or "")
+def main(argv: Sequence[str]) -> int:
+    """Parse *argv* and train; returns the exit code."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--images-per-s", type=float)
+    known, rest = first.parse_known_args(list(argv))
+    command = parse(RunConfig, rest, PRESETS, prog="python jobs/train_places.py", description=__doc__ or "")
+    if known.images_per_s is not None and (not command.dry_run or known.images_per_s <= 0):
+        raise ValueError("--images-per-s goes with --dry-run and is above 0: the rate that the duration is told for")
     # Ray and MLflow take seconds to import; --help and a wrong option should not.
-    from pipeline.train.launch import plan, train
-
     if command.dry_run:
+        from pipeline.train.preflight import preflight
+
+        found = preflight(command.config, images_per_s=known.images_per_s)
         print(command.resolved())
-        print(plan(command.config), file=sys.stderr)
-        return
+        print(found.text(), file=sys.stderr)
+        return 0 if found.ok else 1
+    from pipeline.train.launch import train
+
     train(command.config)
+    return 0
 
 
 if __name__ == "__main__":

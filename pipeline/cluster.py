@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
+import torch
 
-from pipeline.errors import ClusterTooSmall
+from pipeline.errors import ClusterTooSmall, ClusterUnreachable
 
 ROOT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages: the checkout, an uploaded working directory, or site-packages."""
@@ -22,6 +25,9 @@ none would be left for Ray Data's tasks, and the job would stand still without a
 
 EMBEDDED_OBJECT_STORE_BYTES = 512 * 2**20
 """Shared memory of an embedded Ray: encoded images travel through it, a few batches at a time."""
+
+CONNECT_TIMEOUT_S = 5.0
+"""A cluster has so long to take a connection before `available` calls it absent."""
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +62,34 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     ray.init(
         # "local": a marker file of a killed cluster would otherwise be taken for a cluster to join.
         address="local",
-        num_cpus=max(MIN_EMBEDDED_CPUS, os.cpu_count() or 1),
+        num_cpus=_embedded_cpus(),
         include_dashboard=dashboard,
         object_store_memory=object_store_bytes,
         **quiet,
     )
     log.info("started Ray on this machine in %.0f s", time.monotonic() - began)
+
+
+def available() -> dict[str, float]:
+    """Resources of the cluster, which is joined for this, or those that an embedded Ray would have, which is not
+    started. Raises `ClusterUnreachable` if nothing answers at `RAY_ADDRESS`."""
+    if not ray.is_initialized() and not joined():
+        return {"CPU": float(_embedded_cpus()), "GPU": float(torch.cuda.device_count())}
+    address = os.environ.get("RAY_ADDRESS", "")
+    try:
+        if not ray.is_initialized():
+            _knock(address)
+        start_ray()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ClusterUnreachable(f"no Ray cluster at {address} (RAY_ADDRESS): {str(error).strip()}") from error
+    return dict(ray.cluster_resources())
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` if nobody listens at `[ray://]host:port`: Ray itself asks for minutes, in lines of its own."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if place.hostname and place.port:
+        socket.create_connection((place.hostname, place.port), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:
@@ -99,6 +127,10 @@ def joined() -> bool:
 def shown(resources: Mapping[str, float]) -> str:
     """`4 CPU, 1 GPU`: only what people count."""
     return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)) or "nothing"
+
+
+def _embedded_cpus() -> int:
+    return max(MIN_EMBEDDED_CPUS, os.cpu_count() or 1)
 
 
 def _python_path() -> str:

@@ -34,6 +34,11 @@ from tmad.config import (
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
+ValidationMeasure = Literal[
+    "psnr_hole", "l1_hole_pct", "ssim_full", "coarse_psnr_hole", "coarse_l1_hole_pct", "coarse_ssim_full"
+]
+"""What `train.validate` measures."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a run may be called: it becomes a folder and a part of URIs."""
 
@@ -42,6 +47,7 @@ VGG19_ADDRESS = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 
 FREE_TO_CHANGE = (
     "data.images.max_bad_fraction",
+    "init_allow_partial",
     "name",
     "runs",
     "perceptual.weights",
@@ -100,7 +106,12 @@ class ScheduleConfig:
     checkpoint_every_images: PositiveInt = 50_000
     """Keep a checkpoint so often, and at the end; a failure repeats at most so much work."""
     keep_checkpoints: PositiveInt = 3
-    """Checkpoints that stay in storage, the newest ones."""
+    """Checkpoints that stay in storage, the newest ones; with 1 there is none to fall back to if it is damaged."""
+    best_measure: ValidationMeasure = "psnr_hole"
+    """The model with the best value of this measure of the validations (`val/...`) is kept too, in `best/`. Without
+    `coarse_` it is measured in the joint phase alone."""
+    stop_after_validations: PositiveInt | None = None
+    """End the joint phase when so many validations in a row have not improved `best_measure`; none = never."""
     log_every_images: PositiveInt = 1_600
     """Progress line, metrics and the check that the workers are still equal, so often."""
 
@@ -182,6 +193,15 @@ class RunConfig:
     """Seed of everything random: first weights, order of images, flips, cells."""
     runs: str = "runs"
     """Folder or URI that holds all runs; on several machines one that all of them see."""
+    init_from: str | None = None
+    """Model that a new run takes its first weights from: artifact folder, checkpoint, run, URI or
+    `models:/name@alias`; a checkpoint gives both discriminators too. None = random weights. Optimizers and averages
+    start anew; a run that goes on does not look at it again."""
+    init_networks: Literal["all", "coarse"] = "all"
+    """Networks that are taken from there: all that it has, or the coarse network alone, which goes with
+    schedule.coarse_images = 0 for joint training from a given coarse network."""
+    init_allow_partial: bool = False
+    """Take the layers that fit and leave the others random, instead of stopping at the first that does not."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: networks under autocast, losses and gradient penalty in fp32; `fp32` everywhere."""
     model: TMADConfig = TMADConfig()
@@ -205,6 +225,8 @@ class RunConfig:
                 f"schedule.batch_images must be a multiple of workers.num_workers ({self.workers.num_workers}), "
                 f"got {self.schedule.batch_images}: every worker takes an equal share of each batch"
             )
+        if self.init_from is None and (self.init_networks != "all" or self.init_allow_partial):
+            raise ValueError("init_networks and init_allow_partial say how init_from is taken; it is not given")
         if self.data.images.source is not None:
             try:
                 self.data.images.records(patch_size=self.model.patch_size, memory=self.model.memory)
@@ -268,7 +290,11 @@ def with_name(config: RunConfig, name: str) -> RunConfig:
 
 
 def _what_is_learned(config: RunConfig) -> dict[str, Any]:
-    return {key: value for key, value in flatten(asdict(config)).items() if not _matches(key, FREE_TO_CHANGE)}
+    # A run with weights of its own keeps the digest that it had before others could be taken.
+    unused = ("init_from", "init_networks") if config.init_from is None else ()
+    return {
+        key: value for key, value in flatten(asdict(config)).items() if not _matches(key, (*FREE_TO_CHANGE, *unused))
+    }
 
 
 def _matches(key: str, patterns: Iterable[str]) -> bool:

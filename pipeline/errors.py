@@ -89,8 +89,24 @@ class ClusterTooSmall(TMADError):
     """The job asks for more CPUs, GPUs or memory than the Ray cluster has."""
 
 
+class ClusterUnreachable(TMADError):
+    """Nothing answers where the Ray cluster should be."""
+
+
+class TrackingUnreachable(TMADError):
+    """The tracking server does not answer, or refuses."""
+
+
 class ModelNotFound(TMADError):
     """No model where one was looked for; the message lists every place."""
+
+
+class WeightsMismatch(TMADError):
+    """A model's weights do not fit the networks that are to start from them; `details["report"]` lists every tensor."""
+
+
+class CheckpointsDamaged(TMADError):
+    """A run has checkpoints, and none of them is what was written; `details["damaged"]` says by name what is wrong."""
 
 
 class TrainingFailed(TMADError):

@@ -36,12 +36,19 @@ def load_any_model(ref: str, device: str = "cpu", tracking_uri: str | None = Non
 
 
 def find_model(ref: str, *, tracking_uri: str | None = None) -> Path:
-    """The model artifact that *ref* names, as a folder on this machine (downloaded where it is elsewhere).
+    """The model artifact that *ref* names, as a folder on this machine (downloaded where it is elsewhere); *ref* and
+    what is raised as for `locate_model`."""
+    return storage.local_copy(locate_model(ref, tracking_uri=tracking_uri))
+
+
+def locate_model(ref: str, *, tracking_uri: str | None = None) -> str:
+    """The folder or URI of the model artifact that *ref* names; MLflow's are downloaded.
 
     - `models:/tmad@champion`, `models:/tmad/3`, `runs:/<id>/model`: from MLflow at *tracking_uri*, else
       `MLFLOW_TRACKING_URI`, else `runs/mlflow.db` in the current folder;
     - a folder or any fsspec URI that holds `config.json` and `model.safetensors`;
     - a checkpoint or a finished run (its `model/` is taken);
+    - `best/` of a run (the model with the best validation);
     - an unfinished run (the newest of its `checkpoints/` is taken, with a warning).
 
     Raises `ModelNotFound` saying what was looked for where.
@@ -49,22 +56,24 @@ def find_model(ref: str, *, tracking_uri: str | None = None) -> Path:
     if not ref:
         raise ModelNotFound("no model was named: give a folder, a URI or models:/name@alias")
     if ref.startswith(MLFLOW_SCHEMES):
-        return _from_mlflow(ref, tracking_uri)
+        return str(_from_mlflow(ref, tracking_uri))
     looked = [ref, storage.join(ref, "model")]
     for place in looked:
         if _is_artifact(place):
-            return storage.local_copy(place)
+            return place
+    if ref.rstrip("/").endswith("/best") and (best := _newest_checkpoint(ref)) is not None:
+        return storage.join(best, "model")
     checkpoints = storage.join(ref, "checkpoints")
     looked.append(storage.join(checkpoints, "*", "model"))
     newest = _newest_checkpoint(checkpoints)
     if newest is not None:
         log.warning("run %s is not finished: using its checkpoint %s", storage.redact(ref), storage.redact(newest))
-        return storage.local_copy(storage.join(newest, "model"))
+        return storage.join(newest, "model")
     hint = ""
     if ref.endswith((".safetensors", ".pt", ".pth", ".ckpt")):
         hint = "; name the folder, not the file"
     elif "://" not in ref and "@" in ref and not storage.exists(ref):
-        hint = f"; for the MLflow registry write models:/{ref}"
+        hint = f"; for the MLflow registry write models:/{ref.rsplit('/', 1)[-1]}"
     raise ModelNotFound(
         f"no model at {storage.redact(ref)}: looked for {' and '.join(ARTIFACT_FILES)} in "
         + ", ".join(storage.redact(place) for place in looked)

@@ -21,12 +21,17 @@ from tmad.config import (
     TMADConfig,
 )
 
+COARSE_EPOCHS = 4
+"""Epochs of the coarse network alone [P]."""
 
-def places_freeform() -> RunConfig:
-    """Places365-Standard with free-form holes: Table II, memory of the windows with the fewest hole pixels.
 
-    `python jobs/train_places.py --preset places_freeform --data.train s3://bucket/places/train --data.val
-    s3://bucket/places/val --name places-freeform`. Four GPUs, four images on each, as in the paper.
+def places() -> RunConfig:
+    """Places365-Standard with free-form and rectangular holes: Table II, memory of the windows with the fewest hole
+    pixels.
+
+    `python jobs/train_places.py --preset places --data.train s3://bucket/places/train --data.val s3://bucket/places/val
+    --name places`. Four GPUs, four images on each; the paper's took three days (Titan V). Not measured here: `--dry-run
+    --images-per-s RATE` tells the time at a rate that was.
     """
     return RunConfig(
         data=DataConfig(train="data/places/train", val="data/places/val"),
@@ -37,12 +42,12 @@ def places_freeform() -> RunConfig:
 
 
 def places_rectangle() -> RunConfig:
-    """Places365-Standard with rectangular holes up to 128x128: hole-free windows only, 25 cells an image.
+    """Places365-Standard with rectangular holes up to 128x128, Table III: hole-free windows only, 25 cells an image.
 
     `python jobs/train_places.py --preset places_rectangle --data.train s3://bucket/places-box/train --data.val
-    s3://bucket/places-box/val --name places-rectangle`. Four GPUs, four images on each, as in the paper.
+    s3://bucket/places-box/val --name places-rectangle`. Hardware and duration as for `places`.
     """
-    base = places_freeform()
+    base = places()
     return replace(
         base,
         data=DataConfig(train="data/places-rectangle/train", val="data/places-rectangle/val"),
@@ -51,8 +56,40 @@ def places_rectangle() -> RunConfig:
     )
 
 
+def celebahq() -> RunConfig:
+    """CelebA-HQ, DeepFill's 28,000 training images, with rectangular holes: the settings of `places_rectangle`.
+
+    `python jobs/train_places.py --preset celebahq --data.train s3://bucket/celebahq/train --data.val
+    s3://bucket/celebahq/val --name celebahq`. Four GPUs, four images on each, as in the paper. The coarse network has
+    its four epochs; the joint phase is as long as on Places, since the paper names one duration for all, three days on
+    Titan V [D]. Not measured here. For another number of images, set `schedule.coarse_images` to four times that.
+    """
+    return _rectangles("celebahq", images=28_000)
+
+
+def paris() -> RunConfig:
+    """Paris StreetView, 14,900 training images, with rectangular holes: the settings of `places_rectangle`.
+
+    `python jobs/train_places.py --preset paris --data.train s3://bucket/paris/train --data.val s3://bucket/paris/val
+    --name paris`. Lengths, hardware and what is known of the duration as for `celebahq`. The joint phase goes through
+    so few images a thousand times: watch the validation, and shorten `schedule.joint_images` where it turns.
+    """
+    return _rectangles("paris", images=14_900)
+
+
+def _rectangles(name: str, *, images: int) -> RunConfig:
+    """Rectangular holes on a set of so many *images*, prepared in data/*name*."""
+    base = places_rectangle()
+    return replace(
+        base,
+        data=DataConfig(train=f"data/{name}/train", val=f"data/{name}/val"),
+        schedule=replace(base.schedule, coarse_images=COARSE_EPOCHS * images),
+        tracking=TrackingConfig(registered_name=f"tmad-{name}"),
+    )
+
+
 def demo() -> RunConfig:
-    """A dozen photographs on a laptop: all blocks of Table I, 16-pixel patches, two workers of one thread, minutes.
+    """A dozen photographs on a laptop: all blocks of Table I, 16-pixel patches, two workers of one thread, six minutes.
 
     `make demo` runs it after preparing its photographs; by hand: `python jobs/train_places.py --preset demo`. What
     differs from the paper is what minutes ask for: a higher learning rate, one cosine period a phase, PSNet starting at
@@ -117,6 +154,6 @@ def smoke() -> RunConfig:
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    function.__name__: function for function in (places_freeform, places_rectangle, demo, smoke)
+    function.__name__: function for function in (places, places_rectangle, celebahq, paris, demo, smoke)
 }
 """By name, for `--preset`."""

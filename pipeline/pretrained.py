@@ -21,6 +21,8 @@ from tmad.rng import torch_generator
 
 DOWNLOAD = "download"
 TIMEOUT_S = 60.0
+CHECK_TIMEOUT_S = 5.0
+"""The address of a download has so long to answer when it is only asked whether it is there."""
 
 OPTIONS = (
     "give the file (--perceptual.weights /path/or/uri/vgg19-dcbb9e9d.pth), or train without it on purpose: "
@@ -60,6 +62,33 @@ def resolve_perceptual(config: RunConfig) -> str | None:
     kept = storage.join(config.runs, "cache", _file_name(perceptual.sha256 or hashlib.sha256(data).hexdigest()[:16]))
     storage.write_atomic(kept, data)
     return kept
+
+
+def check_perceptual(config: RunConfig) -> str:
+    """Where `resolve_perceptual` would find the weights, in words; downloads nothing. Raises as that does."""
+    perceptual = config.perceptual
+    if not config.training.loss.weight_perceptual:
+        return f"none needed, the perceptual loss is off ({_why_off(config)})"
+    if perceptual.features == "untrained":
+        return "none needed, untrained VGG-19 features (perceptual.features)"
+    known = storage.join(config.runs, "cache", _file_name(perceptual.sha256)) if perceptual.sha256 else None
+    if known is not None and storage.exists(known):
+        check_digest(storage.read_bytes(known), perceptual.sha256, storage.redact(known))
+        return f"VGG-19 at {storage.redact(known)}"
+    where = storage.redact(perceptual.weights)
+    if perceptual.weights == DOWNLOAD:
+        request = urllib.request.Request(VGG19_ADDRESS, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=CHECK_TIMEOUT_S).close()
+        except (urllib.error.URLError, OSError) as error:
+            raise MissingInput(
+                f"cannot download the VGG-19 weights from {VGG19_ADDRESS} ({error}); {OPTIONS}"
+            ) from error
+        return f"VGG-19 not here yet, to be downloaded (549 MB) from {VGG19_ADDRESS}"
+    if not storage.exists(perceptual.weights):
+        raise MissingInput(f"no VGG-19 weights at {where}; {OPTIONS}")
+    check_digest(storage.read_bytes(perceptual.weights), perceptual.sha256, where)
+    return f"VGG-19 at {where}"
 
 
 def load_perceptual(config: RunConfig, weights: str | None) -> nn.Module | None:

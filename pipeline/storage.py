@@ -310,6 +310,13 @@ def remove(uri: str) -> None:
         return
 
 
+def remove_folder(uri: str) -> None:
+    """Delete everything below the folder *uri*, in no particular order; it is no error if it is not there."""
+    if exists(uri):
+        fs, path = file_system(uri)
+        _guard(uri, "delete", lambda: fs.rm(path, recursive=True))
+
+
 def file_sizes(uri: str) -> dict[str, int]:
     """Bytes of every file below the folder *uri* by its key, by one listing, hidden ones left out; none if there is no
     such folder."""

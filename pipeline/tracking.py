@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import storage
+from pipeline.errors import TrackingUnreachable
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +36,9 @@ NO_TRACKING = "none"
 
 SECRET_NAME = re.compile(r"passw|secret|token|credential|api_?key|access_?key|account_?key", re.IGNORECASE)
 """Parameters and tags with such a name are logged as `***`."""
+
+CHECK_TIMEOUT_S = 5
+"""A server that is asked whether it is there has so long to answer; MLflow takes whole seconds."""
 
 MAX_PARAM_CHARACTERS = 6000
 MAX_PENDING_METRICS = 20_000
@@ -97,6 +101,32 @@ def mlflow_client(uri: str) -> MlflowClient:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def check_tracking(uri: str | None) -> str:
+    """Whether runs can be recorded at *uri* (resolved), in words, within seconds and without a trace. Raises
+    `TrackingUnreachable` with the cause."""
+    if uri is None:
+        return "off, metrics go to metrics.jsonl only"
+    shown, database = storage.redact(uri), uri.removeprefix("sqlite:///")
+    if database != uri and not Path(database).exists():
+        return f"{shown}, a new database"
+    # What MLflow does by itself: 120 s for an answer, seven times over.
+    patience = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(CHECK_TIMEOUT_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    before = {name: os.environ.get(name) for name in patience}
+    os.environ.update(patience)
+    try:
+        mlflow_client(uri).search_experiments(max_results=1)
+    except Exception as error:
+        # Errors of MLflow's HTTP and SQL libraries come through, as everywhere here.
+        raise TrackingUnreachable(
+            f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S} s: {storage.redact(str(error))}; start the "
+            "server, correct tracking.uri or MLFLOW_TRACKING_URI, or train without it (--tracking.uri none)"
+        ) from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+    return f"{shown} answers"
 
 
 class JsonLines:

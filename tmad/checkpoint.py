@@ -61,6 +61,21 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> TMA
     return model.to(device).eval()
 
 
+def read_model(folder: Path | str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Settings and weights of the artifact in *folder* as they are stored, whether or not they fit anything. Raises as
+    `load_model` does for files that are missing, damaged or of another version."""
+    folder = Path(folder)
+    settings: dict[str, Any] = _read_json(folder, CONFIG_FILE, "model")["model"]
+    return settings, _read_tensors(folder, WEIGHTS_FILE)
+
+
+def read_state(folder: Path | str) -> dict[str, torch.Tensor]:
+    """The tensors of the training checkpoint in *folder*, named as `TrainingState.tensors` does; raises as
+    `read_model`."""
+    _read_json(Path(folder), COUNTERS_FILE, "counters", "config")
+    return _read_tensors(Path(folder), STATE_FILE)
+
+
 def model_digest(folder: Path | str) -> str:
     """What a model is told apart by: 16 hexadecimal digits of the sha256 of its configuration and weights."""
     digest = hashlib.sha256()

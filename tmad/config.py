@@ -204,7 +204,8 @@ class OptimConfig:
     ema_halflife_images: NonNegativeFloat = 10_000.0
     """Images after which an old weight counts half in the averaged generator; 0 = no averaging [D]."""
     max_bad_steps: PositiveInt = 20
-    """So many steps in a row with a loss or gradient that is not finite stop the run [D]."""
+    """So many steps in a row with a loss or gradient that is not finite send the run back to its newest checkpoint;
+    again before the next checkpoint, they stop it [D]."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

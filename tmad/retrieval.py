@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tmad.config import RetrievalConfig
+from tmad.patches import cut
 
 
 def similarity(query_BND: Tensor, memory_BPD: Tensor) -> Tensor:
@@ -102,3 +103,17 @@ def embedding(config: RetrievalConfig) -> nn.Sequential:
         nn.LeakyReLU(0.2, inplace=True),
         nn.Conv2d(config.hidden_channels, config.embed_channels, 1),
     )
+
+
+@torch.no_grad()
+def candidate_statistics(mask: Tensor, pool_yx: Tensor, index: Tensor, patch_size: int) -> dict[str, Tensor]:
+    """What the candidates of a batch are made of, as means over its images.
+
+    *mask* (B, 1, H, W) {0, 1}, 1 = hole; *pool_yx* (B, N_pool, 2); *index* (B, N, N_c) into the pool. Returns
+    `candidates/intact`, the share of the candidates' pixels that are no hole pixels, and `candidates/distinct`, the
+    share of the pool that is a candidate of any cell.
+    """
+    intact = 1 - cut(mask.float(), pool_yx, patch_size).mean((2, 3, 4))
+    chosen = index.flatten(1)
+    distinct = torch.zeros_like(intact).scatter_(1, chosen, 1.0)
+    return {"candidates/intact": intact.gather(1, chosen).mean(), "candidates/distinct": distinct.mean()}

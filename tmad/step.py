@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from tmad.images import to_model
 from tmad.model import TMAD, TMADOutput
 from tmad.patches import cell_corners, cut
 from tmad.perceptual import perceptual_loss
+from tmad.retrieval import candidate_statistics
 from tmad.rng import seed_of
 
 Phase = Literal["coarse", "joint"]
@@ -50,7 +51,11 @@ class OneWorker:
 
 
 class NonFiniteLoss(ArithmeticError):
-    """Too many steps in a row had a loss or gradient that is not finite; names the terms of the last one."""
+    """Too many steps in a row had a loss or gradient that is not finite; *terms* are this worker's of the last one."""
+
+    def __init__(self, message: str, terms: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.terms = tuple(terms)
 
 
 class TrainingState:
@@ -137,10 +142,12 @@ class TrainingState:
             self.bad_steps += 1
             self.bad_steps_in_row += 1
             if self.bad_steps_in_row >= self.config.optim.max_bad_steps:
-                terms = [name for name, value in metrics.items() if not value.isfinite()]
+                first = self.images_seen - self.bad_steps_in_row * global_batch
+                terms = not_finite(metrics)
                 raise NonFiniteLoss(
-                    f"{self.bad_steps_in_row} steps in a row were not finite (after {self.images_seen} images); "
-                    f"not finite in the last one: {', '.join(terms)}; see optim.max_bad_steps, optim.lr"
+                    f"{self.bad_steps_in_row} steps in a row were not finite (images {first} to {self.images_seen} of "
+                    f"the run); not finite in the last one: {', '.join(terms)}; see optim.max_bad_steps, optim.lr",
+                    terms,
                 )
         metrics["lr"] = torch.tensor(self.optimizers["generator"].param_groups[-1]["lr"])
         metrics["bad_steps"] = torch.tensor(float(self.bad_steps))
@@ -205,6 +212,7 @@ class TrainingState:
         self._freeze_critics(False)
         metrics.update(generator_metrics)
         metrics["retrieval/entropy"] = -(out.weights * out.weights.clamp(min=1e-12).log()).sum(-1).mean().detach()
+        metrics |= candidate_statistics(batch.mask, batch.pool_yx, out.candidate_index, self.config.model.patch_size)
         return metrics, finite
 
     def _reconstruction(self, coarse_raw: Tensor, image: Tensor, mask: Tensor) -> dict[str, tuple[float, Tensor]]:
@@ -248,9 +256,8 @@ class TrainingState:
                 penalty = gradient_penalty(self.global_critic, image, fake_image, batch.mix[:, -1])
                 metrics["penalty/global"] = penalty.detach()
                 total = total + penalty_weight * penalty
-        norm, finite = self._apply(total, "critics", workers)
-        metrics["grad_norm/critics"] = norm
-        return metrics, finite
+        norms, finite = self._apply(total, "critics", workers)
+        return metrics | norms, finite
 
     def _score_patches(self, patches: Tensor) -> Tensor:
         """Raw scores of (B, N, 3, k, k), float32."""
@@ -269,23 +276,29 @@ class TrainingState:
         metrics = {f"loss/{name}": value.detach() for name, (_, value) in terms.items()}
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
         metrics["loss/total"] = total.detach()
-        metrics["grad_norm/generator"], finite = self._apply(total, "generator", workers)
-        return metrics, finite
+        norms, finite = self._apply(total, "generator", workers)
+        return metrics | norms, finite
 
-    def _apply(self, loss: Tensor, name: str, workers: Workers) -> tuple[Tensor, bool]:
-        """Backward, average over the workers, clip, update; gives the norm before clipping and whether it is finite."""
+    def _apply(self, loss: Tensor, name: str, workers: Workers) -> tuple[dict[str, Tensor], bool]:
+        """Backward, average over the workers, clip, update; gives the norms before clipping, of all gradients and of
+        each network's, and whether they are finite."""
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         workers.average_gradients(parameters)
         limit = self.config.optim.clip_grad_norm or math.inf
+        norms = {
+            f"grad_norm/{network}": nn.utils.get_total_norm(gradients)
+            for network, module in self._trained_by(name)
+            if (gradients := [p.grad for p in module.parameters() if p.grad is not None])
+        }
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         finite = bool(norm.isfinite())
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return norm.detach(), finite
+        return {f"grad_norm/{name}": norm.detach(), **norms}, finite
 
     def _freeze_critics(self, frozen: bool) -> None:
         self.patch_critic.requires_grad_(not frozen)
@@ -293,6 +306,12 @@ class TrainingState:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _trained_by(self, optimizer: str) -> Iterable[tuple[str, nn.Module]]:
+        """The networks of an optimizer, by name."""
+        if optimizer == "generator":
+            return self.model.named_children()
+        return [("patch_critic", self.patch_critic), ("global_critic", self.global_critic)]
 
     def _networks(self) -> dict[str, nn.Module]:
         return {
@@ -303,7 +322,7 @@ class TrainingState:
         }
 
     def _named_optimizer_parameters(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        critics = [("patch_critic", self.patch_critic), ("global_critic", self.global_critic)]
+        critics = self._trained_by("critics")
         return {
             "generator": list(self.model.named_parameters()),
             "critics": [(f"{name}.{key}", p) for name, critic in critics for key, p in critic.named_parameters()],
@@ -330,6 +349,16 @@ class TrainingState:
             "bad_steps": self.bad_steps,
             "bad_steps_in_row": self.bad_steps_in_row,
         }
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin with other weights than the seed's: *tensors* of generator (`model/`) and discriminators, named as
+        `tensors` does; what is not among them stays. The average starts from the generator, the optimizers anew."""
+        for network, module in self._networks().items():
+            own = {key[len(network) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{network}/")}
+            module.load_state_dict(own, strict=False)
+        self.ema_model.load_state_dict(self.model.state_dict())
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
 
     def restore(self, tensors: dict[str, Tensor], counters: dict[str, int]) -> None:
         """Continue from what `tensors` and `counters` gave, bit for bit. Raises `ValueError` on names that differ."""
@@ -359,6 +388,11 @@ class TrainingState:
             raise ValueError(f"the saved state has other parts than this configuration: {', '.join(odd)}")
         for name, value in counters.items():
             setattr(self, name, value)
+
+
+def not_finite(metrics: Mapping[str, Tensor]) -> list[str]:
+    """Names of the terms of a step that are not finite."""
+    return [name for name, value in metrics.items() if not value.isfinite()]
 
 
 def cosine_restarts(progress: float, periods: int) -> float:

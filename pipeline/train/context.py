@@ -12,9 +12,11 @@ weights differ for any reason, is found by `same_everywhere` at every log interv
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +27,15 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConsistencyMode
 from torch import Tensor, nn
 
+from pipeline import storage
 from tmad.step import Workers
 
 COMMIT_TIMEOUT_S = 600.0
 """Wait so long for Ray's controller to register a checkpoint that is in storage."""
+
+
+CHECKPOINT = re.compile(r"images_\d{12}(_\d+)?")
+"""Names of checkpoints."""
 
 
 class TrainContext(Protocol):
@@ -44,12 +51,19 @@ class TrainContext(Protocol):
     def same_everywhere(self, value: Tensor) -> bool:
         """Whether *value* (int64) is equal on all workers."""
 
-    def newest_checkpoint(self) -> Any:
-        """Context manager: a local folder with the newest checkpoint, or `None` at the start of a run."""
+    def everyones(self, value: Any) -> list[Any]:
+        """What each worker gave as *value*, by rank; anything that can be pickled."""
 
-    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> None:
+    def checkpoints(self) -> dict[str, bool]:
+        """Names of the checkpoints in storage, newest first, and whether each is known to have been complete once."""
+
+    def checkpoint(self, name: str) -> AbstractContextManager[Path]:
+        """The checkpoint *name* as a folder on this machine, not to be written to."""
+
+    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
         """Keep what rank 0 wrote into *folder* (others give `None`) as the checkpoint *name*; returns when it counts:
-        a crash in the next instant goes on from there."""
+        a crash in the next instant goes on from there. Returns the name it got: another one if *name* is taken by a
+        checkpoint that is damaged."""
 
 
 class DistributedWorkers:
@@ -98,10 +112,17 @@ def _same_everywhere(value: Tensor) -> bool:
     return bool((both[0] == -both[1]).all())
 
 
-class RayContext:
-    """A worker of Ray Train; Ray has made the process group."""
+def _everyones(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
-    def __init__(self) -> None:
+
+class RayContext:
+    """A worker of Ray Train; Ray has made the process group and keeps checkpoints in the folder *checkpoints*."""
+
+    def __init__(self, checkpoints: str) -> None:
+        self._folder = checkpoints
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
@@ -112,26 +133,45 @@ class RayContext:
         """Compare by one all-reduce."""
         return _same_everywhere(value.to(self.device))
 
+    def everyones(self, value: Any) -> list[Any]:
+        """By one all-gather."""
+        return _everyones(value)
+
+    def checkpoints(self) -> dict[str, bool]:
+        """Folders in storage; complete once are those that Ray's controller has registered."""
+        if not storage.exists(self._folder):
+            return {}
+        names = {key.split("/", 1)[0] for key in storage.list_files(self._folder)}
+        registered = self._registered()
+        return {name: name in registered for name in sorted(filter(CHECKPOINT.fullmatch, names), reverse=True)}
+
     @contextmanager
-    def newest_checkpoint(self) -> Iterator[Path | None]:
-        """The newest one that Ray's controller has registered."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
+    def checkpoint(self, name: str) -> Iterator[Path]:
+        """A copy of this worker's own, or the folder itself where storage is local."""
+        # Not the object that the controller hands out: its copy is shared by the processes of a machine, and one that
+        # comes late downloads over the files that another reads.
+        with Checkpoint(storage.join(self._folder, name)).as_directory() as folder:
             yield Path(folder)
 
-    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> None:
+    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
         """Upload, and wait until the controller has it in its books."""
+        registered = self._registered()
+        # A name that depends on the images alone: a repeated stretch overwrites what a crash left half-written. Not one
+        # in the controller's books, which would delete the new folder together with the old entry.
+        free = next(one for one in _names_like(name) if one not in registered)
         checkpoint = Checkpoint.from_directory(str(folder)) if folder is not None else None
-        # A name that depends on the images alone: a repeated stretch overwrites what a crash left half-written.
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=free)
         # `report` returns when the files are in storage. Until the controller has registered them, a crash would
         # restart from the checkpoint before.
-        ray.train.get_all_reported_checkpoints(
+        self._registered()
+        return free
+
+    def _registered(self) -> set[str]:
+        """Names of the checkpoints in the controller's books, once it has every report of this worker in them."""
+        reported = ray.train.get_all_reported_checkpoints(
             consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=COMMIT_TIMEOUT_S
         )
+        return {one.checkpoint.path.rstrip("/").rsplit("/", 1)[-1] for one in reported}
 
 
 class LocalContext:
@@ -142,21 +182,38 @@ class LocalContext:
         self.world_size = 1
         self.device = torch.device(device)
         self.workers = workers
-        self.checkpoints = checkpoints
+        self._folder = checkpoints
 
     def same_everywhere(self, value: Tensor) -> bool:
         """Nothing to compare with."""
         return True
 
-    @contextmanager
-    def newest_checkpoint(self) -> Iterator[Path | None]:
-        """The last one by name."""
-        yield max(self.checkpoints.glob("*"), default=None)
+    def everyones(self, value: Any) -> list[Any]:
+        """This one's."""
+        return [value]
 
-    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> None:
+    def checkpoints(self) -> dict[str, bool]:
+        """Folders by name; each was put there by one renaming."""
+        names = (path.name for path in self._folder.glob("*"))
+        return dict.fromkeys(sorted(filter(CHECKPOINT.fullmatch, names), reverse=True), True)
+
+    @contextmanager
+    def checkpoint(self, name: str) -> Iterator[Path]:
+        """The folder itself."""
+        yield self._folder / name
+
+    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
         """Copy the folder."""
         assert folder is not None
-        shutil.copytree(folder, self.checkpoints / name, dirs_exist_ok=True)
+        free = next(one for one in _names_like(name) if not (self._folder / one).exists())
+        copy = shutil.copytree(folder, self._folder / f".{free}", dirs_exist_ok=True)
+        copy.rename(self._folder / free)
+        return free
+
+
+def _names_like(name: str) -> Iterator[str]:
+    """*name*, then names that sort behind it."""
+    return itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
 
 
 def checksums(modules: Iterable[nn.Module]) -> Tensor:

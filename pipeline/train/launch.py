@@ -1,8 +1,9 @@
 """From a configuration to a finished run: the only place that builds Ray's `TorchTrainer`.
 
-`runs/<name>/` holds `config.json`, `environment.json`, `tracking.json`, `metrics.jsonl`, `checkpoints/`, and at the end
-`model/` and `finished.json`. The same command with the same name goes on where the run stands: at its newest
-checkpoint, at the final steps, or nowhere when `finished.json` is there.
+`runs/<name>/` holds `config.json`, `environment.json`, `tracking.json`, `metrics.jsonl`, `checkpoints/`, `best/`, and
+at the end `model/` and `finished.json`; with `init_from` also what was taken from that model. The same command with the
+same name goes on where the run stands: at its newest checkpoint, at the final steps, or nowhere when `finished.json` is
+there.
 """
 
 from __future__ import annotations
@@ -34,13 +35,20 @@ from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
 from pipeline.environment import environment
-from pipeline.errors import ConfigMismatch, TMADError, TrainingFailed
+from pipeline.errors import CheckpointsDamaged, ConfigMismatch, TMADError, TrainingFailed
+from pipeline.models import MLFLOW_SCHEMES
 from pipeline.pretrained import resolve_perceptual
 from pipeline.registry import register_model
 from pipeline.tracking import Tracker, resolve_tracking_uri
+from pipeline.train.best import best_kept
+from pipeline.train.checkpoints import forget_broken_records
+from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_initial, kept_initial
 from pipeline.train.relay import relayed_logs
 from pipeline.train.worker import work
 from tmad.checkpoint import model_digest
+
+SETS_FILE = "data.json"
+"""In the run's folder: digests of the sets that it was begun with."""
 
 CPUS_FOR_DATA = 1
 """Kept free beside the workers: without one, Ray Data never gets a turn and the job stands still."""
@@ -62,26 +70,27 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
     `TrainingFailed` with the cause and the newest checkpoint, `MissingInput` for data or weights that are not there,
-    `ValueError` for a data set that does not fit the model.
+    `ValueError` for a data set that does not fit the model, and what `initial.find_initial` raises.
     """
     config = resolve(config)
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
     finished = _read_json(storage.join(folder, "finished.json"))
-    train_set, photographs = _open_training_set(config, folder)
+    train_set, photographs = open_training_set(config, folder)
     sets = {"train": train_set, "val": read_manifest(config.data.val)}
     for which, manifest in sets.items():
         check_set(config, manifest, which)
-    _claim(folder, config, sets)
+    tracking_uri = resolve_tracking_uri(config.tracking.uri, config.runs)
+    _claim(folder, config, sets, tracking_uri)
     if finished is not None:
         log.info("run %s is finished: %s; nothing to do", config.name, storage.join(folder, "finished.json"))
         return finished
 
     weights = resolve_perceptual(config)
     start_ray()
-    require(_resources(config), wait_s=config.workers.start_timeout_s if joined() else 0.0)
-    tracking_uri = resolve_tracking_uri(config.tracking.uri, config.runs)
-    run_id = _open_tracking(folder, config, tracking_uri, sets)
+    require(resources(config), wait_s=config.workers.start_timeout_s if joined() else 0.0)
+    initial = kept_initial(config, folder)
+    run_id = _open_tracking(folder, config, tracking_uri, sets, initial)
     log.info("run %s: %s", config.name, plan(config, sets["train"]))
     began = time.time()
     job = {
@@ -90,7 +99,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         "tracking_uri": tracking_uri,
         "run_id": run_id,
         "metrics": storage.join(folder, "metrics.jsonl"),
+        "checkpoints": storage.join(folder, "checkpoints"),
+        "best": storage.join(folder, "best"),
         "live": share(photographs, train_set) if photographs else None,
+        "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
     }
     try:
         with relayed_logs() as relay:
@@ -101,6 +113,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         raise
     Tracker(tracking_uri, run_id).finish("FINISHED")
     log.info("run %s finished in %.0f s: model %s", config.name, time.time() - began, finished["model"])
+    if best := finished["best"]:
+        log.info(
+            "best %s was %.4g after %s images: %s", best["measure"], best["value"], f"{best['images']:,}", best["model"]
+        )
     return finished
 
 
@@ -118,7 +134,11 @@ def resolve(config: RunConfig) -> RunConfig:
         val=storage.absolute(config.data.val),
         images=images.with_absolute_places(),
     )
-    return replace(with_name(config, name), runs=storage.absolute(config.runs), data=data, perceptual=perceptual)
+    init_from = config.init_from
+    if init_from is not None and not init_from.startswith(MLFLOW_SCHEMES):
+        init_from = storage.absolute(init_from)
+    runs = storage.absolute(config.runs)
+    return replace(with_name(config, name), runs=runs, init_from=init_from, data=data, perceptual=perceptual)
 
 
 def plan(config: RunConfig, train_set: Manifest | None = None) -> str:
@@ -136,8 +156,9 @@ def plan(config: RunConfig, train_set: Manifest | None = None) -> str:
     )
 
 
-def _open_training_set(config: RunConfig, folder: str) -> tuple[Manifest, Photographs | None]:
-    """The manifest of what is trained on, and the photographs if no prepared set is."""
+def open_training_set(config: RunConfig, folder: str | None) -> tuple[Manifest, Photographs | None]:
+    """The manifest of what is trained on, and the photographs if no prepared set is; where these lie in tar files is
+    kept in *folder*."""
     if config.data.training_set is not None:
         return read_manifest(config.data.training_set), None
     model = config.model
@@ -175,22 +196,34 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
         )
 
 
-def _claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) -> None:
-    """Write the run's configuration, or refuse to continue a run that was begun with another one or other data."""
+def _claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest], tracking_uri: str | None) -> None:
+    """Write the run's configuration and keep the weights that it starts from, or check that it can be continued."""
     sets = {which: manifest.digest for which, manifest in manifests.items()}
-    config_uri, sets_uri = storage.join(folder, "config.json"), storage.join(folder, "data.json")
-    if not storage.exists(config_uri):
-        storage.write_atomic(sets_uri, json.dumps(sets, indent=2).encode())
-        storage.write_atomic(storage.join(folder, "environment.json"), _environment(config, sets))
+    config_uri = storage.join(folder, "config.json")
+    if not check_claim(folder, config, manifests):
+        storage.write_atomic(storage.join(folder, SETS_FILE), json.dumps(sets, indent=2).encode())
+        initial = keep_initial(config, folder, tracking_uri) if config.init_from else None
+        storage.write_atomic(storage.join(folder, "environment.json"), _environment(config, sets, initial))
+        # Last, as it makes the folder a run.
         storage.write_atomic(config_uri, to_json(config).encode())
         return
+    storage.write_atomic(config_uri, to_json(config).encode())
+    log.info("run %s was begun before: going on with it", config.name)
+
+
+def check_claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) -> bool:
+    """Whether the run in *folder* was begun before. Raises `ConfigMismatch` if with another configuration or other
+    data."""
+    config_uri = storage.join(folder, "config.json")
+    if not storage.exists(config_uri):
+        return False
     old = from_json(storage.read_bytes(config_uri))
     lines = refusal(old, config)
-    begun_with = _read_json(sets_uri) or {}
+    begun_with = _read_json(storage.join(folder, SETS_FILE)) or {}
     lines += [
-        f"{_content_of(config, which)} {begun_with.get(which)} -> {now}, {manifests[which].images_listed:,} images now"
-        for which, now in sets.items()
-        if begun_with.get(which) != now
+        f"{_content_of(config, which)} {begun_with.get(which)} -> {one.digest}, {one.images_listed:,} images now"
+        for which, one in manifests.items()
+        if begun_with.get(which) != one.digest
     ]
     if lines:
         raise ConfigMismatch(
@@ -198,8 +231,7 @@ def _claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) ->
             "take another --name, or the old settings to go on",
             differences=lines,
         )
-    storage.write_atomic(config_uri, to_json(config).encode())
-    log.info("run %s was begun before: going on with it", config.name)
+    return True
 
 
 def _content_of(config: RunConfig, which: str) -> str:
@@ -207,19 +239,25 @@ def _content_of(config: RunConfig, which: str) -> str:
     return "data.images.source: names of the photographs or of their masks" if live else f"data.{which}: content"
 
 
-def _environment(config: RunConfig, sets: Mapping[str, str]) -> bytes:
-    content = environment(config_digest=digest(config), data_digests=dict(sets))
+def _environment(config: RunConfig, sets: Mapping[str, str], initial: Mapping[str, Any] | None) -> bytes:
+    more = {"init_digest": initial["digest"]} if initial else {}
+    content = environment(config_digest=digest(config), data_digests=dict(sets), **more)
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _resources(config: RunConfig) -> dict[str, float]:
+def resources(config: RunConfig) -> dict[str, float]:
+    """What the cluster must have."""
     workers = config.workers
-    resources = {"CPU": workers.num_workers * workers.cpus_per_worker + CPUS_FOR_DATA}
-    return {**resources, "GPU": float(workers.num_workers)} if workers.use_gpu else resources
+    cpus = {"CPU": workers.num_workers * workers.cpus_per_worker + CPUS_FOR_DATA}
+    return {**cpus, "GPU": float(workers.num_workers)} if workers.use_gpu else cpus
 
 
 def _open_tracking(
-    folder: str, config: RunConfig, tracking_uri: str | None, sets: Mapping[str, Manifest]
+    folder: str,
+    config: RunConfig,
+    tracking_uri: str | None,
+    sets: Mapping[str, Manifest],
+    initial: Mapping[str, Any] | None,
 ) -> str | None:
     """The id of this run's MLflow run: the one it had before, or a new one."""
     uri = storage.join(folder, "tracking.json")
@@ -229,9 +267,11 @@ def _open_tracking(
         return known
     assert config.name is not None
     tags = {"config_digest": digest(config), **{f"data_{which}": one.digest for which, one in sets.items()}}
+    if initial is not None:
+        tags |= {"init_digest": initial["digest"], "init_model": initial["model_digest"]}
     run_id = Tracker.create(tracking_uri, config.tracking.experiment, config.name, asdict(config), tags)
     tracker = Tracker(tracking_uri, run_id)
-    for name in ("config.json", "environment.json"):
+    for name in ("config.json", "environment.json", *([REPORT_FILE] if initial is not None else [])):
         tracker.artifact(storage.read_bytes(storage.join(folder, name)), name)
     storage.write_atomic(uri, json.dumps({"uri": tracking_uri, "run_id": run_id}, indent=2).encode())
     return run_id
@@ -267,11 +307,14 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
             **more,
         ),
     )
+    forget_broken_records(storage.join(folder, "checkpoints"))
     try:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
         raise TrainingFailed(f"training stopped: {_cause(error)}; {_how_to_go_on(folder)}") from error
     summary: dict[str, Any] = result.return_value
+    if "damaged" in summary:
+        raise CheckpointsDamaged(summary["failed"], damaged=summary["damaged"])
     if "failed" in summary:
         raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}")
     return summary
@@ -291,6 +334,7 @@ def _finish(
         registered = {"name": name, "version": version, "alias": alias, "uri": f"models:/{name}@{alias}"}
     finished = {
         **summary,
+        "best": best_kept(storage.join(folder, "best"), config.schedule.best_measure),
         "name": config.name,
         "model": model_uri,
         "model_digest": model_digest(artifact),

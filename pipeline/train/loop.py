@@ -11,9 +11,9 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,20 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.errors import TrainingFailed
 from pipeline.tracking import Tracker
+from pipeline.train.best import RUN_FILE, Course, keep_best, write_run_file
+from pipeline.train.checkpoints import checkpoint_name, newest_usable, seal
 from pipeline.train.context import TrainContext, checksums
+from pipeline.train.initial import KeptWeights
 from pipeline.train.validate import validate
 from tmad.batch import Batch
 from tmad.checkpoint import load_state, save_state
-from tmad.step import Phase, TrainingState
-
-RUN_FILE = "run.json"
-"""In a checkpoint, beside the training state: configuration and newest validation."""
+from tmad.step import NonFiniteLoss, Phase, TrainingState, not_finite
 
 LAST_VALUES = ("lr", "bad_steps")
 """Terms of the step that are reported as they stand, not as the interval's mean."""
+
+SHOWN_IMAGES = 8
+"""So many images of a batch are named in a message."""
 
 log = logging.getLogger(__name__)
 
@@ -75,41 +78,66 @@ def due(before: int, after: int, every: int) -> bool:
     return after // every > before // every
 
 
-def checkpoint_name(images: int) -> str:
-    """Sorts by images; the same for every repetition of the same work."""
-    return f"images_{images:012d}"
-
-
 def train_loop(
-    config: RunConfig, context: TrainContext, feed: Feed, tracker: Tracker, perceptual: nn.Module | None = None
+    config: RunConfig,
+    context: TrainContext,
+    feed: Feed,
+    tracker: Tracker,
+    perceptual: nn.Module | None = None,
+    initial: KeptWeights | None = None,
+    best: str | None = None,
 ) -> dict[str, Any]:
-    """Train from the newest checkpoint, or from the start, to the end of both phases.
+    """Train from the newest checkpoint that can be trusted, or from the start, to the end of both phases, or until
+    `schedule.stop_after_validations` ends the second one.
 
-    Returns the summary `{"images", "checkpoint", "validation"}`. Raises `NonFiniteLoss` from the step, alike on all
-    workers, and `TrainingFailed` if the workers' weights differ.
+    *initial*: weights for the start instead of the seed's, not looked at where there is a checkpoint. *best*: folder
+    or URI of the best model. Returns the summary `{"images", "bad_steps", "rollbacks", "stopped", "checkpoint",
+    "validation"}`, `stopped` being why it ended early. Raises, alike on all workers, `NonFiniteLoss` if going back to a
+    checkpoint did not help or there is none, `CheckpointsDamaged` if none can be used, and `TrainingFailed` if the
+    workers' weights differ.
+
+    Going back takes weights and moments of the newest checkpoint. Images, steps and schedule stay where the bad row
+    ended, and data go on from there: the same batches would end the same way. The images since that checkpoint are
+    spent.
     """
     schedule = config.schedule
     state = TrainingState(config.training, seed=config.seed, device=context.device, perceptual=perceptual)
-    validation = _restore(state, context)
+    checkpoint, course = _restore(state, context, tracker)
+    if checkpoint is None and initial is not None:
+        state.start_from(initial.read())
     _check_equal(state, context)
+    if checkpoint is not None:
+        log.info("continuing after %s images", f"{state.images_seen:,}")
     batches: Iterator[Batch] | None = None
     meter = Meter()
-    while state.images_seen < schedule.total_images:
+    save_due = rolled_back = False
+    while state.images_seen < schedule.total_images and not course.stopped(schedule):
         if batches is None:
             batches = feed.training(state.images_seen)
         stretch = stretch_at(schedule, state.images_seen)
         with meter.waiting():
             batch = next(batches)
         before = state.images_seen
-        terms = state.step(
-            batch,
-            stretch.phase,
-            global_batch=schedule.batch_images,
-            progress=stretch.progress(before),
-            workers=context.workers,
-        )
+        try:
+            terms = state.step(
+                batch,
+                stretch.phase,
+                global_batch=schedule.batch_images,
+                progress=stretch.progress(before),
+                workers=context.workers,
+            )
+        except NonFiniteLoss as error:
+            cause = _told(error, batch, context)
+            if checkpoint is None or rolled_back:
+                raise NonFiniteLoss(f"{cause}; {_no_way_back(checkpoint)}") from error
+            checkpoint, course = _roll_back(state, context, tracker, course, cause)
+            healthy, rolled_back = False, True
+        else:
+            meter.add(terms, schedule.batch_images)
+            healthy = state.bad_steps_in_row == 0
+            if state.bad_steps_in_row == 1:
+                _warn(terms, batch, before, context)
         images = state.images_seen
-        meter.add(terms, schedule.batch_images)
         phase_over = images >= stretch.end
         if phase_over or due(before, images, schedule.log_every_images):
             _check_equal(state, context)
@@ -122,14 +150,24 @@ def train_loop(
             if pictures is not None:
                 tracker.image("validation", pictures, images)
             log.info("validation after %s images: %s", f"{images:,}", _shown(validation, "val/"))
-        if images >= schedule.total_images or due(before, images, schedule.checkpoint_every_images):
-            _save(state, config, context, validation)
+            course = course.after(validation, stretch.phase, images, schedule)
+            if best is not None and context.rank == 0 and course.best_images == images:
+                keep_best(best, state.ema_model, course, config)
+        save_due = save_due or due(before, images, schedule.checkpoint_every_images)
+        # In a row of bad steps it waits: one of those steps may have found weights that no longer give finite losses.
+        if images >= schedule.total_images or course.stopped(schedule) or (save_due and healthy):
+            checkpoint = _save(state, config, context, course)
+            save_due = rolled_back = False
         meter.resume()
+    if stopped := course.stopped(schedule):
+        log.info("training ends after %s images: %s", f"{state.images_seen:,}", stopped)
     return {
         "images": state.images_seen,
         "bad_steps": state.bad_steps,
-        "checkpoint": checkpoint_name(state.images_seen),
-        "validation": validation,
+        "rollbacks": course.rollbacks,
+        "stopped": course.stopped(schedule),
+        "checkpoint": checkpoint,
+        "validation": course.validation,
     }
 
 
@@ -235,25 +273,76 @@ def _check_equal(state: TrainingState, context: TrainContext) -> None:
         )
 
 
-def _restore(state: TrainingState, context: TrainContext) -> dict[str, float]:
-    """Continue *state* from the newest checkpoint, if there is one; returns the validation kept with it."""
-    with context.newest_checkpoint() as folder:
-        if folder is None:
-            return {}
-        load_state(state, folder)
-        log.info("continuing after %s images", f"{state.images_seen:,}")
-        validation: dict[str, float] = json.loads((Path(folder) / RUN_FILE).read_text())["validation"]
-        return validation
+def _restore(state: TrainingState, context: TrainContext, tracker: Tracker) -> tuple[str | None, Course]:
+    """Continue *state* from the newest usable checkpoint, if there is one; returns its name and its course."""
+    with newest_usable(context) as found:
+        if found is None:
+            return None, Course()
+        load_state(state, found.folder)
+        course = Course.of(json.loads((found.folder / RUN_FILE).read_text()))
+    if found.passed_over:
+        tracker.metrics({"health/damaged_checkpoints": found.passed_over}, state.images_seen)
+    return found.name, course
 
 
-def _save(state: TrainingState, config: RunConfig, context: TrainContext, validation: dict[str, float]) -> None:
-    name = checkpoint_name(state.images_seen)
+def _save(state: TrainingState, config: RunConfig, context: TrainContext, course: Course) -> str:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tmad-checkpoint-") as temporary:
         folder = Path(temporary) if context.rank == 0 else None
         if folder is not None:
             save_state(state, folder)
-            content = {"images": state.images_seen, "validation": validation, "config": asdict(config)}
-            (folder / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n")
-        context.keep(folder, name, {"images": float(state.images_seen), **validation})
+            write_run_file(folder, state.images_seen, course, config)
+            seal(folder)
+        metrics = {"images": float(state.images_seen), **course.validation}
+        name = context.keep(folder, checkpoint_name(state.images_seen), metrics)
     log.info("checkpoint %s kept (%.1f s)", name, time.perf_counter() - began)
+    return name
+
+
+def _roll_back(
+    state: TrainingState, context: TrainContext, tracker: Tracker, course: Course, cause: str
+) -> tuple[str | None, Course]:
+    """Weights and moments of the newest usable checkpoint, with the counters as they stand."""
+    images, steps, bad_steps = state.images_seen, state.steps, state.bad_steps
+    name, _ = _restore(state, context, tracker)
+    if context.rank == 0:
+        log.warning("back to the weights of checkpoint %s, data go on after %s images: %s", name, f"{images:,}", cause)
+    state.images_seen, state.steps, state.bad_steps, state.bad_steps_in_row = images, steps, bad_steps, 0
+    course = replace(course, rollbacks=course.rollbacks + 1)
+    tracker.metrics({"health/rollbacks": course.rollbacks}, images)
+    return name, course
+
+
+def _told(error: NonFiniteLoss, batch: Batch, context: TrainContext) -> str:
+    """The error with the images of the workers whose own losses were not finite, or with all of the step if it was the
+    averaged gradients alone, which are everyone's."""
+    everyones = context.everyones((_own(error.terms), batch.image_id))
+    told = [
+        f"{', '.join(names)} on worker {rank} with images {_listed(images)}"
+        for rank, (names, images) in enumerate(everyones)
+        if names
+    ]
+    return "; ".join([str(error), *(told or [f"images {_listed([one for _, ids in everyones for one in ids])}"])])
+
+
+def _warn(terms: Mapping[str, Tensor], batch: Batch, images: int, context: TrainContext) -> None:
+    """Of the first step of a bad row, from the workers where it began, and the first one in any case."""
+    names = not_finite(terms)
+    if context.rank == 0 or _own(names):
+        where = f"after {images:,} images, with {_listed(batch.image_id)}"
+        log.warning("step skipped, not finite: %s (%s)", ", ".join(names), where)
+
+
+def _own(names: Iterable[str]) -> list[str]:
+    """Those terms that are of this worker's batch alone."""
+    return [name for name in names if not name.startswith("grad_norm/")]
+
+
+def _no_way_back(checkpoint: str | None) -> str:
+    if checkpoint is None:
+        return "there is no checkpoint yet to go back to"
+    return f"going back to checkpoint {checkpoint} did not help"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN_IMAGES]) + (f" and {left} more" if (left := len(names) - SHOWN_IMAGES) > 0 else "")

@@ -15,6 +15,7 @@ from pipeline.cli import configure_logging
 from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
 from pipeline.data.onthefly import LiveSet, Tally
+from pipeline.errors import CheckpointsDamaged
 from pipeline.pretrained import load_perceptual
 from pipeline.tracking import Tracker
 from pipeline.train.context import RayContext, TrainContext
@@ -33,7 +34,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     Returns the loop's summary, or `{"failed": cause}` where a restart would only fail again.
     """
     config = from_json(job["config"])
-    context = RayContext()
+    context = RayContext(job["checkpoints"])
     _set_up_logging(config, context, job["relay"])
     torch.set_num_threads(config.threads)
     first = context.rank == 0
@@ -45,10 +46,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     perceptual = load_perceptual(config, job["weights"])
     with tracker:
         try:
-            return train_loop(config, context, data_feed(config, context, job["live"]), tracker, perceptual)
+            feed = data_feed(config, context, job["live"])
+            return train_loop(config, context, feed, tracker, perceptual, job["initial"], job["best"])
+        # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
         except NonFiniteLoss as error:
-            # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
             return {"failed": str(error)}
+        except CheckpointsDamaged as error:
+            return {"damaged": error.details["damaged"], "failed": error.message}
 
 
 def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = None) -> Feed:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from pipeline.config import (
     to_json,
 )
 from pipeline.data.collection import ImagesConfig
+from pipeline.data.sources.partitions import PARTITIONS, PartitionName
 from pipeline.errors import TMADError
-from pipeline.presets import PRESETS, places_rectangle, smoke
-from tmad.config import OptimConfig
+from pipeline.presets import PRESETS, celebahq, paris, places, places_rectangle, smoke
+from tmad.config import LossConfig, OptimConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,6 +151,21 @@ def test_rectangles_take_clean_windows_and_25_cells() -> None:
     assert config.schedule.patches_per_image == 25
 
 
+@pytest.mark.parametrize(
+    ("preset", "partition"),
+    [(places, "places365-standard-train"), (celebahq, "celeba-hq-deepfill-train"), (paris, "paris-streetview-train")],
+)
+def test_the_presets_of_the_paper_train_the_coarse_network_for_four_epochs(
+    preset: Callable[[], RunConfig], partition: PartitionName
+) -> None:
+    config = preset()
+    assert config.schedule.coarse_images == pytest.approx(4 * PARTITIONS[partition].images, rel=0.01)
+    assert (config.schedule.batch_images, config.workers.num_workers) == (16, 4)
+    assert config.loss == LossConfig()
+    if preset is not places:
+        assert (config.model, config.schedule.patches_per_image) == (places_rectangle().model, 25)
+
+
 def test_single_settings_go_on_top_of_a_preset_and_are_read_by_type() -> None:
     command = parse(RunConfig, ["--preset", "smoke", "--optim.lr", "1e-5", "--loss.no-relativistic"], PRESETS)
     assert command.config.optim.lr == 1e-5
@@ -233,11 +250,19 @@ def test_a_shortage_names_what_is_missing() -> None:
     assert shortage({"CPU": 3}, {"CPU": 3.0}) == ""
 
 
-def test_the_job_prints_its_configuration_from_any_folder(tmp_path: Path) -> None:
+def test_a_dry_run_prints_configuration_and_plan_from_any_folder_and_fails_where_things_are_missing(
+    tmp_path: Path,
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        cluster = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, str(ROOT / "jobs" / "train_places.py"), "--preset", "smoke", "--seed", "5", "--dry-run"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["RAY_ADDRESS"] = cluster
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
     assert from_json(done.stdout) == replace(smoke(), seed=5)
-    assert "6 steps" in done.stderr
+    assert "6: 2 coarse (8 images), then 4 jointly (16 images)" in done.stderr
+    assert f"no Ray cluster at {cluster} (RAY_ADDRESS): [Errno 111]" in done.stderr
+    assert done.stderr.endswith("3 of 7 checks failed\n")
     assert list(tmp_path.iterdir()) == []

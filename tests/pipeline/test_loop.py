@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline.config import PerceptualConfig, RunConfig, ScheduleConfig
 from pipeline.errors import TrainingFailed
-from pipeline.tracking import Tracker
 from pipeline.train.context import LocalContext
 from pipeline.train.loop import (
-    Feed,
     Meter,
     Stretch,
     checkpoint_name,
@@ -28,81 +25,17 @@ from pipeline.train.loop import (
     stretch_at,
     train_loop,
 )
-from tests.tmad.tiny import TRAINING, Features, make_batch
-from tmad.batch import Batch
-from tmad.checkpoint import load_model
-from tmad.step import NonFiniteLoss, OneWorker
-
-CONFIG = RunConfig(
-    name="test",
-    model=TRAINING.model,
-    critics=TRAINING.critics,
-    optim=TRAINING.optim,
-    perceptual=PerceptualConfig(features="untrained"),
-    schedule=ScheduleConfig(
-        coarse_images=4,
-        joint_images=8,
-        batch_images=2,
-        patches_per_image=9,
-        validate_every_images=100,
-        validation_images=2,
-        checkpoint_every_images=4,
-        log_every_images=4,
-    ),
-)
-
-
-class Stopped(Exception):
-    """The process was killed here."""
-
-
-class Recorder(Tracker):
-    """Keeps what a run would have sent."""
-
-    def __init__(self) -> None:
-        super().__init__(None, None)
-        self.values: list[tuple[int, dict[str, float]]] = []
-        self.images: list[tuple[int | None, np.ndarray]] = []
-
-    def metrics(self, values: Any, step: int) -> None:
-        self.values.append((step, dict(values)))
-
-    def image(self, name: str, array: np.ndarray, step: int | None = None) -> None:
-        self.images.append((step, array))
-
-    def at(self, step: int) -> dict[str, float]:
-        return {name: value for when, values in self.values if when == step for name, value in values.items()}
-
-
-def _feed(stop_at: int | None = None) -> Feed:
-    """Batches that depend on their position alone, as those of a prepared set; *stop_at*: fail there."""
-
-    def training(start_images: int) -> Iterator[Batch]:
-        for images in range(start_images, 10**6, 2):
-            if images == stop_at:
-                raise Stopped
-            yield make_batch(images)
-
-    return Feed(training=training, validation=lambda: iter([make_batch(999)]))
-
-
-def _run(
-    folder: Path,
-    config: RunConfig = CONFIG,
-    *,
-    feed: Feed | None = None,
-    tracker: Tracker | None = None,
-    features: nn.Module | None = None,
-) -> dict[str, Any]:
-    context = LocalContext(folder, workers=OneWorker())
-    return train_loop(config, context, feed or _feed(), tracker or Recorder(), features or Features())
+from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed, run_in
+from tests.tmad.tiny import Features, make_batch
+from tmad.checkpoint import load_model, load_state
+from tmad.step import NonFiniteLoss, OneWorker, TrainingState
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Recorder]:
     """A whole run: its checkpoints, its summary, what it recorded."""
     folder, recorder = tmp_path_factory.mktemp("unbroken"), Recorder()
-    return folder, _run(folder, tracker=recorder), recorder
+    return folder, run_in(folder, tracker=recorder), recorder
 
 
 @pytest.mark.parametrize("stop_at", [2, 6, 8, 10], ids=lambda images: f"stopped-after-{images}-images")
@@ -110,8 +43,8 @@ def test_a_run_that_was_stopped_and_continued_ends_as_the_unbroken_one_to_the_la
     tmp_path: Path, unbroken: tuple[Path, dict[str, Any], Recorder], stop_at: int
 ) -> None:
     with pytest.raises(Stopped):
-        _run(tmp_path, feed=_feed(stop_at))
-    summary = _run(tmp_path)
+        run_in(tmp_path, feed=make_feed(stop_at))
+    summary = run_in(tmp_path)
     folder, expected, _ = unbroken
     assert summary == expected
     for file in ("state.safetensors", "model/model.safetensors"):
@@ -122,7 +55,7 @@ def test_a_run_that_was_stopped_and_continued_ends_as_the_unbroken_one_to_the_la
 def test_a_finished_run_trains_no_further(tmp_path: Path, unbroken: tuple[Path, dict[str, Any], Recorder]) -> None:
     folder, expected, _ = unbroken
     before = {path.name for path in folder.iterdir()}
-    assert _run(folder, feed=_feed(stop_at=0)) == expected
+    assert run_in(folder, feed=make_feed(stop_at=0)) == expected
     assert {path.name for path in folder.iterdir()} == before
 
 
@@ -168,15 +101,90 @@ class Broken(Features):
         return [one * torch.nan for one in super().forward(images)]
 
 
-def test_losses_that_are_not_finite_stop_the_run_by_their_name_and_change_no_weight(tmp_path: Path) -> None:
-    config = replace(CONFIG, optim=replace(CONFIG.optim, max_bad_steps=3))
+def test_losses_that_are_not_finite_stop_the_run_by_their_name_if_going_back_does_not_help(tmp_path: Path) -> None:
+    config = replace(CONFIG, optim=replace(CONFIG.optim, max_bad_steps=2))
     recorder = Recorder()
-    with pytest.raises(NonFiniteLoss, match="loss/perceptual"):
-        _run(tmp_path, config, tracker=recorder, features=Broken())
-    assert recorder.at(8)["bad_steps"] == 2
-    newest = load_model(tmp_path / checkpoint_name(8) / "model").state_dict()
-    after_coarse = load_model(tmp_path / checkpoint_name(4) / "model").state_dict()
-    assert all(torch.equal(newest[name], after_coarse[name]) for name in newest)
+    with pytest.raises(NonFiniteLoss) as caught:
+        run_in(tmp_path, config, tracker=recorder, features=Broken())
+    assert "2 steps in a row were not finite (images 8 to 12 of the run); not finite in the last one: loss/perc" in str(
+        caught.value
+    )
+    assert "loss/perceptual, loss/total on worker 0 with images image-10-0, image-10-1" in str(caught.value)
+    assert f"going back to checkpoint {checkpoint_name(4)} did not help" in str(caught.value)
+    assert recorder.at(8)["health/rollbacks"] == 1
+    # What is due in a bad row is not kept: its weights may be what is wrong.
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint_name(4)}
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    schedule = replace(CONFIG.schedule, coarse_images=0)
+    config = replace(CONFIG, optim=replace(CONFIG.optim, max_bad_steps=2), schedule=schedule)
+    with pytest.raises(NonFiniteLoss, match=r"images 0 to 4 of the run.* no checkpoint yet to go back to"):
+        run_in(tmp_path, config, features=Broken())
+
+
+BAD = (8, 10)
+"""Images at which the batches of a run give no finite loss: its last checkpoint is that of 8."""
+
+HEALING = replace(
+    CONFIG,
+    optim=replace(CONFIG.optim, max_bad_steps=2),
+    schedule=replace(CONFIG.schedule, joint_images=14),
+)
+
+
+@pytest.fixture(scope="module")
+def healed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of 18 images that goes back once, and its summary."""
+    folder = tmp_path_factory.mktemp("healed")
+    return folder, run_in(folder, HEALING, feed=make_feed(nan_at=BAD))
+
+
+def test_a_bad_row_sends_the_run_back_to_its_newest_checkpoint_and_data_go_on_behind_the_row(
+    healed: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, summary = healed
+    assert (summary["rollbacks"], summary["bad_steps"], summary["images"]) == (1, 2, 18)
+    # Due at 12, where the row ended; kept after the first good step.
+    assert sorted(path.name for path in folder.iterdir()) == [checkpoint_name(images) for images in (4, 8, 14, 16, 18)]
+    state = TrainingState(HEALING.training, perceptual=Features())
+    load_state(state, folder / checkpoint_name(8))
+    state.images_seen, state.steps, state.bad_steps = 12, 6, 2
+    for images in (12, 14, 16):
+        state.step(make_batch(images), "joint", global_batch=2, progress=(images - 4) / 14)
+    kept = TrainingState(HEALING.training, seed=1, perceptual=Features())
+    load_state(kept, folder / summary["checkpoint"])
+    assert kept.counters() == state.counters()
+    ours, theirs = state.tensors(), kept.tensors()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("stop_at", [10, 12, 14], ids=["in the row", "after going back", "after the next checkpoint"])
+def test_a_run_that_went_back_and_was_stopped_ends_as_the_unbroken_one_to_the_last_bit(
+    tmp_path: Path, healed: tuple[Path, dict[str, Any]], stop_at: int
+) -> None:
+    with pytest.raises(Stopped):
+        run_in(tmp_path, HEALING, feed=make_feed(stop_at, nan_at=BAD))
+    assert run_in(tmp_path, HEALING, feed=make_feed(nan_at=BAD)) == healed[1]
+    ours, theirs = (one / healed[1]["checkpoint"] / "state.safetensors" for one in (tmp_path, healed[0]))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_the_log_names_terms_and_images_of_a_bad_row_and_where_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        run_in(tmp_path, HEALING, feed=make_feed(nan_at=BAD))
+    first, back = (record.getMessage() for record in caplog.records)
+    assert re.search(r"not finite: grad_norm/critics, .*\(after 8 images, with image-8-0, image-8-1\)", first)
+    assert back.startswith(
+        f"back to the weights of checkpoint {checkpoint_name(8)}, data go on after 12 images: 2 steps"
+    )
+
+
+def test_one_bad_step_is_skipped_and_sends_nothing_back(tmp_path: Path) -> None:
+    summary = run_in(tmp_path, HEALING, feed=make_feed(nan_at=(8, 12)))
+    assert (summary["rollbacks"], summary["bad_steps"]) == (0, 2)
 
 
 def test_workers_whose_weights_differ_stop_the_run(tmp_path: Path) -> None:
@@ -186,15 +194,15 @@ def test_workers_whose_weights_differ_stop_the_run(tmp_path: Path) -> None:
 
     context = Drifted(tmp_path, workers=OneWorker())
     with pytest.raises(TrainingFailed, match="the workers' weights differ after 0 images"):
-        train_loop(CONFIG, context, _feed(), Recorder(), Features())
+        train_loop(CONFIG, context, make_feed(), Recorder(), Features())
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        _run(tmp_path, feed=_feed(stop_at=6))
+        run_in(tmp_path, feed=make_feed(stop_at=6))
     other = replace(CONFIG, loss=replace(CONFIG.loss, weight_tv=0.5))
     with pytest.raises(ValueError, match=r"weight_tv: 0\.02 -> 0\.5"):
-        _run(tmp_path, other)
+        run_in(tmp_path, other)
 
 
 def test_the_schedule_changes_phase_where_the_coarse_images_are_reached() -> None:

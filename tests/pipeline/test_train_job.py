@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -23,12 +26,12 @@ from pipeline.cluster import require
 from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.prepare import PrepareConfig, prepare
-from pipeline.errors import ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
+from pipeline.errors import CheckpointsDamaged, ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
 from pipeline.models import load_any_model
 from pipeline.presets import smoke
 from pipeline.tracking import mlflow_client, read_json_lines
 from pipeline.train.launch import train
-from tests.conftest import make_photo
+from tests.conftest import ROOT, make_photo
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 
@@ -84,7 +87,12 @@ def test_two_workers_train_both_phases_and_register_the_model(place: Path, finis
         "images_000000000016",
         "images_000000000024",
     ]
-    steps = [row["step"] for row in read_json_lines(str(run / "metrics.jsonl"))]
+    rows = read_json_lines(str(run / "metrics.jsonl"))
+    value, images = max((row["val/psnr_hole"], -row["step"]) for row in rows if "val/psnr_hole" in row)
+    assert finished["best"]["images"] == -images
+    assert finished["best"]["value"] == value
+    assert load_any_model(finished["best"]["model"]).config == smoke().model
+    steps = [row["step"] for row in rows]
     assert steps == [8, 8, 16, 16, 24, 24]
     assert from_json((run / "config.json").read_text()).schedule == smoke().schedule
     environment = json.loads((run / "environment.json").read_text())
@@ -151,6 +159,58 @@ def test_a_worker_that_is_killed_changes_nothing_in_the_result(
     killer.join(timeout=10)
     assert len(killed) == 1
     assert "continuing after" in caplog.text
+    assert summary["model_digest"] == finished["model_digest"]
+
+
+def _unfinished_copy(place: Path, name: str) -> Path:
+    """The checkpoints of the whole run under another name, as if the last lines of its end were missing."""
+    run = shutil.copytree(place / "runs" / "whole", place / "runs" / name)
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "model")
+    return run
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_it(
+    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = _unfinished_copy(place, "damaged")
+    _truncate(run / "checkpoints" / "images_000000000024" / "state.safetensors")
+    with caplog.at_level(logging.WARNING):
+        summary = train(_config(place, "damaged"))
+    assert "checkpoint images_000000000024 cannot be used: state.safetensors has " in caplog.text
+    assert "going on from checkpoint images_000000000016 instead of images_000000000024" in caplog.text
+    assert summary["checkpoint"] == "images_000000000024_2"
+    assert summary["model_digest"] == finished["model_digest"]
+    told = [row for row in read_json_lines(str(run / "metrics.jsonl")) if "health/damaged_checkpoints" in row]
+    assert [row["step"] for row in told] == [16]
+    # Ray keeps the newest two of its list; the damaged one is one of them, under a folder of its own.
+    kept = {path.name for path in (run / "checkpoints").glob("images_*")}
+    assert kept == {"images_000000000024", "images_000000000024_2"}
+
+
+def test_checkpoints_that_are_all_damaged_stop_the_run_and_are_named(place: Path, finished: dict[str, Any]) -> None:
+    run = _unfinished_copy(place, "all-damaged")
+    for folder in (run / "checkpoints").glob("images_*"):
+        _truncate(folder / "state.safetensors")
+    with pytest.raises(CheckpointsDamaged, match=r"images_000000000024: state.* images_000000000016: state") as caught:
+        train(_config(place, "all-damaged"))
+    assert caught.value.details["damaged"].keys() == {"images_000000000016", "images_000000000024"}
+
+
+def test_a_list_of_checkpoints_cut_short_and_a_deleted_checkpoint_do_not_keep_a_run_from_going_on(
+    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = _unfinished_copy(place, "lost-list")
+    _truncate(run / "checkpoints" / "checkpoint_manager_snapshot.json")
+    shutil.rmtree(run / "checkpoints" / "images_000000000024")
+    with caplog.at_level(logging.INFO):
+        summary = train(_config(place, "lost-list"))
+    assert "Ray's list of checkpoints" in caplog.text
+    assert "continuing after 16 images" in caplog.text
     assert summary["model_digest"] == finished["model_digest"]
 
 
@@ -232,6 +292,43 @@ def _training_workers() -> list[int]:
             continue
     ours = [pid for pid, parent in parents.items() if parents.get(parent) == os.getpid()]
     return sorted(pid for pid in ours if names[pid].startswith("ray::RayTrainWorker"))
+
+
+def test_joint_training_starts_from_the_coarse_network_of_a_registered_model(
+    place: Path, finished: dict[str, Any]
+) -> None:
+    tracking = TrackingConfig(experiment="smoke", registered_name="tmad-joint")
+    config = _config(
+        place,
+        "joint",
+        init_from=finished["registered"]["uri"],
+        init_networks="coarse",
+        schedule=replace(smoke().schedule, coarse_images=0, joint_images=4),
+        optim=replace(smoke().optim, lr=1e-9, min_lr=0.0),
+        tracking=tracking,
+    )
+    summary = train(config)
+    run = place / "runs" / "joint"
+    report = json.loads((run / "init_report.json").read_text())
+    assert (report["networks"], report["model_digest"]) == (["coarse"], finished["model_digest"])
+    ours, source = (load_any_model(str(place / "runs" / name)).coarse.state_dict() for name in ("joint", "whole"))
+    assert all(torch.allclose(value, source[name], atol=1e-6) for name, value in ours.items())
+    client = mlflow_client(summary["tracking_uri"])
+    tags = client.get_run(summary["mlflow_run_id"]).data.tags
+    assert (tags["init_digest"], tags["init_model"]) == (report["digest"], finished["model_digest"])
+    assert "init_report.json" in {one.path for one in client.list_artifacts(summary["mlflow_run_id"])}
+
+
+def test_a_dry_run_joins_the_cluster_and_compares_what_is_asked_for(place: Path) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / "train_places.py"), "--preset", "smoke", "--dry-run"]
+    command += f"--data.train {place}/train --data.val {place}/val --runs {place}/dry --tracking.uri none".split()
+    command += ["--workers.cpus-per-worker", "100"]
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 1, done.stderr
+    assert "asked for 201 CPU, the cluster has 4 CPU: 197 CPU missing; a run would wait 600 s" in done.stderr
+    assert done.stderr.endswith("1 of 7 checks failed\n")
+    assert not (place / "dry").exists()
 
 
 def test_losses_that_are_not_finite_stop_without_a_retry(place: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tmad.config import RetrievalConfig
-from tmad.retrieval import Retrieval, StraightThroughGather, similarity
+from tmad.retrieval import Retrieval, StraightThroughGather, candidate_statistics, similarity
 
 CONFIG = RetrievalConfig(num_candidates=3, hidden_channels=4, embed_channels=2)
 SIDE = 6
@@ -194,3 +194,15 @@ def test_the_softmax_stays_in_single_precision_under_bfloat16() -> None:
     assert found.weights.dtype == torch.float32
     torch.testing.assert_close(found.weights.sum(-1), torch.ones(2, 4))
     assert torch.equal(found.candidates[0, 0, 0], pool[0, found.index[0, 0, 0]])
+
+
+def test_the_statistics_of_candidates_count_intact_pixels_and_different_windows() -> None:
+    # Two images of 4 x 4 pixels, windows of 2 x 2: top left, top right, bottom left, bottom right.
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[0, 0, 0, 0] = 1  # a quarter of the first image's first window
+    pool_yx = torch.tensor([[0, 0], [0, 2], [2, 0], [2, 2]]).expand(2, 4, 2)
+    index = torch.tensor([[[0, 1], [0, 2]], [[3, 3], [3, 3]]])
+    statistics = candidate_statistics(mask, pool_yx, index, 2)
+    # The first image: 3/4, 1, 3/4 and 1 intact, three of four windows; the second: all intact, one of four.
+    assert float(statistics["candidates/intact"]) == (0.75 + 1 + 0.75 + 1 + 4) / 8
+    assert float(statistics["candidates/distinct"]) == (3 / 4 + 1 / 4) / 2

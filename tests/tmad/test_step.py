@@ -145,9 +145,22 @@ def test_the_coarse_phase_moves_the_coarse_network_and_nothing_else() -> None:
         "loss/coarse_valid",
         "loss/total",
         "grad_norm/generator",
+        "grad_norm/coarse",
         "lr",
         "bad_steps",
     }
+
+
+def test_the_gradient_norms_of_the_networks_make_up_those_of_their_optimizers() -> None:
+    (metrics,) = train(make_state(), 1)
+    parts = {"generator": ("coarse", "retrieval", "psnet"), "critics": ("patch_critic", "global_critic")}
+    assert {name for name in metrics if name.startswith("grad_norm/")} == {
+        f"grad_norm/{name}" for whole, names in parts.items() for name in (whole, *names)
+    }
+    for whole, names in parts.items():
+        norms = [metrics[f"grad_norm/{name}"] for name in names]
+        assert all(norms)
+        assert math.hypot(*norms) == pytest.approx(metrics[f"grad_norm/{whole}"], rel=1e-5)
 
 
 @pytest.mark.parametrize("phase", ["coarse", "joint"])
@@ -595,16 +608,18 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_and_name_the_terms() -> None:
     with pytest.raises(NonFiniteLoss) as caught:
         train(state, 1)
     message = str(caught.value)
-    assert "3 steps in a row were not finite (after 12 images)" in message
-    assert "not finite in the last one: loss/perceptual, loss/total, grad_norm/generator;" in message
+    assert "3 steps in a row were not finite (images 6 to 12 of the run)" in message
+    assert "not finite in the last one: loss/perceptual, loss/total, grad_norm/generator, grad_norm/coarse" in message
+    assert caught.value.terms[:2] == ("loss/perceptual", "loss/total")
     assert "optim.max_bad_steps" in message
     assert state.bad_steps == 5
 
 
 def test_the_error_survives_the_way_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(NonFiniteLoss("3 steps in a row")))
+    error = pickle.loads(pickle.dumps(NonFiniteLoss("3 steps in a row", ["loss/l1"])))
     assert isinstance(error, NonFiniteLoss)
     assert str(error) == "3 steps in a row"
+    assert error.terms == ("loss/l1",)
 
 
 # Continuation in memory; through files: test_checkpoint.py

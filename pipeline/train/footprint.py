@@ -1,0 +1,143 @@
+"""Memory of one training worker and size of a checkpoint, from a small step of the same networks made here."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.config import RunConfig
+from tmad.batch import Batch, collate, make_sample
+from tmad.perceptual import untrained_vgg19
+from tmad.rng import numpy_generator, torch_generator
+from tmad.step import Phase, TrainingState
+
+MEASURED_SIDE = 128
+"""Pixels: the step that is measured has crops of about this side, or the run's where they are smaller."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes. What is held is counted tensor by tensor; `step` is an estimate, see `measure`."""
+
+    networks: int
+    """Generator and discriminators, with their buffers."""
+    average: int
+    """Averaged generator."""
+    moments: int
+    """Adam's."""
+    features: int
+    """Feature network of the perceptual loss."""
+    step: int
+    """Activations, gradients and all else that lives during a step, at its largest moment."""
+    checkpoint: int
+    """Tensors of one checkpoint: the state and the averaged model once more."""
+    formula: str
+    """How `step` came about, in words."""
+
+    @property
+    def held(self) -> int:
+        """Between steps."""
+        return self.networks + self.average + self.moments + self.features
+
+    @property
+    def worker(self) -> int:
+        """At the largest moment."""
+        return self.held + self.step
+
+
+def measure(config: RunConfig, *, crop_size: int) -> Footprint:
+    """The footprint of a worker of *config* that trains on square crops of *crop_size* pixels.
+
+    The step's peak with one and with two small crops, measured on the CPU in the run's precision, gives a constant and
+    a slope. The slope is multiplied by the images of a worker and by the ratio of the crops' areas, as cells and
+    activations grow with the area: 8 % (64 cells) and 21 % (25 cells, beside which the memory counts) more than a whole
+    step at the paper's settings and 256 pixels took. Not in it: cuDNN's workspaces, the CUDA context, NCCL, the input
+    pipeline.
+    """
+    # The penalty's second backward is the largest moment; the step that is measured must not leave it out.
+    training = replace(config.training, loss=replace(config.training.loss, gp_every=1))
+    features = untrained_vgg19(torch_generator("footprint")) if training.loss.weight_perceptual else None
+    state = TrainingState(training, perceptual=features)
+    multiple = config.model.size_multiple
+    side = min(crop_size, math.ceil(MEASURED_SIDE / multiple) * multiple)
+    area = (crop_size / side) ** 2
+    cells = min((side // config.model.patch_size) ** 2, math.ceil(config.schedule.patches_per_image / area))
+    share = config.schedule.batch_images // config.workers.num_workers
+    phase: Phase = "joint" if config.schedule.joint_images else "coarse"
+
+    def step(images: int) -> Callable[[], object]:
+        batch = _batch(config, side=side, images=images, cells=cells)
+        return lambda: state.step(batch, phase, global_batch=images, progress=0.0)
+
+    step(1)()  # Adam's moments come into being
+    one, two = peak_bytes(step(1)), peak_bytes(step(2))
+    slope = (two - one) * area
+    tensors = state.tensors()
+    constant = one - (two - one)
+    average = _bytes(state.ema_model.state_dict().values())
+    moments = _bytes(value for name, value in tensors.items() if name.startswith("adam/"))
+    return Footprint(
+        networks=_bytes(tensors.values()) - average - moments,
+        average=average,
+        moments=moments,
+        features=_bytes(features.state_dict().values()) if features is not None else 0,
+        step=round(constant + slope * share),
+        checkpoint=_bytes(tensors.values()) + average,
+        formula=f"{_mb(constant)} + {share} x {_mb(slope)}, from {phase} steps with one and two crops of {side} pixels "
+        f"and {cells} cells",
+    )
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Largest sum of tensor bytes that *call* holds at one moment, beyond what lives when it begins.
+
+    A running sum over the allocations and releases that PyTorch's profiler reports for the CPU allocator. What the
+    libraries below allocate by themselves (oneDNN's scratch) is not in it.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = call()
+    del result
+    events = recorded.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    held = peak = 0
+    # Stable: events of one timestamp stay in the order in which they happened.
+    for _, change in sorted(changes, key=lambda item: item[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _batch(config: RunConfig, *, side: int, images: int, cells: int) -> Batch:
+    """Noise with a hole over a quarter of each image: memory does not depend on content."""
+    model, rng = config.model, numpy_generator("footprint")
+    mask = np.zeros((side, side), dtype=np.uint8)
+    mask[: side // 2, : side // 2] = 1
+    pool = np.full((model.memory.pool_size, 2), side - model.patch_size, dtype=np.int16)
+    samples = [
+        make_sample(
+            str(number),
+            rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
+            mask,
+            pool,
+            patch_size=model.patch_size,
+            num_cells=cells,
+            rng=rng,
+        )
+        for number in range(images)
+    ]
+    return collate(samples)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"

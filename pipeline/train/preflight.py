@@ -1,0 +1,226 @@
+"""A run before anything is scheduled: its plan, and whether all that it needs is there (`--dry-run`).
+
+Every check is made, so that one call lists all that is wrong. Nothing is left behind: a probe object is written to the
+runs and removed; no set is prepared, no weights are downloaded, no run is begun.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import storage
+from pipeline.cli import one_line
+from pipeline.cluster import available, joined, shortage, shown
+from pipeline.config import RunConfig
+from pipeline.data.schema import Manifest, read_manifest, set_folder
+from pipeline.errors import ClusterTooSmall, CorruptSet, StorageFailed, TMADError
+from pipeline.pretrained import check_perceptual
+from pipeline.tracking import check_tracking, resolve_tracking_uri
+from pipeline.train.footprint import Footprint, measure
+from pipeline.train.initial import find_initial
+from pipeline.train.launch import check_claim, check_set, open_training_set, resolve, resources
+from pipeline.train.loop import due, duration
+
+UNKNOWN_RATE = (
+    "unknown; state the rate with --images-per-s, as benchmarks/training_step.py measures it on such a machine or an "
+    "earlier run recorded it (rate/images_per_s)"
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a run needs."""
+
+    name: str
+    ok: bool
+    text: str
+    """What is there, or what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What is known before a run."""
+
+    plan: list[tuple[str, str]]
+    """Name and text of each line."""
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing that was looked at would stop the run."""
+        return all(check.ok for check in self.checks)
+
+    def text(self) -> str:
+        """Both as lines for people."""
+        failed = sum(not check.ok for check in self.checks)
+        end = f"{failed} of {len(self.checks)} checks failed" if failed else f"{len(self.checks)} checks passed"
+        lines = ["plan:", *(f"  {name:<12} {text}" for name, text in self.plan), "checks:"]
+        lines += [f"  {'ok' if check.ok else 'FAILED':<7} {check.name:<12} {check.text}" for check in self.checks]
+        return "\n".join([*lines, end])
+
+
+def preflight(config: RunConfig, *, images_per_s: float | None = None) -> Preflight:
+    """Look at everything that a run of *config* needs. *images_per_s*: of all workers together, if known."""
+    named = config.name is not None
+    config = resolve(config)
+    checks: list[Check] = []
+    sets: dict[str, Manifest] = {}
+    footprints: list[Footprint] = []
+
+    def check(name: str, look: Callable[[], str]) -> None:
+        try:
+            checks.append(Check(name, True, look()))
+        except (TMADError, ValueError, OSError) as error:
+            checks.append(Check(name, False, storage.redact(one_line(error))))
+
+    def look_at_set(which: str) -> str:
+        manifest = open_training_set(config, None)[0] if which == "train" else read_manifest(config.data.val)
+        sets[which] = manifest
+        check_set(config, manifest, which)
+        if (place := config.data.training_set if which == "train" else config.data.val) is not None:
+            _complete(set_folder(place), manifest)
+        return f"{manifest.records:,} records of {manifest.crop_size} pixels, {_where(config, which)}"
+
+    def look_at_step() -> str:
+        crop_size = sets["train"].crop_size if "train" in sets else config.data.images.crop_size
+        footprints.append(measure(config, crop_size=crop_size))
+        of = "of the training set" if "train" in sets else "supposed, as there is no training set"
+        return f"a small step was made here; crops of {crop_size} pixels {of}"
+
+    check("data.train", lambda: look_at_set("train"))
+    check("data.val", lambda: look_at_set("val"))
+    check("runs", lambda: _writable(config.runs))
+    if named:
+        check("name", lambda: _state_of_run(config, sets))
+    check("tracking", lambda: _tracking(config))
+    check("resources", lambda: _resources(config))
+    check("perceptual", lambda: check_perceptual(config))
+    if config.init_from is not None:
+        check(
+            "init_from", lambda: find_initial(config, resolve_tracking_uri(config.tracking.uri, config.runs)).summary()
+        )
+    check("model", look_at_step)
+    return Preflight(_plan(config, sets, footprints[0] if footprints else None, images_per_s), checks)
+
+
+def checkpoint_count(config: RunConfig) -> int:
+    """Checkpoints that a run writes from its start to its end."""
+    schedule = config.schedule
+    batch, every = schedule.batch_images, schedule.checkpoint_every_images
+    last = math.ceil(schedule.total_images / batch) * batch
+    regular = min(last // batch, last // every)
+    return regular if due(last - batch, last, every) else regular + 1
+
+
+def _plan(
+    config: RunConfig, sets: dict[str, Manifest], footprint: Footprint | None, images_per_s: float | None
+) -> list[tuple[str, str]]:
+    schedule, workers = config.schedule, config.workers
+    batch, total = schedule.batch_images, schedule.total_images
+    coarse, steps = math.ceil(schedule.coarse_images / batch), math.ceil(total / batch)
+    device = "GPU" if workers.use_gpu else f"CPU, threads {config.threads}"
+    records = sets["train"].records if "train" in sets else 0
+    epochs = f", {total / records:,.1f} times through {records:,} records" if records else ""
+    count, kept = checkpoint_count(config), schedule.keep_checkpoints
+    lines = [
+        ("workers", f"{workers.num_workers} ({device}, {config.precision}), {shown(resources(config))} in all"),
+        ("batch", f"{batch} images a step, {batch // workers.num_workers} a worker"),
+        ("steps", f"{steps:,}: {coarse:,} coarse ({schedule.coarse_images:,} images), then {steps - coarse:,} jointly "
+         f"({schedule.joint_images:,} images){epochs}"),
+        ("validation", f"every {schedule.validate_every_images:,} images, {schedule.validation_images:,} images"),
+    ]  # fmt: skip
+    checkpoints = (
+        f"{count:,}, every {schedule.checkpoint_every_images:,} images and at the end, {min(kept, count)} kept"
+    )
+    memory = "unknown, as no step could be made"
+    if footprint is not None:
+        size = footprint.checkpoint
+        checkpoints += (
+            f"; {_mb(size)} each, {_mb(size * min(kept, count))} in storage, {_mb(size * count)} written in all"
+        )
+        memory = (
+            f"about {_mb(footprint.worker)} of tensors a worker: {_mb(footprint.held)} held (counted: networks "
+            f"{_mb(footprint.networks)}, average {_mb(footprint.average)}, Adam {_mb(footprint.moments)}, VGG-19 "
+            f"{_mb(footprint.features)}) and {_mb(footprint.step)} in a step (estimated: {footprint.formula})"
+        )
+    hours = UNKNOWN_RATE
+    if images_per_s is not None:
+        hours = (
+            f"{duration(total / images_per_s)} at {images_per_s:g} images/s, as stated; without start and validation"
+        )
+    return [*lines, ("checkpoints", checkpoints), ("memory", memory), ("duration", hours)]
+
+
+def _where(config: RunConfig, which: str) -> str:
+    place = config.data.training_set if which == "train" else config.data.val
+    return storage.redact(place or config.data.images.source or "")
+
+
+def _complete(folder: str, manifest: Manifest) -> None:
+    """Every shard is there and of its size, by one listing."""
+    there = storage.file_sizes(folder)
+    wrong = [shard.file for shard in manifest.shards if there.get(shard.file) != shard.size]
+    if wrong:
+        raise CorruptSet(
+            f"{len(wrong)} of the {len(manifest.shards)} shards in {storage.redact(folder)} are missing or of another "
+            f"size than the manifest says, {wrong[0]} first; run jobs/prepare.py again, it makes what is missing"
+        )
+
+
+def _writable(uri: str) -> str:
+    """Write a probe object, read it, remove it, and the folders that were made for it."""
+    new = [] if storage.is_remote(uri) else _absent(Path(storage.absolute(uri)))
+    probe = storage.join(uri, f"probe-{uuid.uuid4().hex}")
+    try:
+        storage.write_atomic(probe, probe.encode())
+        if storage.read_bytes(probe) != probe.encode():
+            raise StorageFailed(f"{storage.redact(probe)} was written and reads back as something else", kind="other")
+        storage.remove(probe)
+        if storage.exists(probe):
+            raise StorageFailed(f"{storage.redact(probe)} was removed and is still there", kind="other")
+    finally:
+        for folder in new:
+            if folder.is_dir() and not os.listdir(folder):
+                folder.rmdir()
+    return f"{storage.redact(uri)} can be written, read and deleted"
+
+
+def _absent(folder: Path) -> list[Path]:
+    """*folder* and those above it that are not there, the deepest first."""
+    return [one for one in (folder, *folder.parents) if not one.exists()]
+
+
+def _state_of_run(config: RunConfig, sets: dict[str, Manifest]) -> str:
+    assert config.name is not None
+    folder = storage.join(config.runs, config.name)
+    if not check_claim(folder, config, sets):
+        return f"{config.name} is new"
+    if storage.exists(storage.join(folder, "finished.json")):
+        return f"{config.name} is finished, nothing would be done"
+    return f"{config.name} was begun before and would go on"
+
+
+def _tracking(config: RunConfig) -> str:
+    uri = resolve_tracking_uri(config.tracking.uri, config.runs)
+    text = check_tracking(uri)
+    if uri is not None and uri.startswith("sqlite:///"):
+        _writable(str(Path(uri.removeprefix("sqlite:///")).parent))
+    return text
+
+
+def _resources(config: RunConfig) -> str:
+    asked, there = resources(config), available()
+    of = "the cluster" if joined() else "this machine"
+    if missing := shortage(asked, there):
+        wait = f"; a run would wait {config.workers.start_timeout_s:g} s for it to grow" if joined() else ""
+        raise ClusterTooSmall(f"asked for {shown(asked)}, {of} has {shown(there)}: {missing}{wait}")
+    return f"asked for {shown(asked)}, {of} has {shown(there)}"
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
