@@ -23,6 +23,7 @@ from pipeline.data.fetch import ROWS, draw_after, matrix, read_portion, with_dra
 from pipeline.data.onthefly import LiveSet, Tally, live_tables
 from pipeline.data.order import chunks
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
+from pipeline.data.shared import shared_tables
 from pipeline.data.tasks import run_ahead
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
@@ -50,15 +51,17 @@ def training_batches(
     prefetch_batches: int = 4,
     record_tasks: int = 2,
     tally: Tally | None = None,
+    reader: Any = None,
 ) -> Iterator[Batch]:
     """This rank's part of every global batch of *batch_images*, from *start_images* until *total_images* are reached.
 
     *train*: the prepared set at this URI, or a live one, whose records *record_tasks* tasks make at once; *tally*
-    counts its unusable images. Both give the same batches if preparation leaves none of the photographs out. The
-    sequence of images, and the flips, masks, cells and penalty weights of each, depend on (*seed*, the set) alone:
-    ranks of any number together see the same, and a run that starts at *start_images* sees what an unbroken one
-    would have seen from there. ceil((total_images - start_images) / batch_images) batches, all of them full, the
-    same number on every rank. Masks: variant epoch mod K.
+    counts its unusable images. Both give the same batches if preparation leaves none of the photographs out. *reader*
+    (`shared.start_reader`), the same for all ranks, has each portion of a prepared set read once for all of them;
+    without it each rank reads for itself. The sequence of images, and the flips, masks, cells and penalty weights of
+    each, depend on (*seed*, the set) alone: ranks of any number together see the same, and a run that starts at
+    *start_images* sees what an unbroken one would have seen from there. ceil((total_images - start_images) /
+    batch_images) batches, all of them full, the same number on every rank. Masks: variant epoch mod K.
 
     *num_cells* is N_ps. Raises `ValueError` if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the
     set was prepared for another *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating, and for a
@@ -84,8 +87,13 @@ def training_batches(
             {"position": position, "pieces": [vars(piece) for piece in portion]}
             for position, portion in chunks(manifest, seed=seed, start=start_images, stop=stop)
         )
-        read = partial(draw_after, read=partial(read_portion, folder=folder, **place), **draws)
-        tables = run_ahead(portions, read, at_once=_READS_AT_ONCE, ahead=_READS_AHEAD)
+        if reader is None or world_size == 1:
+            read = partial(draw_after, read=partial(read_portion, folder=folder, **place), **draws)
+            tables = run_ahead(portions, read, at_once=_READS_AT_ONCE, ahead=_READS_AHEAD)
+        else:
+            whole = {**place, "rank": 0, "world_size": 1}
+            read = partial(draw_after, read=partial(read_portion, folder=folder, **whole), **draws)
+            tables = shared_tables(reader, portions, read, seed=seed, ahead=max(_READS_AHEAD, world_size), **place)
     return _decoded(_regrouped(tables, mine), decode_threads, prefetch_batches)
 
 

@@ -23,7 +23,7 @@ from pipeline.errors import TMADError
 
 BLOCK_BYTES = 8 * 2**20
 """Rows are handed on in blocks of about this size."""
-_TASK_RETRIES = 3
+TASK_RETRIES = 3
 """Runs of a task whose process was lost, after the first."""
 
 
@@ -75,7 +75,7 @@ def run_ahead(
     # One a slot, as in a relay: whoever has it may run.
     batons: list[Any] = [None] * at_once
     pending: deque[Any] = deque()
-    with _own_errors():
+    with own_errors():
         for number, task in enumerate(tasks):
             table, batons[number % at_once] = _make.remote(function, task, batons[number % at_once])
             pending.append(table)
@@ -91,13 +91,13 @@ def _make_and_hand_over(
     return function(task), None
 
 
-_make: Any = ray.remote(num_cpus=0, num_returns=2, scheduling_strategy="SPREAD", max_retries=_TASK_RETRIES)(
+_make: Any = ray.remote(num_cpus=0, num_returns=2, scheduling_strategy="SPREAD", max_retries=TASK_RETRIES)(
     _make_and_hand_over
 )
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
+def own_errors() -> Iterator[None]:
     """What a task raised comes out as itself instead of Ray's report about it."""
     try:
         yield
@@ -109,7 +109,7 @@ def _own_errors() -> Iterator[None]:
 
 def iterate(dataset: ray.data.Dataset, **options: Any) -> Iterator[Any]:
     """`dataset.iter_batches(**options)`; what a task raised comes out as itself instead of Ray's report about it."""
-    with _own_errors():
+    with own_errors():
         yield from dataset.iter_batches(**options)
 
 

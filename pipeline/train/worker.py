@@ -46,7 +46,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     perceptual = load_perceptual(config, job["weights"])
     with tracker:
         try:
-            feed = data_feed(config, context, job["live"])
+            feed = data_feed(config, context, job["live"], job["reader"])
             return train_loop(config, context, feed, tracker, perceptual, job["initial"], job["best"])
         # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
         except NonFiniteLoss as error:
@@ -55,8 +55,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             return {"damaged": error.details["damaged"], "failed": error.message}
 
 
-def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = None) -> Feed:
-    """This worker's share of the prepared sets, or of the photographs *live* and the prepared validation set."""
+def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = None, reader: Any = None) -> Feed:
+    """This worker's share of the prepared sets, or of the photographs *live* and the prepared validation set; *reader*
+    as `training_batches` takes it."""
     train = live or config.data.training_set
     assert train is not None, "photographs are trained on as a live set"
     tally = Tally(live.config) if live else None
@@ -75,6 +76,7 @@ def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = N
             flip=config.data.flip,
             record_tasks=record_tasks(config) if live else 1,
             tally=tally,
+            reader=reader,
             **place,
         )
 
