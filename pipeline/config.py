@@ -148,6 +148,8 @@ class WorkersConfig:
     controller_failure_limit: NonNegativeInt = 10
     """Attempts to get the workers that may fail (a node gone for good) before the run stops instead of waiting for
     ever."""
+    stop_grace_s: Annotated[float, Field(ge=0)] = 30.0
+    """After SIGTERM the job has so long for a step and a last checkpoint, then it ends without; 0 = at once."""
     start_timeout_s: PositiveFloat = 600.0
     """Wait so long for the cluster to grow to the resources asked for, where one was joined."""
 
