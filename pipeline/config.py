@@ -161,6 +161,9 @@ class TrackingConfig:
     uri: str | None = None
     """Tracking server or `sqlite:///path/mlflow.db`; none = MLFLOW_TRACKING_URI, else SQLite under `runs`; `none` in
     words = no MLflow."""
+    wait_s: Annotated[float, Field(ge=0)] = 600.0
+    """At the end of a run, wait so long for a server that is away. Then the job ends with code 1, the model is in the
+    run's folder, and the same command does the rest."""
     experiment: str = "tmad"
     """MLflow experiment."""
     register: bool = True

@@ -39,7 +39,7 @@ from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMA
 from pipeline.models import MLFLOW_SCHEMES
 from pipeline.pretrained import resolve_perceptual
 from pipeline.registry import register_model
-from pipeline.tracking import Tracker, resolve_tracking_uri
+from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
 from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
 from pipeline.train.ending import NoticingTorchConfig, sigterm_stops
@@ -95,12 +95,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     run_id = _open_tracking(folder, config, tracking_uri, sets, initial)
     log.info("run %s: %s", config.name, plan(config, sets["train"]))
     began = time.time()
+    metrics = storage.join(folder, "metrics.jsonl")
     job = {
         "config": to_json(config),
         "weights": weights,
         "tracking_uri": tracking_uri,
         "run_id": run_id,
-        "metrics": storage.join(folder, "metrics.jsonl"),
+        "metrics": metrics,
         "checkpoints": storage.join(folder, "checkpoints"),
         "best": storage.join(folder, "best"),
         "live": share(photographs, train_set) if photographs else None,
@@ -109,6 +110,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     try:
         with relayed_logs() as relay, sigterm_stops(relay, config.workers.stop_grace_s):
             summary = _fit(folder, config, {**job, "relay": relay})
+        wait_for_tracking(tracking_uri, config.tracking.wait_s)
+        Tracker(tracking_uri, run_id).catch_up(metrics)
         finished = _finish(folder, config, summary, tracking_uri, run_id)
     except BaseException as error:
         told_to_end = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
@@ -269,6 +272,7 @@ def _open_tracking(
         known: str | None = before["run_id"]
         return known
     assert config.name is not None
+    check_tracking(tracking_uri)
     tags = {"config_digest": digest(config), **{f"data_{which}": one.digest for which, one in sets.items()}}
     if initial is not None:
         tags |= {"init_digest": initial["digest"], "init_model": initial["model_digest"]}

@@ -159,6 +159,7 @@ def train_loop(
         over = images >= schedule.total_images or course.stopped(schedule) is not None
         notice = context.notice()
         if over or (healthy and (save_due or notice is not None)):
+            tracker.flush()
             checkpoint = _save(state, config, context, course)
             save_due = rolled_back = False
         if notice is not None and not over:

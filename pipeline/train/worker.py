@@ -43,6 +43,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         job["tracking_uri"] if first else None,
         job["run_id"] if first else None,
         jsonl=job["metrics"] if first else None,
+        background=True,
     )
     perceptual = load_perceptual(config, job["weights"])
     with tracker:
