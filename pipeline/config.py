@@ -148,6 +148,8 @@ class WorkersConfig:
     controller_failure_limit: NonNegativeInt = 10
     """Attempts to get the workers that may fail (a node gone for good) before the run stops instead of waiting for
     ever."""
+    stop_grace_s: Annotated[float, Field(ge=0)] = 30.0
+    """After SIGTERM the job has so long for a step and a last checkpoint, then it ends without; 0 = at once."""
     start_timeout_s: PositiveFloat = 600.0
     """Wait so long for the cluster to grow to the resources asked for, where one was joined."""
 
@@ -159,6 +161,9 @@ class TrackingConfig:
     uri: str | None = None
     """Tracking server or `sqlite:///path/mlflow.db`; none = MLFLOW_TRACKING_URI, else SQLite under `runs`; `none` in
     words = no MLflow."""
+    wait_s: Annotated[float, Field(ge=0)] = 600.0
+    """At the end of a run, wait so long for a server that is away. Then the job ends with code 1, the model is in the
+    run's folder, and the same command does the rest."""
     experiment: str = "tmad"
     """MLflow experiment."""
     register: bool = True

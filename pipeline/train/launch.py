@@ -36,13 +36,14 @@ from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
 from pipeline.data.shared import start_reader
 from pipeline.environment import environment
-from pipeline.errors import CheckpointsDamaged, ConfigMismatch, TMADError, TrainingFailed
+from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.models import MLFLOW_SCHEMES
 from pipeline.pretrained import resolve_perceptual
 from pipeline.registry import register_model
-from pipeline.tracking import Tracker, resolve_tracking_uri
+from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
 from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
+from pipeline.train.ending import NoticingTorchConfig, sigterm_stops
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_initial, kept_initial
 from pipeline.train.relay import relayed_logs
 from pipeline.train.worker import work
@@ -70,8 +71,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     """Train, keep and register a model; returns the content of `finished.json`.
 
     Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
-    `TrainingFailed` with the cause and the newest checkpoint, `MissingInput` for data or weights that are not there,
-    `ValueError` for a data set that does not fit the model, and what `initial.find_initial` raises.
+    `TrainingFailed` with the cause and the newest checkpoint, `Interrupted` when it was told to stop,
+    `MissingInput` for data or weights that are not there, `ValueError` for a data set that does not fit the model,
+    and what `initial.find_initial` raises.
     """
     config = resolve(config)
     assert config.name is not None
@@ -94,12 +96,13 @@ def train(config: RunConfig) -> dict[str, Any]:
     run_id = _open_tracking(folder, config, tracking_uri, sets, initial)
     log.info("run %s: %s", config.name, plan(config, sets["train"]))
     began = time.time()
+    metrics = storage.join(folder, "metrics.jsonl")
     job = {
         "config": to_json(config),
         "weights": weights,
         "tracking_uri": tracking_uri,
         "run_id": run_id,
-        "metrics": storage.join(folder, "metrics.jsonl"),
+        "metrics": metrics,
         "checkpoints": storage.join(folder, "checkpoints"),
         "best": storage.join(folder, "best"),
         "live": share(photographs, train_set) if photographs else None,
@@ -107,11 +110,14 @@ def train(config: RunConfig) -> dict[str, Any]:
         "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
     }
     try:
-        with relayed_logs() as relay:
+        with relayed_logs() as relay, sigterm_stops(relay, config.workers.stop_grace_s):
             summary = _fit(folder, config, {**job, "relay": relay})
+        wait_for_tracking(tracking_uri, config.tracking.wait_s)
+        Tracker(tracking_uri, run_id).catch_up(metrics)
         finished = _finish(folder, config, summary, tracking_uri, run_id)
     except BaseException as error:
-        Tracker(tracking_uri, run_id).finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        told_to_end = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
+        Tracker(tracking_uri, run_id).finish("KILLED" if told_to_end else "FAILED")
         raise
     Tracker(tracking_uri, run_id).finish("FINISHED")
     log.info("run %s finished in %.0f s: model %s", config.name, time.time() - began, finished["model"])
@@ -268,6 +274,7 @@ def _open_tracking(
         known: str | None = before["run_id"]
         return known
     assert config.name is not None
+    check_tracking(tracking_uri)
     tags = {"config_digest": digest(config), **{f"data_{which}": one.digest for which, one in sets.items()}}
     if initial is not None:
         tags |= {"init_digest": initial["digest"], "init_model": initial["model_digest"]}
@@ -297,6 +304,7 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
     trainer = TorchTrainer(
         worker,
         train_loop_config=job,
+        torch_config=NoticingTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=each
         ),
@@ -317,6 +325,8 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
     summary: dict[str, Any] = result.return_value
     if "damaged" in summary:
         raise CheckpointsDamaged(summary["failed"], damaged=summary["damaged"])
+    if "interrupted" in summary:
+        raise Interrupted(f"{summary['interrupted']}; {_how_to_go_on(folder)}")
     if "failed" in summary:
         raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}")
     return summary
