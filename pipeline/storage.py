@@ -337,7 +337,8 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     root = path.rstrip("/") + "/"
     # Listed first, as only the answer to a listing says why it was refused.
     found = _guard(uri, "list", lambda: fs.find(path))
-    keys = [name[len(root) :] for name in found if name.startswith(root)]
+    # An object whose name ends with a slash stands for a folder; Arrow writes such, and so does Ray for checkpoints.
+    keys = [name[len(root) :] for name in found if name.startswith(root) and not name.endswith("/")]
     if not keys:
         if not exists(uri):
             raise MissingInput(f"there is no folder {redact(uri)}")
