@@ -7,10 +7,10 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-CODE := $(wildcard tmad pipeline jobs tests benchmarks)
+CODE := $(wildcard tmad pipeline jobs tests benchmarks infra)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format-check lint types format bench mlflow clean
+.PHONY: help setup demo stack stack-demo test check format-check lint types format bench mlflow clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -28,6 +28,12 @@ $(READY): pyproject.toml infra/constraints.txt
 
 demo: $(READY)  ## photographs -> shards -> training -> evaluation -> report, on this machine, in minutes
 	$(BIN)/python jobs/demo.py
+
+stack: $(READY)  ## S3, MLflow and a Ray cluster of three nodes on this machine, without Docker, until Ctrl-C
+	$(BIN)/python infra/stack.py
+
+stack-demo: $(READY)  ## every job, small, submitted to the stack that runs (or to one of its own)
+	$(BIN)/python infra/stack_demo.py
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest

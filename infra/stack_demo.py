@@ -2,8 +2,8 @@
 
     python infra/stack_demo.py
 
-Uses the stack that runs (`python infra/stack.py`), or starts one and ends it. Settings are those of the preset `smoke`: it
-shows that storage, tracking, cluster and jobs work together, in a minute or two, and learns nothing of use.
+Uses the stack that runs (`python infra/stack.py`), or starts one and ends it. Settings are those of the preset `smoke`:
+it shows that storage, tracking, cluster and jobs work together, in a minute or two, and learns nothing of use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.demo.run import write_examples
 
 PLACE = f"s3://{BUCKET}"
 MODEL = "models:/tmad-smoke@champion"
-SMALL = "--crop-size 64 --short-side 64 128 --patch-size 8 --memory.pool-size 8 --images-per-shard 8".split()
+SMALL = ["--crop-size", "64", "--short-side", "64", "128", "--patch-size", "8", "--memory.pool-size", "8"]
 
 JOBS: dict[str, list[str]] = {
     "prepare train": ["prepare.py", "--source", f"{PLACE}/photographs/train", "--out", f"{PLACE}/train", *SMALL],
