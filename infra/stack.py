@@ -91,7 +91,7 @@ class Stack:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StackFailed(f"a stack is running in {self.folder}: use it, or name another --folder") from None
-        self._end_leftovers()  # of a stack in this folder that was killed
+        end_leftovers(self.folder)  # of a stack in this folder that was killed
         # Ray's socket names are limited to some 100 characters, so its folders lie high up.
         self._ray_folders = Path(tempfile.mkdtemp(prefix="tmad-"))
         try:
@@ -126,7 +126,7 @@ class Stack:
             _signal(service.process, signal.SIGKILL)
             service.process.wait()
         self._services.clear()
-        self._end_leftovers()
+        end_leftovers(self.folder)
         shutil.rmtree(self._ray_folders, ignore_errors=True)
         (self.folder / "environment.sh").unlink(missing_ok=True)
         self._lock.close()
@@ -253,15 +253,6 @@ class Stack:
         path.touch(mode=0o600)
         path.write_text("\n".join(self._exports()) + "\n")
 
-    def _end_leftovers(self) -> None:
-        """End what a service left behind: Ray's workers get groups of their own."""
-        deadline = time.monotonic() + STOP_S
-        while (left := marked(self.folder)) and time.monotonic() < deadline:
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
-
 
 def marked(folder: Path) -> list[int]:
     """Ids of the processes that belong to the stack in *folder*, this one left out; needs /proc, else none."""
@@ -289,6 +280,16 @@ def running(folder: Path = FOLDER) -> dict[str, str] | None:
 def _make_bucket(address: str) -> None:
     """This server asks for no signature, so a bucket is one plain request."""
     urllib.request.urlopen(urllib.request.Request(f"{address}/{BUCKET}", method="PUT"), timeout=30).close()
+
+
+def end_leftovers(folder: Path) -> None:
+    """End what belongs to the stack in *folder* and has outlived it: Ray's workers get groups of their own."""
+    deadline = time.monotonic() + STOP_S
+    while (left := marked(folder)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
