@@ -23,7 +23,7 @@ GPUS_PER_NODE=2                        # CHANGE ME: as --gpus-per-task
 RUNS=${RUNS:-$PWD/runs}                # CHANGE ME: a folder that all machines see, or s3://...
 TRAIN=${TRAIN:-$PWD/data/places/train} # CHANGE ME: the prepared sets, likewise
 VAL=${VAL:-$PWD/data/places/val}
-JOB=(python jobs/train_places.py --preset places_freeform --name places --runs "$RUNS"
+JOB=(python jobs/train_places.py --preset places --name places --runs "$RUNS"
      --data.train "$TRAIN" --data.val "$VAL" --workers.num-workers "$((SLURM_JOB_NUM_NODES * GPUS_PER_NODE))")
 # Storage and tracking (AWS_*, MLFLOW_TRACKING_URI) come from the environment that sbatch was called in.
 

@@ -134,4 +134,5 @@ def test_an_object_that_stands_for_a_folder_is_no_file(bucket: str) -> None:
     storage.write_atomic(f"{place}/config.json", b"{}")
     assert storage.list_files(place) == ["config.json"]
     assert storage.list_files(bucket) == ["run/model/config.json"]
+    assert storage.file_sizes(bucket) == {"run/model/config.json": 2}
     assert [path.name for path in storage.local_copy(place).iterdir()] == ["config.json"]
