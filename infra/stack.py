@@ -30,6 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from infra.network import MAX_NODES, Loopback, Namespaces
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "runs" / "stack"
 BUCKET = "tmad"
@@ -68,12 +72,23 @@ class Service:
 class Stack:
     """Starts on entering, ends on leaving: S3, MLflow, a Ray head without work and *workers* nodes of *cpus* each.
 
-    *folder* keeps logs, MLflow's database and the address list; one stack at a time has it. Raises `StackFailed`.
+    *folder* keeps logs, MLflow's database and the address list; one stack at a time has it. With *separate_hosts* every
+    node of Ray is a host of its own (`infra.network`). Raises `StackFailed`.
     """
 
     def __init__(
-        self, folder: Path = FOLDER, *, workers: int = 2, cpus: int = 3, object_store_bytes: int = 200 * 2**20
+        self,
+        folder: Path = FOLDER,
+        *,
+        workers: int = 2,
+        cpus: int = 3,
+        object_store_bytes: int = 200 * 2**20,
+        separate_hosts: bool = False,
     ) -> None:
+        if not 1 <= workers < MAX_NODES:
+            raise StackFailed(f"--workers must be 1 to {MAX_NODES - 1}, got {workers}")
+        if separate_hosts and not Namespaces.possible():
+            raise StackFailed("separate hosts need Linux, root, the command `ip`, and leave to make network namespaces")
         self.folder = folder.absolute()
         self.workers = workers
         self.environment: dict[str, str] = {}
@@ -81,6 +96,8 @@ class Stack:
         self.addresses: dict[str, str] = {}
         self._cpus = cpus
         self._object_store_bytes = object_store_bytes
+        self._separate_hosts = separate_hosts
+        self._network: Loopback | Namespaces = Loopback()
         self._services: list[Service] = []
         self._ray_folders = Path()
 
@@ -95,6 +112,8 @@ class Stack:
         # Ray's socket names are limited to some 100 characters, so its folders lie high up.
         self._ray_folders = Path(tempfile.mkdtemp(prefix="tmad-"))
         try:
+            if self._separate_hosts:
+                self._network = Namespaces(self.folder)
             self._start_storage()
             self._start_mlflow()
             self._start_ray()
@@ -127,6 +146,7 @@ class Stack:
             service.process.wait()
         self._services.clear()
         end_leftovers(self.folder)
+        self._network.close()
         shutil.rmtree(self._ray_folders, ignore_errors=True)
         (self.folder / "environment.sh").unlink(missing_ok=True)
         self._lock.close()
@@ -145,8 +165,9 @@ class Stack:
         )
 
     def _start_storage(self) -> None:
+        host = self._network.services
         port = _free_port(9000)
-        address = f"http://127.0.0.1:{port}"
+        address = f"http://{host}:{port}"
         self.environment |= {
             "AWS_ENDPOINT_URL": address,
             "AWS_ACCESS_KEY_ID": "stack",
@@ -155,15 +176,16 @@ class Stack:
         }
         self._start(
             "storage",
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            [sys.executable, "-m", "moto.server", "-H", host, "-p", str(port)],
             lambda: _answer(f"{address}/moto-api/data.json") is not None,
         )
         self.addresses["S3"] = f"{address}, bucket s3://{BUCKET}"
 
     def _start_mlflow(self) -> None:
+        host = self._network.services
         port = _free_port(5000)
-        address = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+        address = f"http://{host}:{port}"
+        command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         # Clients hand artifacts to the server, which alone needs the storage's credentials.
         command += ["--serve-artifacts", "--artifacts-destination", f"s3://{BUCKET}/mlflow"]
@@ -177,7 +199,8 @@ class Stack:
         token.write_text(secrets.token_hex(32))
         self.environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         gcs, dashboard = _free_port(6379), _free_port(8265)
-        address = f"http://127.0.0.1:{dashboard}"
+        host, begin = self._network.node(0)
+        address = f"http://{host}:{dashboard}"
         self.environment["RAY_API_SERVER_ADDRESS"] = address
 
         def alive() -> int:
@@ -186,23 +209,27 @@ class Stack:
             return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
 
         # Without processors the head gets no tasks: it has the drivers, the dashboard and the cluster's records.
-        head = ["--head", f"--port={gcs}", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
+        head = ["--head", f"--port={gcs}", "--num-cpus=0", f"--dashboard-host={host}"]
         head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={_free_port()}"]
-        self._start_node("ray-head", head, lambda: alive() >= 1)
+        self._start_node("ray-head", (host, begin), head, lambda: alive() >= 1)
         self._wait(self._services[-1:])
         for number in range(1, self.workers + 1):
-            worker = [f"--address=127.0.0.1:{gcs}", f"--num-cpus={self._cpus}"]
-            self._start_node(f"ray-worker-{number}", worker, lambda: alive() == 1 + self.workers)
+            worker = [f"--address={host}:{gcs}", f"--num-cpus={self._cpus}"]
+            place = self._network.node(number)
+            self._start_node(f"ray-worker-{number}", place, worker, lambda: alive() == 1 + self.workers)
         self.addresses["Ray dashboard"] = address
 
-    def _start_node(self, name: str, arguments: list[str], ready: Callable[[], bool]) -> None:
+    def _start_node(
+        self, name: str, place: tuple[str, list[str]], arguments: list[str], ready: Callable[[], bool]
+    ) -> None:
         metrics = _free_port()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        host, begin = place
+        command = [*begin, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host}"]
         command += [*arguments, f"--temp-dir={self._ray_folders / name.removeprefix('ray-')}", "--disable-usage-stats"]
         command += [f"--object-store-memory={self._object_store_bytes}", f"--metrics-export-port={metrics}"]
         command += [f"--dashboard-agent-listen-port={_free_port()}"]
         self._start(name, command, ready)
-        self.addresses[f"Metrics, {name}"] = f"http://127.0.0.1:{metrics}/metrics"
+        self.addresses[f"Metrics, {name}"] = f"http://{host}:{metrics}/metrics"
 
     def _start(self, name: str, command: list[str], ready: Callable[[], bool]) -> None:
         log = self.folder / f"{name}.log"
@@ -236,6 +263,7 @@ class Stack:
         return {
             **kept,
             **self.environment,
+            **self._network.environment,
             MARK: str(self.folder),
             # Jobs start with a bare `python`, as they do on a cluster.
             "PATH": os.pathsep.join([here, kept.get("PATH", os.defpath)]),
@@ -339,10 +367,12 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="logs, MLflow's database, environment.sh")
     parser.add_argument("--workers", type=int, default=2, help="nodes of Ray beside the head")
     parser.add_argument("--cpus", type=int, default=3, help="logical CPUs of each; bookkeeping, not processors")
+    parser.add_argument("--separate-hosts", action="store_true", help="each node in a network namespace; needs root")
     arguments = parser.parse_args()
     began = time.monotonic()
+    settings = {"workers": arguments.workers, "cpus": arguments.cpus, "separate_hosts": arguments.separate_hosts}
     try:
-        with ended_by_signals(), Stack(arguments.folder, workers=arguments.workers, cpus=arguments.cpus) as stack:
+        with ended_by_signals(), Stack(arguments.folder, **settings) as stack:
             print(f"The stack is up after {time.monotonic() - began:.0f} s:\n{stack.shown()}\n\nCtrl-C ends it.")
             sys.stdout.flush()
             while True:

@@ -69,13 +69,13 @@ def bring_photographs() -> None:
 
 
 @contextlib.contextmanager
-def stack_environment(folder: Path) -> Iterator[None]:
+def stack_environment(folder: Path, separate_hosts: bool) -> Iterator[None]:
     """The variables of the running stack in this process, or of one that ends with the block."""
     if (there := running(folder)) is not None:
         os.environ.update(there)
         yield
         return
-    with Stack(folder) as stack:
+    with Stack(folder, separate_hosts=separate_hosts) as stack:
         os.environ.update(stack.environment)
         yield
 
@@ -84,7 +84,9 @@ def main() -> int:
     """Run every job; print seconds and where the results lie; 1 as soon as one of them fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="that of the stack")
-    folder = parser.parse_args().folder
+    parser.add_argument("--separate-hosts", action="store_true", help="each node in a network namespace; needs root")
+    arguments = parser.parse_args()
+    folder = arguments.folder
     seconds: dict[str, float] = {}
     began = time.monotonic()
 
@@ -94,13 +96,13 @@ def main() -> int:
         began = time.monotonic()
 
     try:
-        with ended_by_signals(), stack_environment(folder):
+        with ended_by_signals(), stack_environment(folder, arguments.separate_hosts):
             done("stack up")
             bring_photographs()
             done("photographs")
-            for stage, arguments in JOBS.items():
+            for stage, command in JOBS.items():
                 print(f"── {stage}", flush=True)
-                if submit(arguments) != 0:
+                if submit(command) != 0:
                     print(f"{stage} failed; the stack's logs are in {folder}", file=sys.stderr)
                     return 1
                 done(stage)

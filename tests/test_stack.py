@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.network import Namespaces
 from infra.stack import BUCKET, MARK, Stack, StackFailed, end_leftovers, marked, running
 from pipeline import storage
 from pipeline.tracking import Tracker, mlflow_client
@@ -41,11 +42,14 @@ time.sleep(45)
 
 
 class Running:
-    """A stack in a process of its own, as `make stack` starts it."""
+    """A stack in a process of its own, as `make stack` starts it; its nodes are hosts of their own where the machine
+    allows it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         command = [sys.executable, str(ROOT / "infra" / "stack.py"), "--folder", str(folder)]
+        if Namespaces.possible():
+            command.append("--separate-hosts")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         self.said = ""
         assert self.process.stdout is not None
