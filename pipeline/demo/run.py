@@ -117,7 +117,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     registered = finished["registered"]
     model = registered["uri"] if registered else finished["model"]
     with stages("inpaint"):
-        _write_examples(data / "photographs" / "val", folder / "inpaint")
+        write_examples(data / "photographs" / "val", folder / "inpaint")
         filled = inpaint_folder(
             InpaintConfig(
                 input=str(folder / "inpaint" / "images"),
@@ -190,7 +190,7 @@ def _prepare_config(config: DemoConfig, run: RunConfig, data: Path, split: Liter
     )
 
 
-def _write_examples(photographs: Path, folder: Path) -> None:
+def write_examples(photographs: Path, folder: Path) -> None:
     """The validation photographs as they came, whole, each with a mask of its own size, as a user would bring them."""
     for source in sorted(photographs.iterdir()):
         image, mask = folder / "images" / source.name, folder / "masks" / f"{source.stem}.png"

@@ -11,6 +11,7 @@ import ray
 import ray.data
 import torch
 
+from pipeline import observe
 from pipeline.cli import configure_logging
 from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
@@ -44,7 +45,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         job["run_id"] if first else None,
         jsonl=job["metrics"] if first else None,
         background=True,
+        exported_as=config.name if first else None,
     )
+    observe.count("first_worker_start", int(first))
     perceptual = load_perceptual(config, job["weights"])
     with tracker:
         try:
