@@ -1,7 +1,9 @@
 """T-MAD: texture memory-augmented deep patch-based image inpainting (Xu et al., 2020), in PyTorch.
 
-Names are loaded when they are asked for, so that a process that needs no network does not wait for PyTorch.
+Names are imported when they are first asked for: `import tmad` is instant, `from tmad import Inpainter` loads PyTorch.
 """
+
+from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,35 +20,29 @@ if TYPE_CHECKING:
     from tmad.checkpoint import save_state as save_state
     from tmad.config import TMADConfig as TMADConfig
     from tmad.config import TrainingConfig as TrainingConfig
+    from tmad.inpaint import Inpainter as Inpainter
+    from tmad.inpaint import InpaintResult as InpaintResult
     from tmad.model import TMAD as TMAD
     from tmad.model import TMADOutput as TMADOutput
     from tmad.step import NonFiniteLoss as NonFiniteLoss
     from tmad.step import TrainingState as TrainingState
 
-_PLACES = {
-    "Batch": "tmad.batch",
-    "Sample": "tmad.batch",
-    "collate": "tmad.batch",
-    "make_sample": "tmad.batch",
-    "load_model": "tmad.checkpoint",
-    "load_state": "tmad.checkpoint",
-    "model_digest": "tmad.checkpoint",
-    "save_model": "tmad.checkpoint",
-    "save_state": "tmad.checkpoint",
-    "TMADConfig": "tmad.config",
-    "TrainingConfig": "tmad.config",
-    "TMAD": "tmad.model",
-    "TMADOutput": "tmad.model",
-    "NonFiniteLoss": "tmad.step",
-    "TrainingState": "tmad.step",
+_MODULES = {
+    "batch": ("Batch", "Sample", "collate", "make_sample"),
+    "checkpoint": ("load_model", "load_state", "model_digest", "save_model", "save_state"),
+    "config": ("TMADConfig", "TrainingConfig"),
+    "inpaint": ("InpaintResult", "Inpainter"),
+    "model": ("TMAD", "TMADOutput"),
+    "step": ("NonFiniteLoss", "TrainingState"),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    if name not in _HOME:
+        raise AttributeError(f"module 'tmad' has no attribute {name!r}")
+    return getattr(import_module(f"tmad.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(_PLACES)
+    return sorted(_HOME)

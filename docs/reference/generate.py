@@ -47,6 +47,7 @@ VARIABLES = {
     "TMAD_STORAGE_CONNECT_S": "seconds to reach it",
     "TMAD_STORAGE_SILENCE_S": "seconds without a byte until a request counts as lost",
     "TMAD_STORAGE_TOTAL_S": "seconds for one look-up or part of a file, attempts included",
+    "TMAD_MODEL": "the model that `tmad inpaint` takes when none is named",
     "TMAD_SOAK_S": "seconds that the endurance tests take, for tests alone",
 }
 
