@@ -139,6 +139,7 @@ def resolve(config: RunConfig) -> RunConfig:
         train=train and storage.absolute(train),
         val=storage.absolute(config.data.val),
         images=images.with_absolute_places(),
+        results=config.data.results and storage.absolute(config.data.results),
     )
     init_from = config.init_from
     if init_from is not None and not init_from.startswith(MLFLOW_SCHEMES):
@@ -193,6 +194,11 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
         raise ValueError(
             f"data.{which} has crops of {manifest.crop_size} pixels; the model needs a multiple of "
             f"{model.size_multiple} (patch_size and 2^coarse.num_down_blocks): {remedy}"
+        )
+    if config.data.results is not None and manifest.num_variants > 1:
+        raise ValueError(
+            f"data.{which} has {manifest.num_variants} masks an image, data.results one result: prepare {uri} with "
+            "masks_per_image 1"
         )
     cells = (manifest.crop_size // model.patch_size) ** 2
     if config.schedule.patches_per_image > cells:

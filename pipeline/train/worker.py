@@ -15,6 +15,7 @@ from pipeline.cli import configure_logging
 from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
 from pipeline.data.onthefly import LiveSet, Tally
+from pipeline.data.results import Results
 from pipeline.errors import CheckpointsDamaged, Interrupted
 from pipeline.pretrained import load_perceptual
 from pipeline.tracking import Tracker
@@ -66,7 +67,9 @@ def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = N
     train = live or config.data.training_set
     assert train is not None, "photographs are trained on as a live set"
     tally = Tally(live.config) if live else None
-    place = {"rank": context.rank, "world_size": context.world_size}
+    place: dict[str, Any] = {"rank": context.rank, "world_size": context.world_size}
+    if config.data.results is not None:
+        place["results"] = Results(config.data.results)
     schedule = config.schedule
 
     def training(start_images: int) -> Iterator[Batch]:
