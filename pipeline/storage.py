@@ -372,9 +372,10 @@ def local_copy(uri: str) -> Path:
     return folder
 
 
-def upload_folder(local: str | Path, uri: str) -> None:
-    """Copy every visible file below *local* to the folder *uri*, each one atomically, in the order of their keys."""
-    for key in list_files(str(local)):
+def upload_folder(local: str | Path, uri: str, *, last: str = "") -> None:
+    """Copy every visible file below *local* to the folder *uri*, each one atomically, in the order of their keys, but
+    the one with the key *last* when all others are there."""
+    for key in sorted(list_files(str(local)), key=lambda key: key == last):
         write_atomic(join(uri, key), (Path(local) / key).read_bytes())
 
 
