@@ -165,8 +165,7 @@ class RayContext:
         """A copy of this worker's own, or the folder itself where storage is local."""
         # Not the object that the controller hands out: its copy is shared by the processes of a machine, and one that
         # comes late downloads over the files that another reads.
-        with Checkpoint(storage.join(self._folder, name)).as_directory() as folder:
-            yield Path(folder)
+        yield storage.local_copy(storage.join(self._folder, name))
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
         """Upload, the manifest last, and wait until the controller has it in its books."""
@@ -178,7 +177,7 @@ class RayContext:
         # Not by Ray, which gives up at once where storage asks for patience, and whose other workers would wait.
         if refused := _everyones(_upload(folder, place))[0]:
             raise CheckpointNotKept(f"checkpoint {free} was not kept: {refused}")
-        checkpoint = Checkpoint(place) if folder is not None else None
+        checkpoint = Checkpoint(*storage.for_ray(place)) if folder is not None else None
         ray.train.report(
             metrics, checkpoint=checkpoint, checkpoint_dir_name=free, checkpoint_upload_fn=lambda there, _: there
         )

@@ -34,7 +34,7 @@ from pipeline.cluster import joined, require, start_ray
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
-from pipeline.environment import environment
+from pipeline.environment import code_state, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.models import MLFLOW_SCHEMES
 from pipeline.pretrained import resolve_perceptual
@@ -280,7 +280,9 @@ def _open_tracking(
         return known
     assert config.name is not None
     check_tracking(tracking_uri)
-    tags = {"config_digest": digest(config), **{f"data_{which}": one.digest for which, one in sets.items()}}
+    code = code_state()
+    tags = {"git_commit": str(code["commit"]), "git_dirty": str(code["dirty"]), "config_digest": digest(config)}
+    tags |= {f"data_{which}": one.digest for which, one in sets.items()}
     if initial is not None:
         tags |= {"init_digest": initial["digest"], "init_model": initial["model_digest"]}
     run_id = Tracker.create(tracking_uri, config.tracking.experiment, config.name, asdict(config), tags)
@@ -305,6 +307,7 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
         "logging_config": LoggingConfig(log_level="WARNING"),
         "worker_runtime_env": {"env_vars": KEEP_FREED_PAGES},
     }
+    path, file_system = storage.for_ray(folder)
     # Ray's annotation leaves out the pair: fewest and most.
     number: Any = workers.num_workers if workers.min_workers is None else (workers.fewest, workers.num_workers)
     worker: Any = work  # Ray's annotation allows no result, its `Result.return_value` carries one.
@@ -316,7 +319,8 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
         run_config=RayRunConfig(
             # Ray keeps checkpoints in <storage_path>/<name>/, and by that name finds them again after a restart.
             name="checkpoints",
-            storage_path=folder,
+            storage_path=path,
+            storage_filesystem=file_system,
             failure_config=FailureConfig(**failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.schedule.keep_checkpoints),
             **more,

@@ -61,7 +61,7 @@ def test_a_permission_that_is_withdrawn_ends_the_run_at_the_next_checkpoint_by_i
     faulty_cluster.answer("AccessDenied", method="PUT|POST", target="checkpoints/images_0+16/")
     with pytest.raises(
         TrainingFailed,
-        match=r"checkpoint images_0+16 was not kept: cannot write s3://.*AccessDenied.*newest checkpoint is .*images_0+8;",
+        match=r"images_0+16 was not kept: cannot write s3://.*AccessDenied.*newest checkpoint is .*images_0+8;",
     ):
         train(config_of(sets, f"{bucket}/runs", "withdrawn"))
     # A restart would only be refused again.
