@@ -7,7 +7,8 @@ itself draws nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ class Sample:
     mix: np.ndarray
     """(N_ps + 1,) float32 in [0, 1): interpolation weights of the gradient penalty, one a cell and one for the
     image."""
+    filled: np.ndarray | None = None
+    """(H, W, 3) uint8: somebody's result that stands in for the coarse network's (Table V)."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +52,17 @@ class Batch:
     """(B, N_ps) int64."""
     mix: Tensor
     """(B, N_ps + 1) float32."""
+    filled: Tensor | None = None
+    """(B, 3, H, W) uint8: somebody's results, if the coarse network is not to be asked."""
 
     def __len__(self) -> int:
         return len(self.image_id)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on *device*."""
-        return Batch(
-            self.image_id,
-            *(
-                tensor.to(device, non_blocking=True)
-                for tensor in (self.image, self.mask, self.pool_yx, self.cells, self.mix)
-            ),
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 def make_sample(
@@ -74,11 +75,12 @@ def make_sample(
     num_cells: int,
     rng: np.random.Generator,
     flip: bool = False,
+    filled: np.ndarray | None = None,
 ) -> Sample:
     """Draw what is random about one image, as `draws.draw` does, and mirror it with its mask and memory.
 
-    *image* (H, W, 3) uint8, sides multiples of patch_size; *mask* (H, W) {0, 1}; *pool_yx* (N_pool, 2). Raises
-    `ValueError` if image and mask differ in size.
+    *image* (H, W, 3) uint8, sides multiples of patch_size; *mask* (H, W) {0, 1}; *pool_yx* (N_pool, 2); *filled* (H, W,
+    3) uint8, somebody's result. Raises `ValueError` if image and mask differ in size.
     """
     if image.shape[:2] != mask.shape:
         raise ValueError(f"{image_id}: image is {image.shape[:2]}, its mask is {mask.shape}")
@@ -90,6 +92,7 @@ def make_sample(
         pool_yx=draws.pool_yx,
         cells=draws.cells,
         mix=draws.mix,
+        filled=mirror(filled) if filled is not None and draws.mirrored else filled,
     )
 
 
@@ -100,7 +103,8 @@ def mirror(image: np.ndarray) -> np.ndarray:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one size into a batch."""
+    """Stack samples of one size into a batch; all of them have somebody's result, or none has."""
+    results = [sample.filled for sample in samples if sample.filled is not None]
     return Batch(
         image_id=[sample.image_id for sample in samples],
         image=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2),
@@ -108,4 +112,5 @@ def collate(samples: Sequence[Sample]) -> Batch:
         pool_yx=torch.from_numpy(np.stack([sample.pool_yx for sample in samples]).astype(np.int64)),
         cells=torch.from_numpy(np.stack([sample.cells for sample in samples]).astype(np.int64)),
         mix=torch.from_numpy(np.stack([sample.mix for sample in samples])),
+        filled=torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2) if results else None,
     )

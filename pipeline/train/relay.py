@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import logs
 
@@ -64,8 +65,11 @@ class RelayHandler(logging.Handler):
 @contextlib.contextmanager
 def relayed_logs() -> Iterator[Any]:
     """Give the actor that workers send to; until the end of the block a thread logs here what arrives there."""
-    # Without a processor of its own: it must not take one from the workers.
-    lines: Any = ray.remote(num_cpus=0)(Lines).remote()
+    # On the driver's machine, as another one may be lost, and without a processor of its own: it must not take one from
+    # the workers.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Lines)
+    lines = actor.options(scheduling_strategy=here).remote()
     over = threading.Event()
 
     def copy() -> None:

@@ -16,7 +16,8 @@ from pipeline.cli import configure_logging
 from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
 from pipeline.data.onthefly import LiveSet, Tally
-from pipeline.errors import CheckpointsDamaged, Interrupted
+from pipeline.data.results import Results
+from pipeline.errors import CheckpointNotKept, CheckpointsDamaged, Interrupted
 from pipeline.pretrained import load_perceptual
 from pipeline.tracking import Tracker
 from pipeline.train.context import RayContext, TrainContext
@@ -54,7 +55,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             feed = data_feed(config, context, job["live"], job["reader"])
             return train_loop(config, context, feed, tracker, perceptual, job["initial"], job["best"])
         # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
-        except NonFiniteLoss as error:
+        except (NonFiniteLoss, CheckpointNotKept) as error:
             return {"failed": str(error)}
         except CheckpointsDamaged as error:
             return {"damaged": error.details["damaged"], "failed": error.message}
@@ -70,7 +71,9 @@ def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = N
     train = live or config.data.training_set
     assert train is not None, "photographs are trained on as a live set"
     tally = Tally(live.config) if live else None
-    place = {"rank": context.rank, "world_size": context.world_size}
+    place: dict[str, Any] = {"rank": context.rank, "world_size": context.world_size}
+    if config.data.results is not None:
+        place["results"] = Results(config.data.results)
     schedule = config.schedule
 
     def training(start_images: int) -> Iterator[Batch]:

@@ -30,6 +30,7 @@ from tmad.rng import numpy_generator
 
 pytestmark = pytest.mark.ray
 
+TENSORS = [field.name for field in fields(Batch)[1:] if field.name != "filled"]
 RUN = {"seed": 5, "batch_images": 4, "num_cells": 6, "patch_size": 16}
 
 
@@ -63,12 +64,12 @@ def ids(batches) -> list[str]:
 
 def assert_equal(one: Batch, other: Batch) -> None:
     assert one.image_id == other.image_id
-    for field in fields(Batch)[1:]:
-        assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+    for name in TENSORS:
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def joined(parts: list[Batch]) -> Batch:
-    tensors = [torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Batch)[1:]]
+    tensors = [torch.cat([getattr(part, name) for part in parts]) for name in TENSORS]
     return Batch(ids(parts), *tensors)
 
 
