@@ -92,7 +92,7 @@ class Stack:
         if not 1 <= workers < MAX_NODES:
             raise StackFailed(f"--workers must be 1 to {MAX_NODES - 1}, got {workers}")
         if separate_hosts and not Namespaces.possible():
-            raise StackFailed("separate hosts need Linux, root, the command `ip`, and leave to make network namespaces")
+            raise StackFailed("separate hosts need Linux, root, the command `ip`, and a firewall that lets bridges be")
         self.folder = folder.absolute()
         self.workers = workers
         self.environment: dict[str, str] = {}
@@ -120,6 +120,7 @@ class Stack:
         try:
             if self._separate_hosts:
                 self._network = Namespaces(self.folder)
+                self._network.open()
             self._start_storage()
             self._start_mlflow()
             self._start_ray()
