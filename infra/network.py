@@ -12,9 +12,18 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 MAX_NODES = 9
+
+REACHES = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], 9), timeout=5)
+except ConnectionRefusedError:
+    pass  # an answer: a firewall that drops what crosses a bridge gives none
+"""
 
 
 class Loopback:
@@ -45,21 +54,30 @@ class Namespaces:
         # 10.64-127.x, where few networks are.
         self._net = f"10.{64 + digest[3] % 64}.{digest[4]}"
         self.services = f"{self._net}.1"
+
+    def open(self) -> Namespaces:
+        """Make the bridge, after what an earlier one of this name has left is removed."""
         self.close()
         _ip("link", "add", self._name, "type", "bridge")
         _ip("address", "add", f"{self.services}/24", "dev", self._name)
         _ip("link", "set", self._name, "up")
+        return self
 
     @staticmethod
     def possible() -> bool:
-        """Whether this machine and user can make them."""
-        if os.name != "posix" or os.geteuid() != 0 or shutil.which("ip") is None:
+        """Whether this machine and user can make them, and one reaches another."""
+        if not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("ip") is None:
             return False
-        name = f"tmadtry{os.getpid()}"
-        made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
-        if made:
-            _ip("netns", "delete", name)
-        return made
+        trial = Namespaces(Path(f"trial-{os.getpid()}"))
+        try:
+            trial.open()
+            (_, begin), (address, _) = trial.node(0), trial.node(1)
+            subprocess.run([*begin, sys.executable, "-c", REACHES, address], check=True, capture_output=True)
+        except subprocess.CalledProcessError:
+            return False
+        finally:
+            trial.close()
+        return True
 
     def node(self, number: int) -> tuple[str, list[str]]:
         """As `Loopback.node`."""

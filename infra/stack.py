@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -58,10 +59,13 @@ class Service:
     """One process with its log."""
 
     name: str
-    process: subprocess.Popen[bytes]
     log: Path
     ready: Callable[[], bool]
     """Whether it answers."""
+    launch: Callable[[], subprocess.Popen[bytes]]
+    process: subprocess.Popen[bytes]
+    tries_left: int
+    """Times that it is launched again if it ends before it answers."""
 
     def failure(self) -> str:
         """What happened, with the last lines of the log."""
@@ -88,7 +92,7 @@ class Stack:
         if not 1 <= workers < MAX_NODES:
             raise StackFailed(f"--workers must be 1 to {MAX_NODES - 1}, got {workers}")
         if separate_hosts and not Namespaces.possible():
-            raise StackFailed("separate hosts need Linux, root, the command `ip`, and leave to make network namespaces")
+            raise StackFailed("separate hosts need Linux, root, the command `ip`, and a firewall that lets bridges be")
         self.folder = folder.absolute()
         self.workers = workers
         self.environment: dict[str, str] = {}
@@ -99,7 +103,9 @@ class Stack:
         self._separate_hosts = separate_hosts
         self._network: Loopback | Namespaces = Loopback()
         self._services: list[Service] = []
-        self._ray_folders = Path()
+        # Ray's socket names are limited to some 100 characters, so its folders lie high up.
+        digest = hashlib.sha256(str(self.folder).encode()).hexdigest()
+        self._ray_folders = Path(tempfile.gettempdir(), f"tmad-{digest[:8]}")
 
     def __enter__(self) -> Stack:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -109,11 +115,12 @@ class Stack:
         except BlockingIOError:
             raise StackFailed(f"a stack is running in {self.folder}: use it, or name another --folder") from None
         end_leftovers(self.folder)  # of a stack in this folder that was killed
-        # Ray's socket names are limited to some 100 characters, so its folders lie high up.
-        self._ray_folders = Path(tempfile.mkdtemp(prefix="tmad-"))
+        shutil.rmtree(self._ray_folders, ignore_errors=True)
+        self._ray_folders.mkdir(mode=0o700)
         try:
             if self._separate_hosts:
                 self._network = Namespaces(self.folder)
+                self._network.open()
             self._start_storage()
             self._start_mlflow()
             self._start_ray()
@@ -228,28 +235,37 @@ class Stack:
         command += [*arguments, f"--temp-dir={self._ray_folders / name.removeprefix('ray-')}", "--disable-usage-stats"]
         command += [f"--object-store-memory={self._object_store_bytes}", f"--metrics-export-port={metrics}"]
         command += [f"--dashboard-agent-listen-port={_free_port()}"]
-        self._start(name, command, ready)
+        # Ray gives a node 30 s to start, which a busy machine may not keep.
+        self._start(name, command, ready, tries=3)
         self.addresses[f"Metrics, {name}"] = f"http://{host}:{metrics}/metrics"
 
-    def _start(self, name: str, command: list[str], ready: Callable[[], bool]) -> None:
+    def _start(self, name: str, command: list[str], ready: Callable[[], bool], *, tries: int = 1) -> None:
         log = self.folder / f"{name}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=self._inherited(),
-                cwd=self.folder,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches only this process, which ends the others
-            )
-        self._services.append(Service(name, process, log, ready))
+
+        def launch() -> subprocess.Popen[bytes]:
+            with log.open("wb") as output:
+                return subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=self._inherited(),
+                    cwd=self.folder,
+                    start_new_session=True,  # a Ctrl-C in the terminal reaches only this process, which ends the others
+                )
+
+        self._services.append(Service(name, log, ready, launch, launch(), tries - 1))
 
     def _wait(self, services: list[Service]) -> None:
         """Until all of *services* answer."""
         deadline = time.monotonic() + START_S
         waiting = list(services)
         while waiting := [one for one in waiting if not one.ready()]:
+            for service in waiting:
+                if service.process.poll() is not None and service.tries_left > 0:
+                    _signal(service.process, signal.SIGKILL)  # what it had started already
+                    service.tries_left -= 1
+                    service.process = service.launch()
             self.check()
             if time.monotonic() > deadline:
                 names = ", ".join(one.name for one in waiting)

@@ -57,7 +57,8 @@ class Running:
             self.said += line
             if line.startswith("Ctrl-C"):
                 break
-        assert self.process.poll() is None, self.said
+        else:
+            pytest.fail(f"the stack did not start, code {self.process.wait()}: {self.said}")
         self.environment = running(folder) or {}
 
 
@@ -65,9 +66,8 @@ class Running:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     one = Running(tmp_path_factory.mktemp("stack"))
     yield one
-    one.process.kill()
-    one.process.wait()
-    end_leftovers(one.folder)
+    one.process.terminate()
+    one.process.wait(60)
 
 
 @pytest.fixture
