@@ -244,6 +244,9 @@ class InpaintWorker:
             join(config.output, key)
         except ValueError as error:
             raise UnreadableImage("unsafe-name", str(error)) from None
+        if any(part.startswith(".") for part in key.split("/")):
+            # Results are found again by a listing, which hidden files are not in.
+            raise UnreadableImage("unsafe-name", f"a part of the name is hidden: {key!r}")
         places = {"output": config.output} | (
             {"input": self.job.source.uri} if isinstance(self.job.source, ImageTree) else {}
         )
