@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def inpaint_one(argv: Sequence[str], *, find_model: Callable[[str], Path]) -> in
     from tmad.inpaint import Inpainter
 
     began = time.monotonic()
+    warnings.simplefilter("ignore", UserWarning)  # what they say stands in the result's notes
     max_pixels = options.max_pixels or MAX_PIXELS
     allow_pixels(max_pixels)
     folder = Path(options.model)

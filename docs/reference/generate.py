@@ -20,7 +20,7 @@ from pipeline.config import RunConfig, difference
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.demo.run import DemoConfig
 from pipeline.evaluate import EvaluateConfig
-from pipeline.predict import InpaintConfig
+from pipeline.inpaint.config import InpaintConfig
 from pipeline.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent.parent

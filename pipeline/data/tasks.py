@@ -49,6 +49,36 @@ def run_tasks(
         batch_format="numpy",
         num_cpus=num_cpus,
     )
+    return _quiet(dataset, in_order=in_order)
+
+
+def run_on_actors(
+    tasks: Sequence[dict[str, Any]],
+    worker: type,
+    arguments: tuple[Any, ...],
+    *,
+    size: int,
+    num_cpus: float | None,
+    num_gpus: float | None = None,
+    max_ray_tasks: int = 10_000,
+) -> ray.data.Dataset:
+    """As `run_tasks`, on *size* actors: `worker(*arguments)` is made once in each and called with tasks as JSON, a
+    block `{"task": [...]}`, for the tables of each. A lost actor is replaced and its task run again."""
+    items = [{"task": json.dumps(task)} for task in tasks]
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), max_ray_tasks)).map_batches(
+        worker,
+        fn_constructor_args=arguments,
+        compute=ray.data.ActorPoolStrategy(size=size),
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    )
+    return _quiet(dataset, in_order=False)
+
+
+def _quiet(dataset: ray.data.Dataset, *, in_order: bool) -> ray.data.Dataset:
+    """What both kinds of tasks have set."""
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     # Ray's default of 128 MiB delays the first batch until so much is read, and a few such blocks fill the store.

@@ -29,7 +29,8 @@ from pipeline.demo.photographs import PHOTOGRAPHS, write_photographs
 from pipeline.environment import environment
 from pipeline.errors import ConfigMismatch
 from pipeline.evaluate import EvaluateConfig, Evaluation, evaluate, evaluation_report
-from pipeline.predict import InpaintConfig, Summary, inpaint_folder
+from pipeline.inpaint.config import InpaintConfig
+from pipeline.inpaint.run import Summary, inpaint_all
 from pipeline.presets import PRESETS
 from pipeline.report import Picture, Report
 from pipeline.tracking import resolve_tracking_uri
@@ -118,12 +119,13 @@ def run_demo(config: DemoConfig) -> DemoResult:
     model = registered["uri"] if registered else finished["model"]
     with stages("inpaint"):
         write_examples(data / "photographs" / "val", folder / "inpaint")
-        filled = inpaint_folder(
+        filled = inpaint_all(
             InpaintConfig(
                 input=str(folder / "inpaint" / "images"),
                 masks=str(folder / "inpaint" / "masks"),
                 output=str(folder / "inpaint" / "results"),
                 model=model,
+                format="png",
                 tracking_uri=tracking_uri,
                 num_actors=1,
             )
