@@ -64,6 +64,8 @@ class InpaintResult:
     """(cells, 2) int64, top-left corner of each hole cell; cells at the right and lower border may reach beyond it."""
     hole_fraction: float
     """Share of hole pixels in the mask."""
+    candidates_yx: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 2), dtype=np.int64))
+    """(cells, C, 2) int64, top-left corner of each candidate's window in the image; empty where `candidates` is."""
     notes: tuple[str, ...] = field(default=())
     """What a user should know about this input, such as a mask that looks inverted; also given as warnings."""
 
@@ -123,20 +125,21 @@ class Inpainter:
             raise UnusableInput("all-hole", _named(image_id) + message)
         notes += _polarity_notes(hole, image_id)
 
-        result, coarse, candidates, cells_yx = self._fill(rgb, hole, donor, image_id)
+        result, coarse, candidates, cells_yx, candidates_yx = self._fill(rgb, hole, donor, image_id)
         output: np.ndarray | Image.Image = restore_mode(result, original)
         return InpaintResult(
             output=np.asarray(output) if isinstance(image, np.ndarray) else output,
             coarse=coarse,
             candidates=candidates,
             cells_yx=cells_yx,
+            candidates_yx=candidates_yx,
             hole_fraction=float(hole.mean()),
             notes=notes,
         )
 
     def _fill(
         self, rgb: np.ndarray, hole: np.ndarray, donor: np.ndarray | None, image_id: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         config, device = self.model.config, self.device
         height, width = hole.shape
         padded_rgb, padded_hole = (_pad(array, config.size_multiple) for array in (rgb, hole))
@@ -153,12 +156,13 @@ class Inpainter:
         else:
             coarse = compose(_to_tensor(_pad(donor, config.size_multiple), device), image, mask)
         pool = self.model.read_memory(coarse, pool_yx)
-        patches, kept = [], []
+        patches, kept, places = [], [], []
         for chunk in cells.split(self.cells_per_chunk, dim=1):
-            synthesized, found, _, _ = self.model.synthesize(coarse, pool, chunk)
+            synthesized, found, index, _ = self.model.synthesize(coarse, pool, chunk)
             patches.append(synthesized)
             if self.keep_candidates:
                 kept.append(to_uint8(found[0]).cpu())
+                places.append(pool_yx[0][index[0]].cpu())
         output = tile(coarse, torch.cat(patches, dim=1), cells)
 
         k, num_candidates = config.patch_size, config.retrieval.num_candidates
@@ -170,6 +174,7 @@ class Inpainter:
             np.where(hole[..., None] > 0, _to_array(coarse)[crop], rgb),
             candidates,
             cells_yx,
+            torch.cat(places).numpy() if places else np.zeros((0, num_candidates, 2), dtype=np.int64),
         )
 
     def _pool(self, hole: np.ndarray, padded_hole: np.ndarray, image_id: str) -> np.ndarray:
