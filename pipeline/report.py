@@ -21,6 +21,9 @@ from tmad.metrics import MEASURES, Measure
 Picture = np.ndarray | Image.Image | bytes
 """(H, W, 3) or (H, W) uint8, a Pillow image, or the bytes of a PNG or JPEG file."""
 
+Zoom = tuple[float, float, float]
+"""Top, left and side of a square in a picture, shares of its height, width and size."""
+
 
 class Report:
     """Collects sections from top to bottom; `html` renders them, `write` stores the file."""
@@ -28,6 +31,7 @@ class Report:
     def __init__(self, title: str, lead: str = "") -> None:
         """*lead*: one paragraph under the title that says what the reader is looking at."""
         self.title = title
+        self._switches = 0
         self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
         if lead:
             self._parts.append(f'<p class="lead">{html.escape(lead)}</p>')
@@ -61,19 +65,37 @@ class Report:
         )
 
     def measures(
-        self, values: Mapping[str, Mapping[str, float | None]], measures: Mapping[str, Measure] = MEASURES
+        self,
+        values: Mapping[str, Mapping[str, float | None]],
+        measures: Mapping[str, Measure] = MEASURES,
+        *,
+        small: Mapping[str, Mapping[str, str]] | None = None,
+        not_measured: Mapping[str, str] | None = None,
+        note: str = "Means over the images; the best of each measure is bold.",
     ) -> None:
         """Add a table with a row for each measure, its formula under its name, and a column for each method.
 
         *values*: method, then measure, then its mean; what is missing or not finite shows as a dash. The best of each
-        measure is bold.
+        measure is bold. *small*: method, then measure, then what stands small under the value, such as an interval.
+        *not_measured*: measure, then why it has no values. *note* stands below the table.
         """
         head = "".join(f"<th scope='col' class='number'>{html.escape(method)}</th>" for method in values)
         body = ""
         for name, entry in measures.items():
+            reason = (not_measured or {}).get(name)
+            if reason is not None:
+                body += (
+                    f"<tr><th scope='row'><code>{html.escape(name)}</code><small>{html.escape(entry.formula)}</small>"
+                    f"</th><td colspan='{len(values)}'>not measured: {html.escape(reason)}</td></tr>"
+                )
+                continue
             if not any(name in row for row in values.values()):
                 continue
-            texts = _measure_texts(name, entry, values)
+            texts = {
+                method: ("–" if text is None else f"<strong>{text}</strong>" if best else text)
+                + "".join(f"<small>{html.escape(one)}</small>" for one in [_under(small, method, name)] if one)
+                for method, (text, best) in measure_texts(name, entry, values).items()
+            }
             unit = f", {html.escape(entry.unit)}" if entry.unit else ""
             arrow = "↑" if entry.better == "higher" else "↓"
             body += (
@@ -85,26 +107,40 @@ class Report:
         self._parts.append(
             '<div class="scroll"><table class="measures">'
             f"<thead><tr><th scope='col'>measure</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-            "<p class='note'>Means over the images; the best of each measure is bold.</p>"
+            f"<p class='note'>{html.escape(note)}</p>"
         )
 
-    def pictures(self, rows: Sequence[tuple[str, Mapping[str, Picture]]]) -> None:
-        """Add pictures side by side: one row an image, (caption, {column: picture}), the columns of the first row."""
+    def pictures(self, rows: Sequence[tuple[str, Mapping[str, Picture]]], *, zooms: Sequence[Zoom | None] = ()) -> None:
+        """Add pictures side by side: one row an image, (caption, {column: picture}), the columns of the first row.
+
+        *zooms*: for each row, what a switch above the pictures zooms on; without any there is no switch.
+        """
         if not rows:
             return
         columns = list(rows[0][1])
+        styles = ["" if zoom is None else f" style='{zoom_style(zoom)}'" for zoom in zooms] or [""] * len(rows)
+        switch = ""
+        if zooms:
+            self._switches += 1
+            name = f"zoom-{self._switches}"
+            switch = f'<input type="checkbox" class="switch" id="{name}"><label for="{name}">zoom on the hole</label>'
         head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in columns)
         body = ""
-        for caption, cells in rows:
+        for (caption, cells), style in zip(rows, styles, strict=True):
             pictures = "".join(
-                f"<td>{_img(cells[name], f'{caption}: {name}') if name in cells else ''}</td>" for name in columns
+                "<td>"
+                + (f"<div class='frame'>{_img(cells[name], f'{caption}: {name}')}</div>" if name in cells else "")
+                + "</td>"
+                for name in columns
             )
             body += (
-                f"<tr><th class='caption' colspan='{len(columns)}'>{html.escape(caption)}</th></tr><tr>{pictures}</tr>"
+                f"<tr><th class='caption' colspan='{len(columns)}'>{html.escape(caption)}</th></tr>"
+                f"<tr{style}>{pictures}</tr>"
             )
+        width = f" style='min-width: {6.5 * len(columns):g}rem'"
         self._parts.append(
-            f'<div class="scroll"><table class="pictures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-            "</div>"
+            f'<div class="zoomable">{switch}<div class="scroll"><table class="pictures"{width}>'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
             "<p class='note'>Click a picture, or reach it with Tab, to see it large.</p>"
         )
 
@@ -214,9 +250,44 @@ def _cell(value: object) -> str:
     return f"<td>{html.escape('–' if value is None else str(value))}</td>"
 
 
-def _measure_texts(name: str, entry: Measure, values: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
-    """Method -> what stands in the table; equal figures are equally bold."""
-    digits = 2 if entry.unit in ("dB", "grey levels", "1e-3") else 3
+def zoom_style(zoom: Zoom) -> str:
+    """The custom properties that the style sheet needs to fill a frame with the box."""
+    top, left, side = zoom
+    scale = 1 / side
+    return f"--zoom: {scale:.4f}; --left: {-100 * left * scale:.2f}%; --top: {-100 * top * scale:.2f}%"
+
+
+def zoom_on(mask: np.ndarray, *, margin: float = 0.06) -> Zoom | None:
+    """The smallest square around the hole of *mask* (H, W), with a margin; none without hole, or if all would show."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        return None
+    top, bottom, left, right = (
+        rows[0] / mask.shape[0], (rows[-1] + 1) / mask.shape[0],
+        columns[0] / mask.shape[1], (columns[-1] + 1) / mask.shape[1],
+    )  # fmt: skip
+    side = min(1.0, max(bottom - top, right - left) + 2 * margin)
+    if side > 0.95:
+        return None
+    corners = (min(max(0.0, (low + high - side) / 2), 1 - side) for low, high in ((top, bottom), (left, right)))
+    return (*corners, side)
+
+
+def _under(small: Mapping[str, Mapping[str, str]] | None, method: str, name: str) -> str:
+    return (small or {}).get(method, {}).get(name, "")
+
+
+def digits_of(entry: Measure) -> int:
+    """Decimals that a measure is shown with."""
+    return 2 if entry.unit in ("dB", "grey levels", "1e-3") else 3
+
+
+def measure_texts(
+    name: str, entry: Measure, values: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, tuple[str | None, bool]]:
+    """Method -> what stands in a table (none where there is no value), and whether it is the best; equal figures are
+    equally good."""
+    digits = digits_of(entry)
     texts = {
         method: None if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
         for method, value in ((method, row.get(name)) for method, row in values.items())
@@ -225,10 +296,7 @@ def _measure_texts(name: str, entry: Measure, values: Mapping[str, Mapping[str, 
     best = None
     if len(values) > 1 and finite:
         best = max(finite, key=float) if entry.better == "higher" else min(finite, key=float)
-    return {
-        method: "–" if text is None else f"<strong>{text}</strong>" if text == best else text
-        for method, text in texts.items()
-    }
+    return {method: (text, text is not None and text == best) for method, text in texts.items()}
 
 
 _STYLE = """
@@ -259,6 +327,12 @@ pre { background: var(--band); padding: .7rem .9rem; border-radius: 6px; overflo
 .pictures td { padding: 0 .3rem .7rem 0; border: 0; }
 .pictures .caption { border: 0; color: var(--soft); font-weight: 400; font-size: .82rem; padding: .3rem 0 .15rem;
   overflow-wrap: anywhere; }
+.measures td small { white-space: nowrap; }
+.frame { overflow: hidden; border-radius: 3px; }
+.switch:checked ~ .scroll [style*="--zoom"] .frame img:not(:focus) {
+  transform-origin: 0 0; transform: translate(var(--left), var(--top)) scale(var(--zoom)); image-rendering: pixelated; }
+.switch { width: 1.1rem; height: 1.1rem; vertical-align: -.15rem; margin: .3rem .5rem .6rem 0; }
+.switch + label { cursor: pointer; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .9rem; }
 .gallery figure { margin: 0; min-width: 0; }
 .gallery figure div { display: flex; gap: 2px; height: 8rem; background: var(--band); border-radius: 4px; }

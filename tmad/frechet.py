@@ -1,8 +1,8 @@
 """Distances between the features of two sets of images: FID (Heusel et al. 2017) and KID (Binkowski et al. 2018).
 
-Features come from a network that somebody else trained, and mean nothing without its name: the two Inceptions in use give
-different figures. Sums are taken image by image in a fixed order, so that the figures do not depend on how a set was
-divided.
+Features come from a network that somebody else trained, and mean nothing without its name: the two Inceptions in use
+give different figures. Sums are taken image by image in a fixed order, so that the figures do not depend on how a set
+was divided.
 """
 
 from __future__ import annotations
@@ -20,33 +20,25 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 class Moments:
     """Mean and covariance of feature vectors (D,), collected one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        """*size*: D."""
         self.count = 0
-        self._sum: np.ndarray | None = None
-        self._products: np.ndarray | None = None
-        self._shift: np.ndarray | None = None
+        self._sum, self._products = np.zeros(size), np.zeros((size, size))
 
     def add(self, features: Iterable[np.ndarray]) -> None:
         """Add vectors (D,), one an image."""
-        for vector in features:
-            vector = np.asarray(vector, np.float64)
-            if self._sum is None or self._products is None or self._shift is None:
-                # Products of differences from any one vector: without them, large means would cost digits.
-                self._shift = vector
-                self._sum, self._products = np.zeros_like(vector), np.zeros((vector.size, vector.size))
-            centred = vector - self._shift
-            self._sum += centred
-            self._products += np.multiply.outer(centred, centred)
+        for one in features:
+            vector = one.astype(np.float64)
+            self._sum += vector
+            self._products += np.multiply.outer(vector, vector)
             self.count += 1
 
     def mean(self) -> np.ndarray:
         """(D,) float64."""
-        assert self._sum is not None and self._shift is not None, "no vector was added"
-        return self._shift + self._sum / self.count
+        return self._sum / self.count
 
     def covariance(self) -> np.ndarray:
         """(D, D) float64, divided by the number of vectors less one, as published."""
-        assert self._sum is not None and self._products is not None, "no vector was added"
         return (self._products - np.multiply.outer(self._sum, self._sum) / self.count) / (self.count - 1)
 
 

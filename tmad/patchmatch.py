@@ -1,5 +1,6 @@
-"""A fill out of the picture's own patches, without learning: PatchMatch (Barnes et al. 2009) in a coarse-to-fine loop of
-search and vote (Wexler et al. 2007), in NumPy.
+"""A fill out of the picture's own patches, without learning.
+
+PatchMatch (Barnes et al. 2009) in a coarse-to-fine loop of search and vote (Wexler et al. 2007), in NumPy.
 
 At each level of a pyramid, every patch that touches the hole looks for the most similar patch without hole: neighbours
 hand on their finds, and random places around the best one are tried. Then each hole pixel becomes the mean of what the
@@ -99,7 +100,7 @@ def _resize(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _fill_level(
     image: np.ndarray, hole: np.ndarray, coarser: np.ndarray | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Filled image, and for the patch corners of each `STRIDE` rows and columns the corner that was found, (h, w, 2)."""
+    """Filled image, and the corners that were found for the patches at every `STRIDE` rows and columns, (h, w, 2)."""
     height, width = hole.shape
     if min(height, width) < PATCH_SIDE:
         return _smooth(image, hole), None
@@ -163,7 +164,7 @@ def _search(
     best = distance(everyone, found)
     for step in STEPS:
         for dy, dx in _NEIGHBOURS:
-            beside = targets + (dy * step, dx * step)
+            beside = targets + np.array([dy * step, dx * step])
             there = ((beside >= 0) & (beside <= limits)).all(axis=1)
             rows = everyone[there]
             neighbours = place[tuple(beside[there].T)]
