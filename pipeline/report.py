@@ -11,6 +11,7 @@ import html
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,21 @@ from tmad.metrics import MEASURES, Measure
 
 Picture = np.ndarray | Image.Image | bytes
 """(H, W, 3) or (H, W) uint8, a Pillow image, or the bytes of a PNG or JPEG file."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A cell of a plain table: a number as it is to be shown."""
+
+    text: str
+    small: str = ""
+    """Below it, such as an interval."""
+    bold: bool = False
+
+    def __str__(self) -> str:
+        text = f"**{self.text}**" if self.bold else self.text
+        return f"{text} ({self.small})" if self.small else text
+
 
 Zoom = tuple[float, float, float]
 """Top, left and side of a square in a picture, shares of its height, width and size."""
@@ -50,18 +66,18 @@ class Report:
             f"<tr><th scope='row'>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
             for name, value in facts.items()
         )
-        self._parts.append(f'<div class="scroll"><table class="facts">{rows}</table></div>')
+        self._parts.append(f'<div class="scroll" tabindex="0"><table class="facts">{rows}</table></div>')
 
     def command(self, text: str) -> None:
         """Add a shell command to copy."""
         self._parts.append(f"<pre><code>{html.escape(text)}</code></pre>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a plain table; numbers are set to the right."""
+        """Add a plain table; numbers are set to the right, and `Figure`s with what stands small below them."""
         head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in header)
         body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
         self._parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
     def measures(
@@ -105,7 +121,7 @@ class Report:
                 + "</tr>"
             )
         self._parts.append(
-            '<div class="scroll"><table class="measures">'
+            '<div class="scroll" tabindex="0"><table class="measures">'
             f"<thead><tr><th scope='col'>measure</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
             f"<p class='note'>{html.escape(note)}</p>"
         )
@@ -139,7 +155,7 @@ class Report:
             )
         width = f" style='min-width: {6.5 * len(columns):g}rem'"
         self._parts.append(
-            f'<div class="zoomable">{switch}<div class="scroll"><table class="pictures"{width}>'
+            f'<div class="zoomable">{switch}<div class="scroll" tabindex="0"><table class="pictures"{width}>'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
             "<p class='note'>Click a picture, or reach it with Tab, to see it large.</p>"
         )
@@ -243,6 +259,10 @@ def _img(picture: Picture, description: str) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, Figure):
+        text = html.escape(value.text)
+        small = f"<small>{html.escape(value.small)}</small>" if value.small else ""
+        return f"<td class='number'>{f'<strong>{text}</strong>' if value.bold else text}{small}</td>"
     if isinstance(value, float):
         return f"<td class='number'>{'–' if not math.isfinite(value) else format(value, '.4g')}</td>"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -311,23 +331,25 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-bottom: .25rem; border-b
 .lead { font-size: 1.05rem; color: var(--soft); max-width: 60rem; margin-top: 0; }
 .note { color: var(--soft); font-size: .85rem; }
 .scroll { overflow-x: auto; }
+.scroll:focus-visible, .switch:focus-visible { outline: 2px solid #3b7dd8; outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .35rem .8rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { white-space: nowrap; }
+thead th { vertical-align: bottom; }
+td small { display: block; color: var(--soft); font-size: .82rem; white-space: nowrap; }
 code { font-family: ui-monospace, monospace; }
 th[scope=row] { font-weight: 600; white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .measures th[scope=row] { white-space: normal; font-weight: 400; min-width: 11rem; }
 .measures code { font-weight: 600; }
 .measures small { display: block; color: var(--soft); font-size: .82rem; max-width: 38rem; }
-.measures thead th { white-space: normal; vertical-align: bottom; max-width: 11rem; }
+.measures thead th { max-width: 11rem; }
 .facts td { overflow-wrap: anywhere; }
 pre { background: var(--band); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; font-size: .88rem; }
 .pictures { width: 100%; min-width: 44rem; table-layout: fixed; }
+.pictures thead th { font-size: .85rem; line-height: 1.25; overflow-wrap: break-word; }
 .pictures td { padding: 0 .3rem .7rem 0; border: 0; }
 .pictures .caption { border: 0; color: var(--soft); font-weight: 400; font-size: .82rem; padding: .3rem 0 .15rem;
   overflow-wrap: anywhere; }
-.measures td small { white-space: nowrap; }
 .frame { overflow: hidden; border-radius: 3px; }
 .switch:checked ~ .scroll [style*="--zoom"] .frame img:not(:focus) {
   transform-origin: 0 0; transform: translate(var(--left), var(--top)) scale(var(--zoom)); image-rendering: pixelated; }

@@ -45,7 +45,7 @@ class Comparison:
 def read_summary(place: str) -> dict[str, Any]:
     """The report.json of the evaluation in *place*, a folder or that file. Raises `MissingInput` if there is none, and
     `ValueError` if it is something else."""
-    folder = _folder(place)
+    folder = folder_of(place)
     try:
         summary: dict[str, Any] = json.loads(read_bytes(join(folder, REPORT)))
     except MissingInput:
@@ -82,7 +82,7 @@ def compare(evaluation: Evaluation, place: str) -> Comparison:
     config = evaluation.job.config
     intervals = Intervals(len(methods) * len(of_images), config.resamples)
     changes: list[tuple[float, int, Choice]] = []
-    for number, (here, there) in enumerate(_paired(evaluation.rows, read_rows(_folder(place)))):
+    for number, (here, there) in enumerate(_paired(evaluation.rows, read_rows(folder_of(place)))):
         values = np.full((len(methods), len(of_images)), np.nan)
         for row, method in enumerate(methods):
             for column, name in enumerate(of_images):
@@ -108,7 +108,7 @@ def compare(evaluation: Evaluation, place: str) -> Comparison:
         differences[method] = {name: entries[name] for name in measures}
     names = ("model", "model_digest", "data_digest")
     summary = {
-        "report": redact(_folder(place)),
+        "report": redact(folder_of(place)),
         **{name: other[name] for name in names},
         "images": intervals.images,
         "differences": differences,
@@ -116,7 +116,7 @@ def compare(evaluation: Evaluation, place: str) -> Comparison:
             {"image_id": one.image_id, "variant": one.variant, CHANGE_MEASURE: one.value} for _, _, one in changes
         ],
     }
-    return Comparison(summary, [one for _, _, one in changes], _folder(place), methods[0])
+    return Comparison(summary, [one for _, _, one in changes], folder_of(place), methods[0])
 
 
 def name_of(choice: Choice, evaluation: Evaluation) -> str:
@@ -124,7 +124,8 @@ def name_of(choice: Choice, evaluation: Evaluation) -> str:
     return result_name(choice.image_id, choice.variant, manifest=evaluation.job.manifest)
 
 
-def _folder(place: str) -> str:
+def folder_of(place: str) -> str:
+    """The folder of an evaluation, given that folder or the report.json in it."""
     return absolute(place).removesuffix(f"/{REPORT}")
 
 

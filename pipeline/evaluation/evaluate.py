@@ -9,14 +9,14 @@ from typing import Any
 
 from pipeline.data.claim import claim_folder
 from pipeline.data.schema import read_manifest
-from pipeline.evaluation.compare import REPORT, Comparison, compare, read_summary
+from pipeline.evaluation.compare import REPORT, Comparison, compare, folder_of, read_summary
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.external import export_inputs
 from pipeline.evaluation.measure import Evaluation, measure_set
 from pipeline.evaluation.page import caption, markdown, write_sections
 from pipeline.evaluation.pictures import Shown, choose, paint
 from pipeline.report import Report, picture_grid, png_bytes
-from pipeline.storage import join, read_bytes
+from pipeline.storage import absolute, join, read_bytes, redact
 from pipeline.tracking import Tracker
 
 
@@ -51,6 +51,8 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     Raises what `measure_set` and `compare` raise, and `FolderInUse` if another job writes there.
     """
     if config.against is not None:
+        if folder_of(config.against) == absolute(config.out):
+            raise ValueError(f"against must be another evaluation than out, got {redact(config.out)} for both")
         read_summary(config.against)  # before hours of work
     with claim_folder(config.out) as claim:
         claim.remove(REPORT)

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ import torch
 from pipeline.cluster import joined, require, start_ray
 from pipeline.data.claim import Claim
 from pipeline.data.schema import Manifest, read_manifest, set_folder
+from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import MissingInput
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.external import Results, open_results
@@ -34,8 +36,8 @@ from pipeline.evaluation.parts import (
     ONE_THREAD,
     Job,
     Part,
-    PartWorker,
     finished_parts,
+    measure_part,
     part_file,
     plan_parts,
     row_schema,
@@ -182,7 +184,7 @@ def _job(
 
 
 def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], claim: Claim) -> dict[int, dict[str, Any]]:
-    """Receipts of all parts by number; those that are not there yet are measured by actors of Ray Data."""
+    """Receipts of all parts by number; those that are not there yet are measured by tasks of Ray Data."""
     receipts = finished_parts(job, parts, claim.folder)
     todo = [part for part in parts if part.index not in receipts]
     total, before = sum(part.records for part in parts), sum(receipt["images"] for receipt in receipts.values())
@@ -194,20 +196,15 @@ def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], claim
     workers = num_workers(job.config, len(todo))
     shared = ray.put(files)
     require({"CPU": workers, "GPU": workers if job.config.use_gpu else 0})
-    rows = ray.data.from_items([dataclasses.asdict(part) for part in todo], override_num_blocks=len(todo)).map(
-        PartWorker,  # type: ignore[arg-type]  # Ray's hints know functions, not the classes that it runs as actors
-        fn_constructor_args=(shared, job, claim),
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=None if job.config.use_gpu else 1,
-        num_gpus=1 if job.config.use_gpu else None,
-        runtime_env=ONE_THREAD,
+    dataset = run_tasks(
+        [dataclasses.asdict(part) for part in todo],
+        partial(measure_part, files=shared, job=job, claim=claim),
+        **resources(job.config, workers),
     )
-    rows.context.enable_progress_bars = False
-    rows.context.print_on_execution_start = False
     done, began = before, time.monotonic()
     last = began
-    for row in rows.iter_rows():
-        receipt = json.loads(row["receipt"])
+    for rows in iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0):
+        (receipt,) = map(json.loads, rows["receipt"])
         receipts[receipt["index"]] = receipt
         done += receipt["images"]
         now = time.monotonic()
@@ -216,6 +213,11 @@ def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], claim
             log.info("%d of %d images, %.2f images/s, %.0f s to go", done, total, rate, (total - done) / rate)
             last = now
     return receipts
+
+
+def resources(config: EvaluateConfig, workers: int) -> dict[str, Any]:
+    """What each of *workers* tasks that run side by side gets, for `run_tasks`."""
+    return {"num_cpus": 1, "num_gpus": int(config.use_gpu), "at_once": workers, "runtime_env": ONE_THREAD}
 
 
 def num_workers(config: EvaluateConfig, num_parts: int) -> int:

@@ -18,9 +18,9 @@ from tmad.rng import numpy_generator
 TITLES: Mapping[str, str] = {
     "tmad": "T-MAD",
     "coarse": "coarse result of T-MAD",
-    "patchmatch": "patches of the picture (PatchMatch)",
-    "telea": "fast marching (Telea, OpenCV)",
-    "navier_stokes": "flow (Navier-Stokes, OpenCV)",
+    "patchmatch": "PatchMatch",
+    "telea": "Telea (OpenCV)",
+    "navier_stokes": "Navier-Stokes (OpenCV)",
     "biharmonic": "biharmonic (scikit-image)",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.evaluation.compare import CHANGE_MEASURE, Comparison, name_of
 from pipeline.evaluation.measure import Evaluation
 from pipeline.evaluation.pictures import Shown
-from pipeline.report import Picture, Report, digits_of, measure_texts
+from pipeline.report import Figure, Picture, Report, digits_of, measure_texts
 from tmad.metrics import MEASURES
 
 GROUPS = {
@@ -194,20 +194,21 @@ def group_tables(summary: Mapping[str, Any]) -> Iterable[tuple[str, list[str], l
         for name, group in groups.items():
             entries = group["methods"]
             for measure in [one for one in GROUP_MEASURES if one in next(iter(entries.values()))]:
-                digits = digits_of(MEASURES[measure])
+                texts = measure_texts(
+                    measure,
+                    MEASURES[measure],
+                    {method: {measure: values[measure]["mean"]} for method, values in entries.items()},
+                )
                 cells = [
-                    None
-                    if values[measure]["mean"] is None
-                    else f"{values[measure]['mean']:.{digits}f}"
-                    + (f" ({_interval(values[measure], digits)})" if values[measure]["low"] is not None else "")
-                    for values in entries.values()
+                    Figure(text or "–", _interval(entries[method][measure], digits_of(MEASURES[measure])), best)
+                    for method, (text, best) in texts.items()
                 ]
                 rows.append([name, group["images"], measure, *cells])
         yield heading, [first, "images", "measure", *titles], rows
 
 
 def difference_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> tuple[list[str], list[list[object]]]:
-    """Header and rows: a row a measure, a column a method; an asterisk where the interval leaves out 0."""
+    """Header and rows: a row a measure, a column a method; bold where the interval leaves out 0."""
     differences = summary["differences"]
     rows: list[list[object]] = []
     for name in next(iter(differences.values())):
@@ -219,9 +220,7 @@ def difference_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> t
                 cells.append(None)
                 continue
             sure = entry["low"] is not None and (entry["low"] > 0 or entry["high"] < 0)
-            text = f"{entry['mean']:+.{digits}f}" + ("*" if sure else "")
-            under = f" ({entry['low']:+.{digits}f} to {entry['high']:+.{digits}f})" if entry["low"] is not None else ""
-            cells.append(text + under)
+            cells.append(Figure(f"{entry['mean']:+.{digits}f}", _interval(entry, digits, sign="+"), sure))
         rows.append([name, f"{MEASURES[name].better} is better", *cells])
     return ["measure", "", *(titles[method] for method in differences)], rows
 
@@ -233,8 +232,11 @@ def caption(one: Shown) -> str:
     return f"{one.choice.image_id}{mask}, hole {one.hole_fraction:.0%}{value}"
 
 
-def _interval(entry: Mapping[str, Any], digits: int) -> str:
-    return f"{entry['low']:.{digits}f} to {entry['high']:.{digits}f}"
+def _interval(entry: Mapping[str, Any], digits: int, *, sign: str = "") -> str:
+    """In words; empty where there is none."""
+    if entry["low"] is None:
+        return ""
+    return f"{entry['low']:{sign}.{digits}f} to {entry['high']:{sign}.{digits}f}"
 
 
 def _titles(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -139,76 +139,85 @@ def inputs_of(job: Job, part: Part) -> str:
     return hashlib.sha256(json.dumps([job.digest, asdict(part)]).encode()).hexdigest()[:16]
 
 
-class PartWorker:
-    """An actor of Ray Data: holds the networks, measures one part a call, returns its receipt."""
-
-    def __init__(self, files: Any, job: Job, claim: Claim) -> None:
-        """*files*: reference to the networks' files: `model` (file by name), `fid` and `lpips`, where there are any."""
-        self.job, self.claim = job, claim
-        self.filler, self.networks = open_filler(ray.get(files), job)
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """`Part` as a dictionary in, the receipt as JSON out."""
-        part = Part(**item)
-        return {"receipt": json.dumps(self.measure(part))}
-
-    def measure(self, part: Part) -> dict[str, Any]:
-        """Measure every image of the part and write its files, the receipt last; twice writes the same bytes twice."""
-        job = self.job
-        rows: list[dict[str, Any]] = []
-        names = job.measured_methods
-        textures = {name: job.texture_samples() for name in names}
-        features: dict[str, list[np.ndarray]] = {}
-        failed: dict[str, str] = {}
-        seconds = dict.fromkeys(names, 0.0)
-        files: dict[str, int] = {}
-        for record in read_part(job.config.data, part, job.manifest):
-            for variant in job.variants:
-                item_id = record.image_id if variant == 0 else f"{record.image_id}/{variant}"
-                try:
-                    filled = self.filler(record, variant)
-                except UnusableInput as error:
-                    failed[item_id] = error.reason
-                    continue
-                if "fid" in self.networks:
-                    features.setdefault("", []).append(self.networks["fid"].features(filled.truth))
-                for name, output in filled.outputs.items():
-                    values = measure(output, filled.truth, filled.mask, job.one_image_measures)
-                    if "lpips" in self.networks:
-                        values["lpips_full"] = self.networks["lpips"].distance(output, filled.truth)
-                    if "fid" in self.networks:
-                        features.setdefault(name, []).append(self.networks["fid"].features(output))
-                    if (texture := textures[name]) is not None:
-                        texture.add(item_id, output, filled.truth, filled.mask)
-                    rows.append({**facts_of(record, variant, job.manifest), "method": name, **values})
-                    seconds[name] += filled.seconds.get(name, 0.0)
-                    if name in job.config.keep:
-                        key = result_name(record.image_id, variant, manifest=job.manifest)
-                        self.claim.write(f"results/{name}/{key}.png", png_bytes(output))
-        contents = {"rows": table_bytes(rows, job)}
-        for name, texture in textures.items():
-            if texture is not None:
-                contents[f"{name}.textures.npz"] = _npz(texture.state())
-        if features:
-            contents["features.npz"] = _npz({name or "truth": np.stack(vectors) for name, vectors in features.items()})
-        for kind, data in contents.items():
-            self.claim.write(part_file(part.index, kind), data)
-            files[part_file(part.index, kind)] = len(data)
-        receipt = {
-            **{"index": part.index, "inputs": inputs_of(job, part), "files": files, "failed": failed},
-            **{"images": part.records, "seconds": seconds},
-        }
-        self.claim.write(part_file(part.index, "json"), json.dumps(receipt).encode())
-        return receipt
+def measure_part(task: dict[str, Any], *, files: Any, job: Job, claim: Claim) -> pa.Table:
+    """A task of Ray: measure `Part` *task* and write its files; the receipt as JSON. *files*: see `opened`."""
+    filler, networks = opened(files, job)
+    return pa.table({"receipt": [json.dumps(_measure(Part(**task), filler, networks, job, claim))]})
 
 
-def open_filler(files: Mapping[str, Any], job: Job) -> tuple[Filler, dict[str, ScriptedNetwork]]:
-    """The methods and the measuring networks, ready in this process, which computes on one thread from now on."""
+def _measure(
+    part: Part, filler: Filler, networks: Mapping[str, ScriptedNetwork], job: Job, claim: Claim
+) -> dict[str, Any]:
+    """Write the part's files, the receipt last; doing it twice writes the same twice."""
+    rows: list[dict[str, Any]] = []
+    names = job.measured_methods
+    textures = {name: job.texture_samples() for name in names}
+    features: dict[str, list[np.ndarray]] = {}
+    failed: dict[str, str] = {}
+    seconds = dict.fromkeys(names, 0.0)
+    files: dict[str, int] = {}
+    for record in read_part(job.config.data, part, job.manifest):
+        for variant in job.variants:
+            item_id = record.image_id if variant == 0 else f"{record.image_id}/{variant}"
+            try:
+                filled = filler(record, variant)
+            except UnusableInput as error:
+                failed[item_id] = error.reason
+                continue
+            if "fid" in networks:
+                features.setdefault("", []).append(networks["fid"].features(filled.truth))
+            for name, output in filled.outputs.items():
+                values = measure(output, filled.truth, filled.mask, job.one_image_measures)
+                if "lpips" in networks:
+                    values["lpips_full"] = networks["lpips"].distance(output, filled.truth)
+                if "fid" in networks:
+                    features.setdefault(name, []).append(networks["fid"].features(output))
+                if (texture := textures[name]) is not None:
+                    texture.add(item_id, output, filled.truth, filled.mask)
+                rows.append({**facts_of(record, variant, job.manifest), "method": name, **values})
+                seconds[name] += filled.seconds.get(name, 0.0)
+                if name in job.config.keep:
+                    key = result_name(record.image_id, variant, manifest=job.manifest)
+                    claim.write(f"results/{name}/{key}.png", png_bytes(output))
+    contents = {"rows": table_bytes(rows, job)}
+    for name, texture in textures.items():
+        if texture is not None:
+            contents[f"{name}.textures.npz"] = _npz(texture.state())
+    if features:
+        contents["features.npz"] = _npz({name or "truth": np.stack(vectors) for name, vectors in features.items()})
+    for kind, data in contents.items():
+        claim.write(part_file(part.index, kind), data)
+        files[part_file(part.index, kind)] = len(data)
+    receipt = {
+        **{"index": part.index, "inputs": inputs_of(job, part), "files": files, "failed": failed},
+        **{"images": part.records, "seconds": seconds},
+    }
+    claim.write(part_file(part.index, "json"), json.dumps(receipt).encode())
+    return receipt
+
+
+def opened(files: Any, job: Job) -> tuple[Filler, dict[str, ScriptedNetwork]]:
+    """The methods and the measuring networks in this process, which computes on one thread from now on; kept for the
+    next task of the same evaluation.
+
+    *files*: reference to the networks' files: `model` (file by name), `fid` and `lpips`, where there are any.
+    """
     import torch
 
+    torch.set_num_threads(1)
+    key = f"{job.digest}-{job.config.cells_per_chunk}-{job.config.use_gpu}"
+    if key not in _OPENED:
+        _OPENED.clear()
+        _OPENED[key] = _open(ray.get(files), job)
+    return _OPENED[key]
+
+
+_OPENED: dict[str, tuple[Filler, dict[str, ScriptedNetwork]]] = {}
+
+
+def _open(files: Mapping[str, Any], job: Job) -> tuple[Filler, dict[str, ScriptedNetwork]]:
     from tmad.checkpoint import load_model
 
-    torch.set_num_threads(1)
     device = "cuda" if job.config.use_gpu else "cpu"
     inpainter = None
     if files.get("model"):

@@ -5,20 +5,25 @@ Results are the same every time, so none has to be kept for the report while a l
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import io
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import ray
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.data.tasks import iterate, run_tasks
 from pipeline.evaluation.external import with_white_hole
-from pipeline.evaluation.measure import Evaluation, num_workers
+from pipeline.evaluation.measure import Evaluation, num_workers, resources
 from pipeline.evaluation.methods import Filled, Filler
-from pipeline.evaluation.parts import ONE_THREAD, Job, Part, open_filler, read_part
+from pipeline.evaluation.parts import Job, Part, opened, read_part
 from pipeline.evaluation.summary import rows_of_images
 from pipeline.report import Zoom, zoom_on
 from tmad.inpaint import InpaintResult
@@ -99,58 +104,47 @@ def _as(choice: Choice, why: Why) -> Choice:
 
 
 def paint(evaluation: Evaluation, choices: Sequence[Choice]) -> list[Shown]:
-    """What is shown of each choice, by actors of Ray Data, in order."""
+    """What is shown of each choice, by tasks of Ray Data, in order."""
     if not choices:
         return []
-    config = evaluation.job.config
-    workers = num_workers(config, len(choices))
+    workers = num_workers(evaluation.job.config, len(choices))
     shared = ray.put(evaluation.files)
-    items = [{"number": number} for number in range(len(choices))]
-    painted = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        _Painter,  # type: ignore[arg-type]  # Ray's hints know functions, not the classes that it runs as actors
-        fn_constructor_args=(shared, evaluation.job, list(evaluation.parts), list(choices)),
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=None if config.use_gpu else 1,
-        num_gpus=1 if config.use_gpu else None,
-        runtime_env=ONE_THREAD,
+    dataset = run_tasks(
+        [dataclasses.asdict(choice) for choice in choices],
+        partial(_paint, files=shared, job=evaluation.job, parts=evaluation.parts),
+        in_order=True,
+        **resources(evaluation.job.config, workers),
     )
-    painted.context.enable_progress_bars = False
-    painted.context.print_on_execution_start = False
-    found = {row["number"]: row["shown"] for row in painted.iter_rows()}
-    return [found[number] for number in range(len(choices))]
+    batches = iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0)
+    return [pickle.loads(one) for rows in batches for one in rows["shown"]]
 
 
-class _Painter:
-    """An actor of Ray Data: fills the holes of the images that are shown, and draws."""
+def _paint(task: dict[str, Any], *, files: Any, job: Job, parts: Sequence[Part]) -> pa.Table:
+    """A task of Ray: fill the hole of an image by every method, and draw what is shown of it."""
+    filler, _ = opened(files, job)
+    choice = Choice(**task)
+    for record in read_part(job.config.data, parts[choice.part], job.manifest):
+        if record.image_id == choice.image_id:
+            return pa.table({"shown": [pickle.dumps(_show(choice, filler(record, choice.variant), filler, job))]})
+    raise AssertionError(f"{choice.image_id} is not in its part")
 
-    def __init__(self, files: Any, job: Job, parts: Sequence[Part], choices: Sequence[Choice]) -> None:
-        self.job, self.parts, self.choices = job, parts, choices
-        self.filler, _ = open_filler(ray.get(files), job)
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        choice = self.choices[item["number"]]
-        for record in read_part(self.job.config.data, self.parts[choice.part], self.job.manifest):
-            if record.image_id == choice.image_id:
-                filled = self.filler(record, choice.variant)
-                return {"number": item["number"], "shown": self.show(choice, filled)}
-        raise AssertionError(f"{choice.image_id} is not in its part")
-
-    def show(self, choice: Choice, filled: Filled) -> Shown:
-        titles = {row.name: row.title for row in self.job.rows}
-        pictures = {"input": with_white_hole(filled.truth, filled.mask)}
-        if filled.result is not None and filled.result.candidates.size:
-            pictures["best memory patches"] = candidates_sheet(filled.truth, filled.result)
-        pictures |= {titles[name]: output for name, output in filled.outputs.items()}
-        pictures["truth"] = filled.truth
-        detailed = choice.detailed and filled.result is not None
-        return Shown(
-            choice,
-            float(filled.mask.mean()),
-            {name: jpeg(picture) for name, picture in pictures.items()},
-            zoom_on(filled.mask),
-            list(retrieval_view(filled)) if detailed else [],
-            list(mask_series(self.filler, filled, choice, titles)) if detailed else [],
-        )
+def _show(choice: Choice, filled: Filled, filler: Filler, job: Job) -> Shown:
+    titles = {row.name: row.title for row in job.rows}
+    pictures = {"input": with_white_hole(filled.truth, filled.mask)}
+    if filled.result is not None and filled.result.candidates.size:
+        pictures["best memory patches"] = candidates_sheet(filled.truth, filled.result)
+    pictures |= {titles[name]: output for name, output in filled.outputs.items()}
+    pictures["truth"] = filled.truth
+    detailed = choice.detailed and filled.result is not None
+    return Shown(
+        choice,
+        float(filled.mask.mean()),
+        {name: jpeg(picture) for name, picture in pictures.items()},
+        zoom_on(filled.mask),
+        list(retrieval_view(filled)) if detailed else [],
+        list(mask_series(filler, filled, choice, titles)) if detailed else [],
+    )
 
 
 def jpeg(picture: np.ndarray) -> bytes:
