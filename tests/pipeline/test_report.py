@@ -1,4 +1,4 @@
-"""The report page: nothing from outside, text that stays text, the best in bold; looked at by a browser if there is one."""
+"""The report page: nothing from outside, text that stays text, the best in bold; also in a browser, if there is one."""
 
 from __future__ import annotations
 
