@@ -74,7 +74,11 @@ class Report:
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Add a plain table; numbers are set to the right, and `Figure`s with what stands small below them."""
-        head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in header)
+        numbers = [bool(rows) and isinstance(value, int | float | Figure) for value in (rows[0] if rows else header)]
+        head = "".join(
+            f"<th scope='col'{' class=number' if number else ''}>{html.escape(name)}</th>"
+            for name, number in zip(header, numbers, strict=True)
+        )
         body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
         self._parts.append(
             f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -54,7 +54,7 @@ def run_tasks(
         batch_format="numpy",
         num_cpus=num_cpus,
         num_gpus=num_gpus or None,
-        concurrency=at_once,
+        compute=ray.data.TaskPoolStrategy(size=at_once) if at_once else None,
         **options,
     )
     dataset.context.enable_progress_bars = False

@@ -104,7 +104,7 @@ def compare(evaluation: Evaluation, place: str) -> Comparison:
         }
         for name in measures:
             if name not in entries:
-                entries[name] = _set_difference(mine, other, method, name)
+                entries[name] = _set_difference(mine, other, method, name, intervals.images)
         differences[method] = {name: entries[name] for name in measures}
     names = ("model", "model_digest", "data_digest")
     summary = {
@@ -133,11 +133,13 @@ def _measured(summary: Mapping[str, Any]) -> list[str]:
     return [name for name, entry in summary["methods"].items() if entry["not_measured"] is None]
 
 
-def _set_difference(mine: Mapping[str, Any], other: Mapping[str, Any], method: str, name: str) -> dict[str, Any]:
-    """Of a measure of a whole set, which has no images to draw from."""
+def _set_difference(
+    mine: Mapping[str, Any], other: Mapping[str, Any], method: str, name: str, common: int
+) -> dict[str, Any]:
+    """Of a measure of a whole set: none unless both were made of the same images, as many as are *common*."""
     ends = [summary["methods"][method]["measures"][name]["mean"] for summary in (mine, other)]
-    mean = None if None in ends else ends[0] - ends[1]
-    return {"mean": mean, "low": None, "high": None, "images": mine["images"]}
+    known = None not in ends and common == mine["images"] == other["images"]
+    return {"mean": ends[0] - ends[1] if known else None, "low": None, "high": None, "images": common}
 
 
 def _paired(

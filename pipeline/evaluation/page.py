@@ -221,8 +221,8 @@ def difference_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> t
                 continue
             sure = entry["low"] is not None and (entry["low"] > 0 or entry["high"] < 0)
             cells.append(Figure(f"{entry['mean']:+.{digits}f}", _interval(entry, digits, sign="+"), sure))
-        rows.append([name, f"{MEASURES[name].better} is better", *cells])
-    return ["measure", "", *(titles[method] for method in differences)], rows
+        rows.append([f"{name} {'↑' if MEASURES[name].better == 'higher' else '↓'}", *cells])
+    return ["measure, better", *(titles[method] for method in differences)], rows
 
 
 def caption(one: Shown) -> str:

@@ -391,6 +391,11 @@ def test_two_reports_are_compared_image_by_image(
     page = (tmp_path / "out" / "report.html").read_text()
     assert "T-MAD, the other" in page
     assert "## Against" in (tmp_path / "out" / "report.md").read_text()
+    assert against["differences"]["tmad"]["swd_full"]["mean"] is not None
+    fewer = run(tmp_path / "model", data, tmp_path / "fewer", limit=2, against=str(out)).summary["against"]
+    assert fewer["images"] == 2
+    assert fewer["differences"]["tmad"]["psnr_hole"]["mean"] == pytest.approx(differences[:2].mean())
+    assert fewer["differences"]["tmad"]["swd_full"]["mean"] is None, "of other images"
     with pytest.raises(ValueError, match="another evaluation than out"):
         run(model_folder, data, tmp_path / "out", against=str(tmp_path / "out" / "report.json"))
     with pytest.raises(ValueError, match="only results of the same images and holes"):
