@@ -18,7 +18,7 @@ SMALLEST_SIDE = 32
 """Levels are added while the halved image keeps this side."""
 STRIDE = 2
 """Distance of the patches that are looked for, pixels: a hole pixel is the mean of a dozen finds."""
-ROUNDS = 5
+ROUNDS = 3
 """Rounds of search and vote at a level."""
 STEPS = (4, 2)
 """Distances over which neighbours hand on their finds, multiples of the stride."""

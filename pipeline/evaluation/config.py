@@ -137,7 +137,18 @@ class EvaluateConfig:
 
     def deciding(self) -> dict[str, Any]:
         """What decides the content of a part, beside the set, the model and the folders' files."""
-        names = ("methods", "external", "coarse_from", "measures", "fid", "lpips", "mask_variant", "seed", "keep")
+        names = (
+            "methods",
+            "external",
+            "coarse_from",
+            "measures",
+            "fid",
+            "lpips",
+            "mask_variant",
+            "seed",
+            "keep",
+            "use_gpu",
+        )
         values = dataclasses.asdict(self)
         return {name: values[name] for name in names} | {"data": redact(set_folder(absolute(self.data)))}
 

@@ -205,7 +205,7 @@ def opened(files: Any, job: Job) -> tuple[Filler, dict[str, ScriptedNetwork]]:
     import torch
 
     torch.set_num_threads(1)
-    key = f"{job.digest}-{job.config.cells_per_chunk}-{job.config.use_gpu}"
+    key = f"{job.digest}-{job.config.cells_per_chunk}"
     if key not in _OPENED:
         _OPENED.clear()
         _OPENED[key] = _open(ray.get(files), job)
