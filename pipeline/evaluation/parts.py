@@ -177,13 +177,15 @@ def _measure(
                 rows.append({**facts_of(record, variant, job.manifest), "method": name, **values})
                 seconds[name] += filled.seconds.get(name, 0.0)
                 if name in job.config.keep:
-                    key = result_name(record.image_id, variant, manifest=job.manifest)
-                    claim.write(f"results/{name}/{key}.png", png_bytes(output))
+                    key = f"results/{name}/{result_name(record.image_id, variant, manifest=job.manifest)}.png"
+                    data = png_bytes(output)
+                    claim.write(key, data)
+                    files[key] = len(data)
     contents = {"rows": table_bytes(rows, job)}
     for name, texture in textures.items():
         if texture is not None:
             contents[f"{name}.textures.npz"] = _npz(texture.state())
-    if features:
+    if "fid" in networks:
         contents["features.npz"] = _npz({name or "truth": np.stack(vectors) for name, vectors in features.items()})
     for kind, data in contents.items():
         claim.write(part_file(part.index, kind), data)
