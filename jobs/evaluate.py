@@ -1,4 +1,4 @@
-"""Measure a model on a prepared set: tables, pictures and a page, beside its coarse result and a classical fill."""
+"""Measure a model on an evaluation set: tables with intervals, pictures and a page, beside other methods."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
 from pipeline.cli import parse, run_job
-from pipeline.evaluate import METHOD_TITLES, EvaluateConfig, Evaluation, evaluate
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.evaluate import Evaluated, evaluate, export
 
 DESCRIPTION = """
-Measure a model on a prepared set. The masks are those stored in the set: a repeated evaluation gives the same figures.
+Measure a model on a prepared set, beside classical fills and the results of other methods. Crops and masks are those
+stored in the set: the same model on the same set gives the same figures, on any number of workers.
 
-Writes into --out: report.html (tables and pictures, one file), summary.json, per_image.parquet, per_image.csv and
-pictures.png.
+Writes into --out: report.html (tables and pictures, one file), report.md, report.json, per_image/ (Parquet), results/
+and pictures.png. Stopped at any moment, the same command goes on where it was. See docs/evaluation.md.
 
 Examples:
   python jobs/evaluate.py --model runs/demo --data data/val --out runs/demo/evaluation
   python jobs/evaluate.py --model models:/tmad@champion --tracking-uri sqlite:///runs/mlflow.db --limit 500
   python jobs/evaluate.py --model s3://bucket/runs/places/model --data s3://bucket/places/val --methods tmad coarse
+  python jobs/evaluate.py --data data/val --export inputs
+  python jobs/evaluate.py --model runs/first --external lama=results/lama --coarse-from deepfill=results/deepfill
+  python jobs/evaluate.py --model runs/second --out runs/second/evaluation --against runs/first/evaluation
+  python jobs/evaluate.py --model runs/first --fid.network inception.pt --fid.sha256 6726825d0af5f729
 """
 
 
@@ -31,18 +37,25 @@ def main(argv: Sequence[str]) -> int:
     if command.dry_run:
         print(command.resolved())
         return 0
+    if command.config.export is not None:
+        count = export(command.config)
+        print(f"{count} images and masks: {storage.redact(command.config.export)}")
+        return 0
     print(_shown(evaluate(command.config)))
     print(f"report: {storage.redact(command.config.out)}/report.html")
     return 0
 
 
-def _shown(result: Evaluation) -> str:
+def _shown(result: Evaluated) -> str:
     names = ("l1_hole_pct", "psnr_hole", "ssim_full", "swd_hole")
     lines = [f"{'':42}" + "".join(f"{name:>14}" for name in names)]
-    for method, means in result.means.items():
-        values = (means.get(name) for name in names)
+    for method, entry in result.summary["methods"].items():
+        if entry["not_measured"]:
+            lines.append(f"{entry['title']:42}  not measured: {entry['not_measured']}")
+            continue
+        values = (result.means[method].get(name) for name in names)
         cells = (f"{'–' if value is None else format(value, '.3f'):>14}" for value in values)
-        lines.append(f"{METHOD_TITLES[method]:42}" + "".join(cells))
+        lines.append(f"{entry['title']:42}" + "".join(cells))
     return "\n".join(lines)
 
 

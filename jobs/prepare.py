@@ -2,7 +2,7 @@
 
 Examples:
   python jobs/prepare.py --source photos/train --out data/train
-  python jobs/prepare.py --source photos/val --out data/val --against data/train
+  python jobs/prepare.py --split val --source photos/val --out data/val --against data/train
   python jobs/prepare.py --source photos/train --out data/train --short-side 256 384 --crops-per-image 4
   python jobs/prepare.py --source s3://bucket/paris --out s3://bucket/sets/paris --mask rectangle \
       --memory.rule clean --memory.stride-divisor 2

@@ -81,6 +81,11 @@ class SharedImages(TMADError):
     """Images of a set are also in the one that it was to share none with; `details["keys"]` names them."""
 
 
+class UnfitResults(TMADError):
+    """The results of another method do not fit the evaluation set; `details["missing"]`, `["sizes"]` and `["unknown"]`
+    list the images that have none, those of another size, and files that belong to no image."""
+
+
 class RunFinished(TMADError):
     """A run of this name is already complete; there is nothing to resume."""
 

@@ -11,6 +11,7 @@ import html
 import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -22,12 +23,31 @@ Picture = np.ndarray | Image.Image | bytes
 """(H, W, 3) or (H, W) uint8, a Pillow image, or the bytes of a PNG or JPEG file."""
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A cell of a plain table: a number as it is to be shown."""
+
+    text: str
+    small: str = ""
+    """Below it, such as an interval."""
+    bold: bool = False
+
+    def __str__(self) -> str:
+        text = f"**{self.text}**" if self.bold else self.text
+        return f"{text} ({self.small})" if self.small else text
+
+
+Zoom = tuple[float, float, float]
+"""Top, left and side of a square in a picture, shares of its height, width and size."""
+
+
 class Report:
     """Collects sections from top to bottom; `html` renders them, `write` stores the file."""
 
     def __init__(self, title: str, lead: str = "") -> None:
         """*lead*: one paragraph under the title that says what the reader is looking at."""
         self.title = title
+        self._switches = 0
         self._parts: list[str] = [f"<h1>{html.escape(title)}</h1>"]
         if lead:
             self._parts.append(f'<p class="lead">{html.escape(lead)}</p>')
@@ -46,34 +66,56 @@ class Report:
             f"<tr><th scope='row'>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
             for name, value in facts.items()
         )
-        self._parts.append(f'<div class="scroll"><table class="facts">{rows}</table></div>')
+        self._parts.append(f'<div class="scroll" tabindex="0"><table class="facts">{rows}</table></div>')
 
     def command(self, text: str) -> None:
         """Add a shell command to copy."""
         self._parts.append(f"<pre><code>{html.escape(text)}</code></pre>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a plain table; numbers are set to the right."""
-        head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in header)
+        """Add a plain table; numbers are set to the right, and `Figure`s with what stands small below them."""
+        numbers = [bool(rows) and isinstance(value, int | float | Figure) for value in (rows[0] if rows else header)]
+        head = "".join(
+            f"<th scope='col'{' class=number' if number else ''}>{html.escape(name)}</th>"
+            for name, number in zip(header, numbers, strict=True)
+        )
         body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
         self._parts.append(
-            f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         )
 
     def measures(
-        self, values: Mapping[str, Mapping[str, float | None]], measures: Mapping[str, Measure] = MEASURES
+        self,
+        values: Mapping[str, Mapping[str, float | None]],
+        measures: Mapping[str, Measure] = MEASURES,
+        *,
+        small: Mapping[str, Mapping[str, str]] | None = None,
+        not_measured: Mapping[str, str] | None = None,
+        note: str = "Means over the images; the best of each measure is bold.",
     ) -> None:
         """Add a table with a row for each measure, its formula under its name, and a column for each method.
 
         *values*: method, then measure, then its mean; what is missing or not finite shows as a dash. The best of each
-        measure is bold.
+        measure is bold. *small*: method, then measure, then what stands small under the value, such as an interval.
+        *not_measured*: measure, then why it has no values. *note* stands below the table.
         """
         head = "".join(f"<th scope='col' class='number'>{html.escape(method)}</th>" for method in values)
         body = ""
         for name, entry in measures.items():
+            reason = (not_measured or {}).get(name)
+            if reason is not None:
+                body += (
+                    f"<tr><th scope='row'><code>{html.escape(name)}</code><small>{html.escape(entry.formula)}</small>"
+                    f"</th><td colspan='{len(values)}'>not measured: {html.escape(reason)}</td></tr>"
+                )
+                continue
             if not any(name in row for row in values.values()):
                 continue
-            texts = _measure_texts(name, entry, values)
+            texts = {
+                method: ("–" if text is None else f"<strong>{text}</strong>" if best else text)
+                + "".join(f"<small>{html.escape(one)}</small>" for one in [_under(small, method, name)] if one)
+                for method, (text, best) in measure_texts(name, entry, values).items()
+            }
             unit = f", {html.escape(entry.unit)}" if entry.unit else ""
             arrow = "↑" if entry.better == "higher" else "↓"
             body += (
@@ -83,28 +125,42 @@ class Report:
                 + "</tr>"
             )
         self._parts.append(
-            '<div class="scroll"><table class="measures">'
+            '<div class="scroll" tabindex="0"><table class="measures">'
             f"<thead><tr><th scope='col'>measure</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-            "<p class='note'>Means over the images; the best of each measure is bold.</p>"
+            f"<p class='note'>{html.escape(note)}</p>"
         )
 
-    def pictures(self, rows: Sequence[tuple[str, Mapping[str, Picture]]]) -> None:
-        """Add pictures side by side: one row an image, (caption, {column: picture}), the columns of the first row."""
+    def pictures(self, rows: Sequence[tuple[str, Mapping[str, Picture]]], *, zooms: Sequence[Zoom | None] = ()) -> None:
+        """Add pictures side by side: one row an image, (caption, {column: picture}), the columns of the first row.
+
+        *zooms*: for each row, what a switch above the pictures zooms on; without any there is no switch.
+        """
         if not rows:
             return
         columns = list(rows[0][1])
+        styles = ["" if zoom is None else f" style='{zoom_style(zoom)}'" for zoom in zooms] or [""] * len(rows)
+        switch = ""
+        if zooms:
+            self._switches += 1
+            name = f"zoom-{self._switches}"
+            switch = f'<input type="checkbox" class="switch" id="{name}"><label for="{name}">zoom on the hole</label>'
         head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in columns)
         body = ""
-        for caption, cells in rows:
+        for (caption, cells), style in zip(rows, styles, strict=True):
             pictures = "".join(
-                f"<td>{_img(cells[name], f'{caption}: {name}') if name in cells else ''}</td>" for name in columns
+                "<td>"
+                + (f"<div class='frame'>{_img(cells[name], f'{caption}: {name}')}</div>" if name in cells else "")
+                + "</td>"
+                for name in columns
             )
             body += (
-                f"<tr><th class='caption' colspan='{len(columns)}'>{html.escape(caption)}</th></tr><tr>{pictures}</tr>"
+                f"<tr><th class='caption' colspan='{len(columns)}'>{html.escape(caption)}</th></tr>"
+                f"<tr{style}>{pictures}</tr>"
             )
+        width = f" style='min-width: {6.5 * len(columns):g}rem'"
         self._parts.append(
-            f'<div class="scroll"><table class="pictures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-            "</div>"
+            f'<div class="zoomable">{switch}<div class="scroll" tabindex="0"><table class="pictures"{width}>'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></div>"
             "<p class='note'>Click a picture, or reach it with Tab, to see it large.</p>"
         )
 
@@ -207,6 +263,10 @@ def _img(picture: Picture, description: str) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, Figure):
+        text = html.escape(value.text)
+        small = f"<small>{html.escape(value.small)}</small>" if value.small else ""
+        return f"<td class='number'>{f'<strong>{text}</strong>' if value.bold else text}{small}</td>"
     if isinstance(value, float):
         return f"<td class='number'>{'–' if not math.isfinite(value) else format(value, '.4g')}</td>"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -214,9 +274,44 @@ def _cell(value: object) -> str:
     return f"<td>{html.escape('–' if value is None else str(value))}</td>"
 
 
-def _measure_texts(name: str, entry: Measure, values: Mapping[str, Mapping[str, float | None]]) -> dict[str, str]:
-    """Method -> what stands in the table; equal figures are equally bold."""
-    digits = 2 if entry.unit in ("dB", "grey levels", "1e-3") else 3
+def zoom_style(zoom: Zoom) -> str:
+    """The custom properties that the style sheet needs to fill a frame with the box."""
+    top, left, side = zoom
+    scale = 1 / side
+    return f"--zoom: {scale:.4f}; --left: {-100 * left * scale:.2f}%; --top: {-100 * top * scale:.2f}%"
+
+
+def zoom_on(mask: np.ndarray, *, margin: float = 0.06) -> Zoom | None:
+    """The smallest square around the hole of *mask* (H, W), with a margin; none without hole, or if all would show."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if len(rows) == 0:
+        return None
+    top, bottom, left, right = (
+        rows[0] / mask.shape[0], (rows[-1] + 1) / mask.shape[0],
+        columns[0] / mask.shape[1], (columns[-1] + 1) / mask.shape[1],
+    )  # fmt: skip
+    side = min(1.0, max(bottom - top, right - left) + 2 * margin)
+    if side > 0.95:
+        return None
+    corners = (min(max(0.0, (low + high - side) / 2), 1 - side) for low, high in ((top, bottom), (left, right)))
+    return (*corners, side)
+
+
+def _under(small: Mapping[str, Mapping[str, str]] | None, method: str, name: str) -> str:
+    return (small or {}).get(method, {}).get(name, "")
+
+
+def digits_of(entry: Measure) -> int:
+    """Decimals that a measure is shown with."""
+    return 2 if entry.unit in ("dB", "grey levels", "1e-3") else 3
+
+
+def measure_texts(
+    name: str, entry: Measure, values: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, tuple[str | None, bool]]:
+    """Method -> what stands in a table (none where there is no value), and whether it is the best; equal figures are
+    equally good."""
+    digits = digits_of(entry)
     texts = {
         method: None if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
         for method, value in ((method, row.get(name)) for method, row in values.items())
@@ -225,10 +320,7 @@ def _measure_texts(name: str, entry: Measure, values: Mapping[str, Mapping[str, 
     best = None
     if len(values) > 1 and finite:
         best = max(finite, key=float) if entry.better == "higher" else min(finite, key=float)
-    return {
-        method: "–" if text is None else f"<strong>{text}</strong>" if text == best else text
-        for method, text in texts.items()
-    }
+    return {method: (text, text is not None and text == best) for method, text in texts.items()}
 
 
 _STYLE = """
@@ -243,22 +335,30 @@ h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem; padding-bottom: .25rem; border-b
 .lead { font-size: 1.05rem; color: var(--soft); max-width: 60rem; margin-top: 0; }
 .note { color: var(--soft); font-size: .85rem; }
 .scroll { overflow-x: auto; }
+.scroll:focus-visible, .switch:focus-visible { outline: 2px solid #3b7dd8; outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .35rem .8rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-thead th { white-space: nowrap; }
+thead th { vertical-align: bottom; }
+td small { display: block; color: var(--soft); font-size: .82rem; white-space: nowrap; }
 code { font-family: ui-monospace, monospace; }
 th[scope=row] { font-weight: 600; white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .measures th[scope=row] { white-space: normal; font-weight: 400; min-width: 11rem; }
 .measures code { font-weight: 600; }
 .measures small { display: block; color: var(--soft); font-size: .82rem; max-width: 38rem; }
-.measures thead th { white-space: normal; vertical-align: bottom; max-width: 11rem; }
+.measures thead th { max-width: 11rem; }
 .facts td { overflow-wrap: anywhere; }
 pre { background: var(--band); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; font-size: .88rem; }
 .pictures { width: 100%; min-width: 44rem; table-layout: fixed; }
+.pictures thead th { font-size: .85rem; line-height: 1.25; overflow-wrap: break-word; }
 .pictures td { padding: 0 .3rem .7rem 0; border: 0; }
 .pictures .caption { border: 0; color: var(--soft); font-weight: 400; font-size: .82rem; padding: .3rem 0 .15rem;
   overflow-wrap: anywhere; }
+.frame { overflow: hidden; border-radius: 3px; }
+.switch:checked ~ .scroll [style*="--zoom"] .frame img:not(:focus) {
+  transform-origin: 0 0; transform: translate(var(--left), var(--top)) scale(var(--zoom)); image-rendering: pixelated; }
+.switch { width: 1.1rem; height: 1.1rem; vertical-align: -.15rem; margin: .3rem .5rem .6rem 0; }
+.switch + label { cursor: pointer; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .9rem; }
 .gallery figure { margin: 0; min-width: 0; }
 .gallery figure div { display: flex; gap: 2px; height: 8rem; background: var(--band); border-radius: 4px; }

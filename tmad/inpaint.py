@@ -58,6 +58,8 @@ class InpaintResult:
     """(cells, 2) int64, top-left corner of each hole cell; cells at the right and lower border may reach beyond it."""
     hole_fraction: float
     """Share of hole pixels in the mask."""
+    candidates_yx: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 2), dtype=np.int64))
+    """(cells, C, 2) int64, top-left corner of each candidate's window in the image; empty where `candidates` is."""
     notes: tuple[str, ...] = field(default=())
     """What a user should know about this input, such as a mask that looks inverted; also given as warnings."""
 
@@ -177,8 +179,9 @@ class Inpainter:
         return InpaintResult(
             output=np.asarray(output) if isinstance(image, np.ndarray) else output,
             coarse=self._coarse(original, parts),
-            candidates=np.concatenate([part.candidates for part in parts]),
-            cells_yx=np.concatenate([part.cells_yx for part in parts]),
+            candidates=np.concatenate([part.found.candidates for part in parts]),
+            cells_yx=np.concatenate([part.found.cells_yx for part in parts]),
+            candidates_yx=np.concatenate([part.found.candidates_yx for part in parts]),
             hole_fraction=float(hole.mean()),
             notes=notes,
         )
@@ -198,14 +201,16 @@ class Inpainter:
         key = (image_id,) if whole else (image_id, box.top, box.left)
         if self.policy != "original" and max(hole.shape) > self.limit:
             coarse = np.where(hole[..., None] > 0, self._reduced(rgb, hole) if given is None else given, rgb)
-            filled, candidates, cells_yx = self._fill_in_tiles(coarse, hole, key)
+            filled, found = self._fill_in_tiles(coarse, hole, key)
         else:
-            filled, coarse, candidates, cells_yx = self._fill_at_once(rgb, hole, given, key)
-        return _Part(box, filled, coarse, candidates, cells_yx + np.array([box.top, box.left]))
+            filled, coarse, found = self._fill_at_once(rgb, hole, given, key)
+        corner = np.array([box.top, box.left])
+        moved = _Found(found.candidates, found.candidates_yx + corner, found.cells_yx + corner)
+        return _Part(box, filled, coarse, moved)
 
     def _fill_at_once(
         self, rgb: np.ndarray, hole: np.ndarray, donor: np.ndarray | None, key: tuple[int | str, ...]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, _Found]:
         config, device = self.model.config, self.device
         height, width = hole.shape
         padded_rgb, padded_hole = (_pad(array, config.size_multiple) for array in (rgb, hole))
@@ -220,30 +225,32 @@ class Inpainter:
         # Cells whose only hole pixels are padding would be cropped away again.
         inside = np.zeros_like(padded_hole)
         inside[:height, :width] = hole
-        output, candidates, cells_yx = self._synthesize(coarse, pool, inside)
+        output, found = self._synthesize(coarse, pool, pool_yx[0], inside)
         crop = np.s_[:height, :width]
         return (
             np.where(hole[..., None] > 0, _to_array(output)[crop], rgb),
             np.where(hole[..., None] > 0, _to_array(coarse)[crop], rgb),
-            candidates,
-            cells_yx,
+            found,
         )
 
-    def _synthesize(self, coarse: Tensor, pool: Tensor, hole: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """The cells of *hole* through retrieval and PSNet, tiled into *coarse*; candidates and corners as in the
-        result."""
+    def _synthesize(self, coarse: Tensor, pool: Tensor, pool_yx: Tensor, hole: np.ndarray) -> tuple[Tensor, _Found]:
+        """The cells of *hole* through retrieval and PSNet, tiled into *coarse*; *pool_yx* (P, 2), corners of *pool*."""
         config = self.model.config
         cells = torch.from_numpy(hole_cells(hole, config.patch_size).astype(np.int64)).to(self.device)[None]
-        patches, kept = [], []
+        none = _none_found(config.retrieval.num_candidates, config.patch_size)
+        patches, kept, places = [], [], []
         for chunk in cells.split(self.cells_per_chunk, dim=1):
-            synthesized, found, _, _ = self.model.synthesize(coarse, pool, chunk)
+            synthesized, found, index, _ = self.model.synthesize(coarse, pool, chunk)
             patches.append(synthesized)
             if self.keep_candidates:
                 kept.append(to_uint8(found[0]).cpu())
+                places.append(pool_yx[index[0]].cpu())
         output = tile(coarse, torch.cat(patches, dim=1), cells)
-        k, num_candidates = config.patch_size, config.retrieval.num_candidates
-        candidates = torch.cat(kept).permute(0, 1, 3, 4, 2).numpy() if kept else _no_candidates(num_candidates, k)
-        return output, candidates, cell_corners(cells[0].cpu(), patch_size=k, width=coarse.shape[-1]).numpy()
+        corners = cell_corners(cells[0].cpu(), patch_size=config.patch_size, width=coarse.shape[-1]).numpy()
+        if not kept:
+            return output, _Found(none.candidates, none.candidates_yx, corners)
+        candidates = torch.cat(kept).permute(0, 1, 3, 4, 2).numpy()
+        return output, _Found(candidates, torch.cat(places).numpy(), corners)
 
     def _reduced(self, rgb: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """The coarse result of a picture reduced to `limit` pixels, at the picture's own size (H, W, 3), uint8."""
@@ -264,15 +271,16 @@ class Inpainter:
 
     def _fill_in_tiles(
         self, coarse: np.ndarray, hole: np.ndarray, key: tuple[int | str, ...]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, _Found]:
         """Texture at full size, for squares of `limit` pixels at a time, from one memory of the whole part."""
         config = self.model.config
         k, multiple = config.patch_size, config.size_multiple
         height, width = hole.shape
-        windows = [_window(coarse, top, left, k) for top, left in self._pool(hole, key).tolist()]
+        pool_yx = torch.from_numpy(self._pool(hole, key).astype(np.int64))
+        windows = [_window(coarse, top, left, k) for top, left in pool_yx.tolist()]
         pool = torch.cat([_to_tensor(window, self.device) for window in windows])[None]
         filled = coarse.copy()
-        all_candidates, all_cells = [_no_candidates(config.retrieval.num_candidates, k)], []
+        parts = [_none_found(config.retrieval.num_candidates, k)]
         side, margin = self.limit // multiple * multiple, multiple
         for top, left in itertools.product(range(0, height, side), range(0, width, side)):
             core = hole[top : top + side, left : left + side]
@@ -286,12 +294,13 @@ class Inpainter:
                 top - first_y : top - first_y + core.shape[0], left - first_x : left - first_x + core.shape[1]
             ]
             inside[place] = core
-            output, candidates, cells_yx = self._synthesize(part, pool, inside)
+            output, found = self._synthesize(part, pool, pool_yx.to(self.device), inside)
             target = filled[top : top + side, left : left + side]
             target[core > 0] = _to_array(output)[place][core > 0]
-            all_candidates.append(candidates)
-            all_cells.append(cells_yx + np.array([first_y, first_x]))
-        return filled, np.concatenate(all_candidates), np.concatenate(all_cells)
+            corner = np.array([first_y, first_x])
+            parts.append(_Found(found.candidates, found.candidates_yx, found.cells_yx + corner))
+        fields = ("candidates", "candidates_yx", "cells_yx")
+        return filled, _Found(*(np.concatenate([getattr(one, name) for one in parts]) for name in fields))
 
     def _pool(self, hole: np.ndarray, key: tuple[int | str, ...]) -> np.ndarray:
         """Corners of the memory, inside the image as it came; a side shorter than k borrows from its padding."""
@@ -322,25 +331,35 @@ class Inpainter:
         self, image: np.ndarray | Image.Image, original: Image.Image, notes: tuple[str, ...]
     ) -> InpaintResult:
         config = self.model.config
+        none = _none_found(config.retrieval.num_candidates, config.patch_size)
         return InpaintResult(
             output=image.copy(),
             coarse=self._coarse(original, ()),
-            candidates=_no_candidates(config.retrieval.num_candidates, config.patch_size),
-            cells_yx=np.zeros((0, 2), dtype=np.int64),
+            candidates=none.candidates,
+            cells_yx=none.cells_yx,
+            candidates_yx=none.candidates_yx,
             hole_fraction=0.0,
             notes=notes,
         )
 
 
 @dataclass(frozen=True)
+class _Found:
+    """What retrieval found, as in `InpaintResult`."""
+
+    candidates: np.ndarray
+    candidates_yx: np.ndarray
+    cells_yx: np.ndarray
+
+
+@dataclass(frozen=True)
 class _Part:
-    """A part of a picture and what was made of it; pixels (h, w, 3), uint8, corners of cells in the picture."""
+    """A part of a picture and what was made of it; pixels (h, w, 3), uint8, corners in the picture."""
 
     box: Box
     rgb: np.ndarray
     coarse: np.ndarray
-    candidates: np.ndarray
-    cells_yx: np.ndarray
+    found: _Found
 
 
 def _as_pillow(image: np.ndarray | Image.Image, what: str, image_id: str) -> Image.Image:
@@ -392,5 +411,6 @@ def _to_array(image: Tensor) -> np.ndarray:
     return to_uint8(image[0]).permute(1, 2, 0).cpu().numpy()
 
 
-def _no_candidates(num_candidates: int, patch_size: int) -> np.ndarray:
-    return np.zeros((0, num_candidates, patch_size, patch_size, 3), dtype=np.uint8)
+def _none_found(num_candidates: int, patch_size: int) -> _Found:
+    candidates = np.zeros((0, num_candidates, patch_size, patch_size, 3), dtype=np.uint8)
+    return _Found(candidates, np.zeros((0, num_candidates, 2), np.int64), np.zeros((0, 2), np.int64))

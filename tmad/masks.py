@@ -188,10 +188,10 @@ class Irregular:
             if index % 2 == 0:
                 angles = 2 * math.pi - angles
             lengths = rng.integers(*self.length_px, size=num_segments, endpoint=True) * scale
-            widths = (rng.integers(*self.width_px, size=num_segments, endpoint=True) + 1) // 2 * 2 + 1
+            widths = rng.integers(*self.width_px, size=num_segments, endpoint=True)
             for angle, length, stroke in zip(angles, lengths, widths, strict=True):
                 end = int(x + length * math.cos(angle)), int(y + length * math.sin(angle))
-                _draw_stroke(canvas, [(x, y), end], max(1, round(stroke * scale)))
+                _draw_stroke(canvas, [(x, y), end], max(1, round(_as_opencv_draws(int(stroke)) * scale)))
                 x, y = end
         return np.array(canvas)
 
@@ -212,6 +212,79 @@ class BrushOrRectangle:
         return _first_with_a_valid_pixel(self, draw_once)
 
 
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LineOrBoxes:
+    """LaMa's evaluation masks (Suvorov et al. 2022): polylines, or, for some images, boxes.
+
+    Draws are repeated while they cover more than `max_hole_fraction`, or nothing. Published masks are drawn on the
+    whole image and cropped afterwards; here they are drawn on the crop.
+    """
+
+    polylines: IntRange
+    """Fewest and most polylines; the most is one more than the published setting, as the published code draws."""
+    width_px: IntRange
+    """Thinnest and widest segment, as OpenCV counts."""
+    length_px: IntRange
+    """Shortest and longest segment."""
+    segments: IntRange = (1, 5)
+    """Fewest and most segments of a polyline."""
+    angle_steps: PositiveInt = 4
+    """The angle of a segment, from the downward axis, is 0.01 + a whole number of radians below this; every second
+    polyline has it mirrored."""
+    box_share: Fraction = 0.0
+    """Share of the images that get boxes."""
+    boxes: IntRange = (1, 1)
+    """Fewest and most boxes."""
+    box_px: IntRange = (10, 50)
+    """Shortest and longest side of a box."""
+    box_margin_px: Annotated[int, Field(ge=0)] = 0
+    """Distance of boxes from the border."""
+    max_hole_fraction: Fraction = 0.5
+    """Masks with a larger share of hole are drawn anew."""
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+        """Polylines or boxes until the hole fraction fits; the smallest of `MAX_TRIES` draws if none does."""
+        best: np.ndarray | None = None
+        for _ in range(MAX_TRIES):
+            boxes = rng.random() < self.box_share
+            mask = (self._draw_boxes if boxes else self._draw_lines)(height, width, rng)
+            if mask.any() and mask.mean() <= self.max_hole_fraction:
+                return mask
+            if mask.any() and not mask.all() and (best is None or mask.mean() < best.mean()):
+                best = mask
+        if best is None:
+            raise _only_full_masks(self)
+        return best
+
+    def _draw_lines(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+        scale = _scale(height, width)
+        canvas = Image.new("L", (width, height), 0)
+        for index in range(int(rng.integers(*self.polylines, endpoint=True))):
+            x, y = int(rng.integers(width)), int(rng.integers(height))
+            for _ in range(int(rng.integers(*self.segments, endpoint=True))):
+                angle = 0.01 + int(rng.integers(self.angle_steps))
+                angle = 2 * math.pi - angle if index % 2 == 0 else angle
+                length = int(rng.integers(*self.length_px, endpoint=True)) * scale
+                stroke = _as_opencv_draws(int(rng.integers(*self.width_px, endpoint=True)))
+                end_x = min(max(int(x + length * math.sin(angle)), 0), width)
+                end_y = min(max(int(y + length * math.cos(angle)), 0), height)
+                _draw_stroke(canvas, [(x, y), (end_x, end_y)], max(1, round(stroke * scale)))
+                x, y = end_x, end_y
+        return np.array(canvas)
+
+    def _draw_boxes(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+        scale = _scale(height, width)
+        margin = round(self.box_margin_px * scale)
+        mask = np.zeros((height, width), dtype=np.uint8)
+        for _ in range(int(rng.integers(*self.boxes, endpoint=True))):
+            sides = [max(1, round(int(px) * scale)) for px in rng.integers(*self.box_px, size=2, endpoint=True)]
+            tall, wide = (min(side, whole - 2 * margin) for side, whole in zip(sides, (height, width), strict=True))
+            top = margin + int(rng.integers(height - 2 * margin - tall, endpoint=True))
+            left = margin + int(rng.integers(width - 2 * margin - wide, endpoint=True))
+            mask[top : top + tall, left : left + wide] = 1
+        return mask
+
+
 MASKS: Mapping[str, MaskFamily] = MappingProxyType(
     {
         "rectangle": Rectangle(),
@@ -219,6 +292,19 @@ MASKS: Mapping[str, MaskFamily] = MappingProxyType(
         "brush": Brush(),
         "brush_or_rectangle": BrushOrRectangle(),
         "irregular": Irregular(),
+        "lama_thin": LineOrBoxes(polylines=(4, 51), width_px=(5, 14), length_px=(10, 49)),
+        "lama_medium": LineOrBoxes(
+            polylines=(4, 6), width_px=(5, 54), length_px=(10, 109), box_share=0.3 / 1.3, boxes=(1, 5), box_px=(10, 50)
+        ),
+        "lama_thick": LineOrBoxes(
+            polylines=(1, 6),
+            width_px=(5, 104),
+            length_px=(10, 209),
+            box_share=0.3 / 1.3,
+            boxes=(1, 3),
+            box_px=(30, 150),
+            box_margin_px=10,
+        ),
     }
 )
 """The families by name, with the parameters of their publications."""
@@ -238,6 +324,11 @@ def draw_mask(family: str, height: int, width: int, rng: np.random.Generator) ->
 
 def _scale(height: int, width: int) -> float:
     return min(height, width) / REFERENCE_SIDE_PX
+
+
+def _as_opencv_draws(width: int) -> int:
+    """The pixels across a line for which OpenCV was asked for *width*."""
+    return (width + 1) // 2 * 2 + 1
 
 
 def _draw_stroke(canvas: Image.Image, points: list[tuple[int, int]], width: int) -> None:

@@ -45,7 +45,7 @@ class Measure:
     formula: str
     """One line; r result, t truth, both 0..255, and in brackets who reports it."""
     function: MeasureFunction | None = None
-    """None for a measure of a whole set (`tmad.swd`)."""
+    """None for a measure of a whole set (`tmad.swd`, `tmad.frechet`) and for one that needs a network of its own."""
     cap: float | None = None
     """The value at which it is cut off."""
 
@@ -165,12 +165,21 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         "tv_l1_hole_pct": Measure(
             "%", "lower", "100/127.5 (mean |dx| + mean |dy|) of r over hole [MMEditing's loss]", tv_l1_hole_pct
         ),
+        "lpips_full": Measure("", "lower", "distance of deep features, by the network that was given [LaMa, MAT]"),
         "swd_full": Measure(
             "1e-3", "lower", "sliced Wasserstein distance of 7x7 Laplacian-pyramid patches, mean of levels [PGGAN]"
         ),
         "swd_hole": Measure("1e-3", "lower", "swd_full of the patches centred in the hole"),
         "swd_hole_truthscaled": Measure(
             "1e-3", "lower", "swd_hole with both sides scaled by the truth's deviation: sees lost contrast"
+        ),
+        "fid_full": Measure(
+            "",
+            "lower",
+            "Frechet distance of deep features of all r and all t, by the network that was given [LaMa, MAT]",
+        ),
+        "kid_full": Measure(
+            "1e-3", "lower", "squared MMD, kernel (x y / d + 1)³, of the same features [Binkowski et al.]"
         ),
     }
 )

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from pipeline.config import RunConfig, difference
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.demo.run import DemoConfig
-from pipeline.evaluate import EvaluateConfig
+from pipeline.evaluation.config import EvaluateConfig
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.presets import PRESETS
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.schema import PATCHES_FIELD, RECORD_SCHEMA, Record
+from pipeline.data.schema import PATCHES_FIELD, Record
 
 MAX_GROUP_BYTES = 2**30
 """A row group is put together in memory, and read at once by most readers."""
@@ -25,7 +25,7 @@ def check_group_bytes(*, rows: int, variants: int, pool_size: int, patch_size: i
 
 def with_patches(table: pa.Table, *, rows: int, patch_size: int) -> Iterator[pa.Table]:
     """The records of *table*, *rows* at a time, with the column `schema.PATCHES_FIELD`."""
-    schema = RECORD_SCHEMA.append(PATCHES_FIELD)
+    schema = table.schema.append(PATCHES_FIELD)
     for start in range(0, len(table), rows):
         group = table.slice(start, rows).combine_chunks()
         patches = [windows(Record(**row), patch_size) for row in group.to_pylist()]

@@ -27,6 +27,7 @@ from pipeline.data.collection import UNUSABLE, drop_of, open_collection
 from pipeline.data.contract import examine, summarise_holes
 from pipeline.data.contract_report import write_report
 from pipeline.data.copies import Facts, encode_facts, facts_file, find_copies, read_facts, read_other_facts
+from pipeline.data.evaluation_set import LISTING_NAME, listing
 from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
 from pipeline.data.plan import PLAN_NAME, ShardPlan, extend_plan, read_plan
 from pipeline.data.pool_pixels import with_patches
@@ -44,7 +45,6 @@ from pipeline.data.records import make_records, open_as
 from pipeline.data.schema import (
     MANIFEST_NAME,
     PATCHES_FIELD,
-    RECORD_SCHEMA,
     SCHEMA_VERSION,
     Manifest,
     open_shard,
@@ -131,6 +131,8 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
             f"none of the {len(plan)} images in {redact(config.source)} can be used: {by_reason(manifest.drops)}; "
             f"each one's reason is in {redact(out)}/quarantine.jsonl"
         )
+    if config.split == "val":
+        claim.write(LISTING_NAME, listing(claim.folder, manifest))
     claim.write(MANIFEST_NAME, manifest.to_json().encode())
     _tell(manifest, receipts, config)
     return manifest
@@ -140,7 +142,8 @@ def _as_it_was(
     there: Mapping[str, int], receipts: Mapping[int, dict[str, Any]], plan: ShardPlan, config: PrepareConfig
 ) -> Manifest | None:
     """The manifest, if these files are a finished set: it is written last, and removed before anything is changed."""
-    if not {MANIFEST_NAME, "quarantine.jsonl", "report.json", "report.html"} <= there.keys():
+    own = {LISTING_NAME} if config.split == "val" else set()
+    if not {MANIFEST_NAME, "quarantine.jsonl", "report.json", "report.html", *own} <= there.keys():
         return None
     manifest = make_manifest(list(receipts.values()), len(plan), config)
     kept = read_bytes(join(absolute(config.out), MANIFEST_NAME))
@@ -249,17 +252,17 @@ def _make_shard(
     receipt = {"index": task["index"], "inputs": task["inputs"], "images": len(task["keys"]), "drops": drops}
     if config.mask_from != "family":
         receipt["masks"] = dict(reader.counts)
-    return _write_shard(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), receipt, claim, config)
+    return _write_shard(pa.Table.from_pylist(rows, schema=config.record_schema), receipt, claim, config)
 
 
 def _filter_shard(receipt: dict[str, Any], *, claim: Claim, config: PrepareConfig) -> pa.Table:
     """Write a shard anew without the copies among its receipt's drops; again, running it twice is running it once."""
-    names = RECORD_SCHEMA.names
+    schema = config.record_schema
     there = receipt["rows"] > 0
-    table = open_shard(claim.folder, receipt["file"]).read(columns=names) if there else RECORD_SCHEMA.empty_table()
+    table = open_shard(claim.folder, receipt["file"]).read(columns=schema.names) if there else schema.empty_table()
     left_out = pa.array([drop["key"] for drop in receipt["drops"]], pa.string())
     copied = pc.is_in(pc.struct_field(table["source"], "key"), value_set=left_out)
-    kept = table.filter(pc.invert(copied)).combine_chunks().cast(RECORD_SCHEMA)
+    kept = table.filter(pc.invert(copied)).combine_chunks().cast(schema)
     return _write_shard(kept, receipt, claim, config)
 
 
@@ -268,7 +271,7 @@ def _write_shard(table: pa.Table, receipt: dict[str, Any], claim: Claim, config:
     sink = pa.BufferOutputStream()
     rows = config.row_group_rows
     groups = with_patches(table, rows=rows, patch_size=config.patch_size) if config.pool_pixels else iter([table])
-    schema = RECORD_SCHEMA.append(PATCHES_FIELD) if config.pool_pixels else RECORD_SCHEMA
+    schema = config.record_schema.append(PATCHES_FIELD) if config.pool_pixels else config.record_schema
     with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
         for group in groups:
             writer.write_table(group, row_group_size=rows)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+import pyarrow as pa
 from pydantic.dataclasses import dataclass
 
 from pipeline.data.claim import EXPIRY_S
@@ -13,10 +14,11 @@ from pipeline.data.collection import CollectionConfig
 from pipeline.data.contract import ContractConfig
 from pipeline.data.pool_pixels import check_group_bytes
 from pipeline.data.records import RecordConfig
-from pipeline.data.schema import set_folder
+from pipeline.data.schema import record_schema, set_folder
 from pipeline.data.sources.partitions import PartitionName
 from pipeline.storage import absolute, redact
 from tmad.config import STRICT, PositiveFloat
+from tmad.masks import MASKS
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -30,6 +32,12 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
     """Folder of the prepared set: a path or any fsspec URI."""
     label_column: str | None = None
     """Column of a Parquet source with whole numbers that are kept as labels; none = no labels."""
+    split: Literal["train", "val"] = "train"
+    """What the set is for. val: an evaluation set, whose records also say how crop and holes came about, and which has
+    a list of them all, evaluation_set.jsonl."""
+    families: tuple[str, ...] = ()
+    """Families of holes, by name in `tmad.masks.MASKS`, that a crop's holes are drawn by in turn, where one (`mask`) is
+    not enough; masks_per_image must be a multiple of their number."""
     pool_pixels: bool = False
     """Keep the pixels of the memory's windows beside their coordinates, for readers outside this project: about 300 kB
     more a hole, none of which training reads."""
@@ -46,6 +54,15 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if unknown := sorted(set(self.families) - set(MASKS)):
+            raise ValueError(f"families must be of {', '.join(sorted(MASKS))}, got {', '.join(unknown)}")
+        if self.families and self.mask_from != "family":
+            raise ValueError(f"mask_from={self.mask_from} does not use families; they go with mask_from family")
+        if self.families and self.masks_per_image % len(self.families):
+            raise ValueError(
+                f"masks_per_image must be a multiple of the {len(self.families)} families, so that every crop gets "
+                f"holes of each, got {self.masks_per_image}"
+            )
         if self.pool_pixels:
             check_group_bytes(
                 rows=self.row_group_rows,
@@ -53,6 +70,15 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
                 pool_size=self.memory.pool_size,
                 patch_size=self.patch_size,
             )
+
+    @property
+    def record_schema(self) -> pa.Schema:
+        """Columns of the set's shards, without the windows' pixels."""
+        return record_schema(evaluation=self.split == "val")
+
+    def family(self, variant: int) -> str:
+        """The family of a crop's hole number *variant*."""
+        return self.families[variant % len(self.families)] if self.families else self.mask
 
     def settings(self) -> dict[str, Any]:
         """What decides the content of the set, for the manifest and for comparison with an earlier run."""
@@ -70,4 +96,10 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
             del values[name]
         if not self.pool_pixels:
             del values["pool_pixels"]
+        if self.split == "train":
+            del values["split"]
+        if not self.families:
+            del values["families"]
+        else:
+            del values["mask"]
         return json.loads(json.dumps(values))

@@ -24,7 +24,7 @@ from tmad.config import STRICT, MemoryConfig, PositiveInt
 from tmad.images import MAX_PIXELS, crop_scaled, scaled_size
 from tmad.masks import MASKS, draw_mask
 from tmad.memory import select_pool
-from tmad.rng import numpy_generator
+from tmad.rng import numpy_generator, seed_of
 
 _MASK_DRAWS = 32
 _CROP_DRAWS = 32
@@ -111,6 +111,10 @@ class RecordConfig(CropConfig):
                 f"memory.stride_divisor must divide patch_size ({self.patch_size}), got {self.memory.stride_divisor}"
             )
 
+    def family(self, variant: int) -> str:
+        """The family of a crop's hole number *variant*."""
+        return self.mask
+
 
 def open_as(data: bytes, config: RecordConfig) -> Photograph:
     """The image file *data* as `make_records` needs it. Raises `UnreadableImage` with the reason to leave it out."""
@@ -134,7 +138,7 @@ def make_records(
     crops: range | None = None,
     variants: range | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of `schema.RECORD_SCHEMA` for the image file *data* and its class *label*, one a crop.
+    """Rows of `schema.RECORD_SCHEMA` and `EVALUATION_FIELDS` for the image file *data* of class *label*, one a crop.
 
     *photograph*: that file, if `open_as` opened it already; *masks* reads the user's, where `mask_from` names any.
     *crops* and *variants*: numbers of the crops, and of the holes of each, that are made (none = all); what is made
@@ -151,11 +155,16 @@ def make_records(
         rng = numpy_generator(config.seed, "crop", key, number)
         image_id = f"{key}#{number}"
         drawn: Iterable[np.ndarray]
+        families: list[str] = [config.mask_from] * len(variants)
+        seeds: list[int | None] = [None] * len(variants)
         if config.mask_from == "family":
+            families = [config.family(variant) for variant in variants]
+            seeds = [seed_of(config.seed, "mask", image_id, variant) for variant in variants]
             place, drawn = _draw_place(photograph, config, rng), _family_masks(image_id, config, variants)
         elif config.mask_from == "random":
             place = _draw_place(photograph, config, rng)
             mask_rng = numpy_generator(config.seed, "mask", image_id)
+            seeds = [seed_of(config.seed, "mask", image_id)] * len(variants)
             found = masks.draw(config.masks_per_image, config.crop_size, mask_rng)
             drawn = islice(found, variants.start, variants.stop)
         else:
@@ -180,6 +189,14 @@ def make_records(
                 "hole_fraction": [float(mask.mean()) for mask, _ in holes],
                 "label": label,
                 "source": source,
+                "crop": {
+                    "scaled_height": place["scaled"][0],
+                    "scaled_width": place["scaled"][1],
+                    "top": place["top"],
+                    "left": place["left"],
+                },
+                "mask_family": families,
+                "mask_seed": seeds,
             }
         )
     return rows
@@ -230,12 +247,12 @@ def _family_masks(image_id: str, config: RecordConfig, variants: range) -> Itera
     for variant in variants:
         rng = numpy_generator(config.seed, "mask", image_id, variant)
         for _ in range(_MASK_DRAWS):
-            mask = draw_mask(config.mask, config.crop_size, config.crop_size, rng)
+            mask = draw_mask(config.family(variant), config.crop_size, config.crop_size, rng)
             if mask.any() and not mask.all():
                 break
         else:
             raise ValueError(
-                f"mask family {config.mask!r} gave {_MASK_DRAWS} times no hole or nothing but hole at "
+                f"mask family {config.family(variant)!r} gave {_MASK_DRAWS} times no hole or nothing but hole at "
                 f"{config.crop_size} pixels; choose another mask or crop_size"
             )
         yield mask

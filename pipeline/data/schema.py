@@ -3,10 +3,10 @@
 Layout of the folder: `shards/00000.parquet` and its receipt `shards/00000.json` for every shard, `settings.json` of the
 preparation, `facts/00000.parquet` (`contract.FACTS_SCHEMA`) for comparing images, `quarantine.jsonl` (inputs that were
 left out, with their reasons), `report.json` and `report.html`, and `manifest.json`, written last: a set without it is
-unfinished and is refused. `plan.parquet` says which image belongs to which shard, and while a job is at work
-`claim.json` says whose. Beside them may lie `source_report.json` (the source beside the partition that it should be)
-and `source_index.arrow` and `mask_index.arrow` (where images and masks lie in tar files), which are no part of the
-set.
+unfinished and is refused. An evaluation set has `evaluation_set.jsonl` too, a line for each image and mask.
+`plan.parquet` says which image belongs to which shard, and while a job is at work `claim.json` says whose. Beside them
+may lie `source_report.json` (the source beside the partition that it should be) and `source_index.arrow` and
+`mask_index.arrow` (where images and masks lie in tar files), which are no part of the set.
 
 A record is one crop: its encoded file, its masks as bits (1 = hole), and for each mask the corners (y, x) of the
 windows of the texture memory (Sec. III-B). Nothing in it is a decoded pixel.
@@ -61,11 +61,32 @@ RECORD_SCHEMA = pa.schema(
 variant, row-major bits of (height, width), the first pixel in the highest bit; `pool_yx` one entry a variant,
 y0, x0, y1, x1, ...; `source.key` is relative to the manifest's `source`."""
 
+EVALUATION_FIELDS = (
+    pa.field(
+        "crop",
+        pa.struct([pa.field(name, pa.int32()) for name in ("scaled_height", "scaled_width", "top", "left")]),
+        nullable=False,
+    ),
+    pa.field("mask_family", _list(pa.string()), nullable=False),
+    pa.field("mask_seed", _list(pa.int64()), nullable=False),
+)
+"""Three more columns in evaluation sets (`split` val): the size to which the photograph was scaled and the corner of
+its crop; and for each mask its family and the seed of the generator that drew it. The user's masks have `mask_from` for
+a family, and a seed only where they were drawn from a list."""
+
 PATCHES_FIELD = pa.field("pool_patches", _list(pa.binary()), nullable=False)
 """One more column, the last, in sets prepared with `pool_pixels`, for readers outside this project: one entry a
 variant, the pixels of the memory's windows, (P, k, k, 3), uint8, row-major, in the order of `pool_yx`. They are cut
 from the stored crop as decoded from its bytes. That is P * k * k * 3 bytes a record and variant, 307,200 by default, so
 20 MB in a row group of 64. Nothing here reads them unless asked to: training cuts its windows by the coordinates."""
+
+
+def record_schema(*, evaluation: bool) -> pa.Schema:
+    """`RECORD_SCHEMA`, for evaluation sets with `EVALUATION_FIELDS`."""
+    schema = RECORD_SCHEMA
+    for field in EVALUATION_FIELDS if evaluation else ():
+        schema = schema.append(field)
+    return schema
 
 
 def pack_mask(mask: np.ndarray) -> bytes:
@@ -93,6 +114,10 @@ class Record:
     source: dict[str, Any]
     pool_patches: list[bytes] | None = None
     """Where they were prepared and asked for."""
+    crop: dict[str, int] | None = None
+    """This and the next two: in evaluation sets, see `EVALUATION_FIELDS`."""
+    mask_family: list[str] | None = None
+    mask_seed: list[int | None] | None = None
 
     def pixels(self) -> np.ndarray:
         """(H, W, 3), uint8."""
@@ -169,6 +194,16 @@ class Manifest:
         return int(self.settings["masks_per_image"])
 
     @property
+    def is_evaluation_set(self) -> bool:
+        """Whether its records say how each crop and mask came about (`EVALUATION_FIELDS`)."""
+        return self.settings.get("split") == "val"
+
+    @property
+    def columns(self) -> list[str]:
+        """Those of every record, without the windows' pixels."""
+        return record_schema(evaluation=self.is_evaluation_set).names
+
+    @property
     def crop_size(self) -> int:
         """Side of every record's image, in pixels."""
         return int(self.settings["crop_size"])
@@ -240,7 +275,7 @@ def read_records(uri: str, limit: int | None = None, *, patches: bool = False) -
     """
     manifest = read_manifest(uri)
     left = manifest.records if limit is None else limit
-    columns = [*RECORD_SCHEMA.names, *([PATCHES_FIELD.name] if patches else [])]
+    columns = [*manifest.columns, *([PATCHES_FIELD.name] if patches else [])]
     for shard in manifest.shards:
         if left <= 0:
             return

@@ -32,22 +32,30 @@ def run_tasks(
     function: Callable[[dict[str, Any]], pa.Table],
     *,
     num_cpus: float,
+    num_gpus: float = 0,
     in_order: bool = False,
     max_ray_tasks: int = 10_000,
+    at_once: int | None = None,
+    runtime_env: dict[str, Any] | None = None,
 ) -> ray.data.Dataset:
     """A lazy data set of the tables that *function* makes of each task (a JSON object).
 
-    *num_cpus* processors are asked for by each running task. *in_order*: rows come in the order of the tasks,
-    otherwise as they are finished. Beyond *max_ray_tasks*, several tasks are run one after the other in one of Ray's,
-    which keeps its bookkeeping small.
+    *num_cpus* processors and *num_gpus* GPUs are asked for by each running task, of which *at_once* run at a time (none
+    = as many as there is room for), in processes with this *runtime_env*. *in_order*: rows come in the order of the
+    tasks, otherwise as they are finished. Beyond *max_ray_tasks*, several tasks are run one after the other in one of
+    Ray's, which keeps its bookkeeping small.
     """
     items = [{"task": json.dumps(task)} for task in tasks]
     blocks = min(len(items), max_ray_tasks)
+    options: dict[str, Any] = {"runtime_env": runtime_env} if runtime_env else {}
     dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
         partial(_run, function=function),
         batch_size=1,
         batch_format="numpy",
         num_cpus=num_cpus,
+        num_gpus=num_gpus or None,
+        compute=ray.data.TaskPoolStrategy(size=at_once) if at_once else None,
+        **options,
     )
     return _quiet(dataset, in_order=in_order)
 
@@ -83,8 +91,7 @@ def _quiet(dataset: ray.data.Dataset, *, in_order: bool) -> ray.data.Dataset:
     dataset.context.print_on_execution_start = False
     # Ray's default of 128 MiB delays the first batch until so much is read, and a few such blocks fill the store.
     dataset.context.target_max_block_size = BLOCK_BYTES
-    options = dataset.context.execution_options
-    options.preserve_order = in_order
+    dataset.context.execution_options.preserve_order = in_order
     # Ray Data says on the console that its bars are off and that a run is over; our own lines say what matters.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)

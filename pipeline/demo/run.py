@@ -28,7 +28,8 @@ from pipeline.data.schema import Manifest
 from pipeline.demo.photographs import PHOTOGRAPHS, write_photographs
 from pipeline.environment import environment
 from pipeline.errors import ConfigMismatch
-from pipeline.evaluate import EvaluateConfig, Evaluation, evaluate, evaluation_report
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.evaluate import Evaluated, evaluate
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import Summary, inpaint_all
 from pipeline.presets import PRESETS
@@ -186,6 +187,7 @@ def _prepare_config(config: DemoConfig, run: RunConfig, data: Path, split: Liter
         patch_size=run.model.patch_size,
         memory=run.model.memory,
         images_per_shard=4,
+        split=split,
         against=None if training else str(data / "train"),
         encoding="png",
         seed=run.seed,
@@ -220,7 +222,7 @@ def _is_current(metrics: Path, finished: dict[str, Any], val_set: Manifest) -> b
 
 
 def _write_metrics(
-    path: Path, evaluation: Evaluation, finished: dict[str, Any], filled: Summary, stages_s: dict[str, float]
+    path: Path, evaluation: Evaluated, finished: dict[str, Any], filled: Summary, stages_s: dict[str, float]
 ) -> None:
     content = {
         "evaluation": evaluation.summary,
@@ -234,7 +236,7 @@ def _write_metrics(
 
 def _write_report(
     path: Path,
-    evaluation: Evaluation,
+    evaluation: Evaluated,
     run: RunConfig,
     finished: dict[str, Any],
     inpainted: Path,
@@ -246,7 +248,7 @@ def _write_report(
         "A small model, trained for a few minutes on crops of a handful of photographs, fills holes in photographs "
         "that it has never seen. It shows that every part works together, not what the method can do.",
     )
-    evaluation_report(evaluation, report)
+    evaluation.write_sections(report)
     report.heading("Whole photographs, filled from folders")
     report.text(f"Images and masks from a folder each, filled by {model} at their own size.")
     report.pictures(list(_example_rows(inpainted)))

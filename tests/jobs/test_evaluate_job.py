@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.evaluate import main
+from tests.pipeline.conftest import SetMaker
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "jobs" / "evaluate.py"
 
@@ -42,24 +43,25 @@ def test_an_unknown_option_is_refused_with_the_near_one(capsys: pytest.CaptureFi
     assert "--limit" in capsys.readouterr().err
 
 
+@pytest.mark.ray
 def test_the_means_are_printed(
-    model_folder: Path, make_set, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_session: None, model_folder: Path, make_set: SetMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = main(
-        [
-            "--model",
-            str(model_folder),
-            "--data",
-            make_set(1),
-            "--out",
-            str(tmp_path / "out"),
-            "--methods",
-            "tmad",
-            "coarse",
-        ]
-    )
+    data, out = make_set(1), str(tmp_path / "out")
+    code = main(["--model", str(model_folder), "--data", data, "--out", out, "--methods", "tmad", "coarse"])
     said = capsys.readouterr().out
     assert code == 0
     assert "psnr_hole" in said
     assert "coarse result of T-MAD" in said
     assert said.strip().endswith("out/report.html")
+
+
+def test_the_inputs_of_other_methods_are_exported_without_a_model(
+    make_set: SetMaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--data", make_set(2), "--export", str(tmp_path / "in")]) == 0
+    assert "2 images and masks" in capsys.readouterr().out
+    kinds = {
+        kind: sorted(path.name for path in (tmp_path / "in" / kind).iterdir()) for kind in ("images", "masks", "truth")
+    }
+    assert kinds == {kind: ["photo-0.png", "photo-1.png"] for kind in ("images", "masks", "truth")}

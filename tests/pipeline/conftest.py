@@ -7,6 +7,7 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,35 +51,39 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_set(tmp_path: Path) -> SetMaker:
-    """Writes a prepared set of PNG crops in one shard and returns its folder."""
+    """`write_set` below a folder of the test."""
 
-    def make(num_images: int = 3, *, side: int = 64, masks: list[np.ndarray] | None = None, name: str = "set") -> str:
-        folder = tmp_path / name
-        rows = []
-        for index in range(num_images):
-            mask = make_mask(side) if masks is None else masks[index]
-            rows.append(
-                {
-                    "image_id": f"photo-{index}.png#0",
-                    "image": png_bytes(make_image(index, side)),
-                    "height": side,
-                    "width": side,
-                    "masks": [pack_mask(mask)],
-                    "pool_yx": [[0, 0]],
-                    "hole_fraction": [float(mask.mean())],
-                    "label": None,
-                    "source": {"key": f"photo-{index}.png", "size": 1, "sha256": "0"},
-                }
-            )
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), buffer, row_group_size=2)
-        (folder / "shards").mkdir(parents=True)
-        (folder / "shards" / "00000.parquet").write_bytes(buffer.getvalue())
-        digest = hashlib.sha256(buffer.getvalue()).hexdigest()
-        shard = Shard("shards/00000.parquet", num_images, len(buffer.getvalue()), digest, "a", "z")
-        settings = {"masks_per_image": 1, "crop_size": side, "patch_size": 16, "mask": "rectangle"}
-        manifest = Manifest(settings, [shard], num_images, num_images, {}, num_images, row_group_rows=2)
-        (folder / "manifest.json").write_text(manifest.to_json())
-        return str(folder)
+    def make(num_images: int = 3, *, name: str = "set", **options: Any) -> str:
+        return write_set(tmp_path / name, num_images, **options)
 
     return make
+
+
+def write_set(folder: Path, num_images: int = 3, *, side: int = 64, masks: list[np.ndarray] | None = None) -> str:
+    """A prepared set of PNG crops in one shard, as preparation would write it; returns its folder."""
+    rows = []
+    for index in range(num_images):
+        mask = make_mask(side) if masks is None else masks[index]
+        rows.append(
+            {
+                "image_id": f"photo-{index}.png#0",
+                "image": png_bytes(make_image(index, side)),
+                "height": side,
+                "width": side,
+                "masks": [pack_mask(mask)],
+                "pool_yx": [[0, 0]],
+                "hole_fraction": [float(mask.mean())],
+                "label": None,
+                "source": {"key": f"photo-{index}.png", "size": 1, "sha256": "0"},
+            }
+        )
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA), buffer, row_group_size=2)
+    (folder / "shards").mkdir(parents=True)
+    (folder / "shards" / "00000.parquet").write_bytes(buffer.getvalue())
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    shard = Shard("shards/00000.parquet", num_images, len(buffer.getvalue()), digest, "a", "z")
+    settings = {"masks_per_image": 1, "crop_size": side, "patch_size": 16, "mask": "rectangle"}
+    manifest = Manifest(settings, [shard], num_images, num_images, {}, num_images, row_group_rows=2)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return str(folder)

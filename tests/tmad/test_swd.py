@@ -52,6 +52,24 @@ def distances(change: str, side: int, swap: bool = False) -> dict[str, float | N
     return collected.values()
 
 
+def test_parts_collected_apart_and_merged_in_any_order_are_the_whole() -> None:
+    whole = SlicedWasserstein(side=64, max_patches=300, num_images=8)
+    parts = [SlicedWasserstein(side=64, max_patches=300, num_images=8) for _ in range(3)]
+    for index, truth in enumerate(photographs(64)):
+        mask = draw_mask("rectangle", 64, 64, numpy_generator(0, index))
+        result = np.where(mask[..., None] > 0, blurred(1.5, truth), truth)
+        whole.add(str(index), result, truth, mask)
+        parts[index % 3].add(str(index), result, truth, mask)
+    states = [part.state() for part in parts]
+    # 300 of 8 * 128 are kept: what ranks above twice that share is dropped before it is stored.
+    assert all(len(states[part]["full-0-ranks"]) < 128 * 3 for part in range(3))
+    merged = SlicedWasserstein(side=64, max_patches=300, num_images=8)
+    for part in (2, 0, 1):
+        merged.merge(states[part])
+    assert merged.values() == whole.values()
+    assert merged.skipped() == whole.skipped()
+
+
 def test_equal_sets_are_exactly_zero_apart() -> None:
     assert distances("none", 64) == dict.fromkeys(VARIANTS, 0.0)
 

@@ -1,0 +1,96 @@
+"""The evaluation from end to end: measured, compared, painted, written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.claim import claim_folder
+from pipeline.data.schema import read_manifest
+from pipeline.evaluation.compare import REPORT, Comparison, compare, folder_of, read_summary
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.external import export_inputs
+from pipeline.evaluation.measure import Evaluation, measure_set
+from pipeline.evaluation.page import caption, markdown, write_sections
+from pipeline.evaluation.pictures import Shown, choose, paint
+from pipeline.report import Report, picture_grid, png_bytes
+from pipeline.storage import absolute, join, read_bytes, redact
+from pipeline.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A finished evaluation."""
+
+    evaluation: Evaluation
+    shown: list[Shown]
+    comparison: Comparison | None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of report.json."""
+        extra = {} if self.comparison is None else {"against": self.comparison.summary}
+        return self.evaluation.summary | extra
+
+    @property
+    def means(self) -> dict[str, dict[str, float | None]]:
+        """Method, then measure, then its mean or value."""
+        return self.evaluation.means
+
+    def write_sections(self, report: Report) -> None:
+        """The evaluation as sections of *report*."""
+        write_sections(report, self.evaluation, self.shown, self.comparison)
+
+
+def evaluate(config: EvaluateConfig) -> Evaluated:
+    """Measure what is asked for and write into `config.out`: per_image/ (Parquet), results/, report.html, report.md,
+    report.json, timing.json, pictures.png. report.json comes last and says that it is complete.
+
+    Raises what `measure_set` and `compare` raise, and `FolderInUse` if another job writes there.
+    """
+    if config.against is not None:
+        if folder_of(config.against) == absolute(config.out):
+            raise ValueError(f"against must be another evaluation than out, got {redact(config.out)} for both")
+        read_summary(config.against)  # before hours of work
+    with claim_folder(config.out) as claim:
+        claim.remove(REPORT)
+        evaluation = measure_set(config, claim)
+        comparison = None if config.against is None else compare(evaluation, config.against)
+        changed = [] if comparison is None else comparison.changed
+        shown = paint(evaluation, [*(choose(evaluation) if evaluation.summary["images"] else []), *changed])
+        done = Evaluated(evaluation, shown, comparison)
+        report = Report("T-MAD evaluation", "Every method fills the same holes of the same images.")
+        done.write_sections(report)
+        claim.write("report.html", report.html().encode())
+        claim.write("report.md", markdown(done.summary, comparison).encode())
+        if grid := grid_rows(shown):
+            claim.write("pictures.png", png_bytes(picture_grid(grid)))
+        text = json.dumps(done.summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        claim.write(REPORT, text.encode())
+    if config.mlflow_run is not None:
+        _track(done, config.out, Tracker(config.tracking, config.mlflow_run))
+    return done
+
+
+def export(config: EvaluateConfig) -> int:
+    """Write the set's inputs into the folder `config.export`; returns how many images and masks."""
+    assert config.export is not None, "asked for"
+    return export_inputs(config.data, config.export, manifest=read_manifest(config.data))
+
+
+def grid_rows(shown: Sequence[Shown]) -> list[tuple[str, dict[str, bytes]]]:
+    """The evenly spread images, for a picture grid."""
+    return [(caption(one), one.pictures) for one in shown if one.choice.why == "spread"]
+
+
+def _track(done: Evaluated, out: str, tracker: Tracker) -> None:
+    with tracker:
+        for method, means in done.means.items():
+            values = {f"evaluation/{method}/{name}": value for name, value in means.items() if value is not None}
+            tracker.metrics(values, step=0)
+        for name in ("report.html", "report.md", REPORT):
+            tracker.artifact(read_bytes(join(out, name)), f"evaluation/{name}")
+        if grid := grid_rows(done.shown):
+            tracker.image("evaluation/pictures", picture_grid(grid))

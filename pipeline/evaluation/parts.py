@@ -1,0 +1,276 @@
+"""A part of the set measured by every method, and what is kept of it: rows, texture samples, features, a receipt.
+
+A part is a stretch of records of one shard. Its files lie below the results; the receipt is written last, and with it
+the part is finished, whatever becomes of the job. What a part holds depends on its images alone: every image goes by
+itself through everything, on one thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from pipeline.data.claim import Claim
+from pipeline.data.schema import Manifest, Record, open_shard, set_folder
+from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.external import Results, result_name
+from pipeline.evaluation.methods import Filler, Row
+from pipeline.evaluation.networks import ScriptedNetwork
+from pipeline.report import png_bytes
+from pipeline.storage import file_sizes, join, read_bytes
+from tmad.inpaint import Inpainter, UnusableInput
+from tmad.metrics import MEASURES, measure
+from tmad.swd import SMALLEST_LEVEL, VARIANTS, SlicedWasserstein
+
+ONE_THREAD = {"env_vars": {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
+"""Runtime environment of everything that computes: sums do not depend on how many processors a machine has."""
+
+FACTS = ("image_id", "key", "variant", "mask_family", "label", "hole_fraction", "method")
+"""Columns of the per-image results before the measures."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """So many records of a shard from number *start* of the shard on."""
+
+    index: int
+    shard: str
+    start: int
+    records: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker has to know; made once by the driver."""
+
+    config: EvaluateConfig
+    manifest: Manifest
+    rows: tuple[Row, ...]
+    measures: tuple[str, ...]
+    """Those that can be had."""
+    variants: tuple[int, ...]
+    externals: dict[str, Results]
+    digest: str
+    """Of all that decides the content of a part, besides its images."""
+
+    @property
+    def measured_methods(self) -> list[str]:
+        """Names of the rows that get figures."""
+        return [row.name for row in self.rows if row.not_measured is None]
+
+    @property
+    def has_features(self) -> bool:
+        """Whether images go through a feature network."""
+        return bool({"fid_full", "kid_full"} & set(self.measures))
+
+    @property
+    def one_image_measures(self) -> tuple[str, ...]:
+        """Those that `tmad.metrics.measure` knows and that are asked for."""
+        return tuple(name for name in self.measures if MEASURES[name].function)
+
+    def texture_samples(self) -> SlicedWasserstein | None:
+        """A collector for a part or for the whole set; none where the images are too small or nothing was asked for."""
+        side = self.manifest.crop_size
+        if side < SMALLEST_LEVEL or not set(VARIANTS) & set(self.measures):
+            return None
+        images = min(self.manifest.records, self.config.limit or self.manifest.records) * len(self.variants)
+        return SlicedWasserstein(side=side, seed=self.config.seed, num_images=images)
+
+
+def plan_parts(manifest: Manifest, config: EvaluateConfig) -> list[Part]:
+    """The parts of the set in its order, of `images_per_task` records at most, up to `limit`."""
+    parts: list[Part] = []
+    left = config.limit or manifest.records
+    for shard in manifest.shards:
+        for start in range(0, min(shard.rows, left), config.images_per_task):
+            records = min(config.images_per_task, min(shard.rows, left) - start)
+            parts.append(Part(len(parts), shard.file, start, records))
+        left -= min(shard.rows, left)
+    return parts
+
+
+def read_part(data: str, part: Part, manifest: Manifest) -> Iterator[Record]:
+    """The records of *part*, a row group at a time."""
+    file = open_shard(set_folder(data), part.shard)
+    rows = manifest.row_group_rows
+    first, end = part.start, part.start + part.records
+    for group in range(first // rows, (end - 1) // rows + 1):
+        skip = max(0, first - group * rows)
+        found = file.read_row_group(group, columns=manifest.columns).slice(skip, end - group * rows - skip)
+        yield from (Record(**row) for row in found.to_pylist())
+
+
+def part_file(index: int, kind: str) -> str:
+    """Where a file of part number *index* lies below the results: `rows` are a file of the Parquet data set per_image,
+    `json` is the receipt."""
+    return f"per_image/{index:06d}.parquet" if kind == "rows" else f"parts/{index:06d}.{kind}"
+
+
+def finished_parts(job: Job, parts: Sequence[Part], out: str) -> dict[int, dict[str, Any]]:
+    """Receipts, by number, of the parts that an earlier call with the same settings finished and whose files are
+    whole."""
+    there = file_sizes(out)
+
+    def receipt_of(part: Part) -> dict[str, Any] | None:
+        if part_file(part.index, "json") not in there:
+            return None
+        receipt: dict[str, Any] = json.loads(read_bytes(join(out, part_file(part.index, "json"))))
+        whole = all(there.get(file) == size for file, size in receipt["files"].items())
+        return receipt if whole and receipt["inputs"] == inputs_of(job, part) else None
+
+    with ThreadPoolExecutor(16) as pool:
+        return {receipt["index"]: receipt for receipt in pool.map(receipt_of, parts) if receipt}
+
+
+def inputs_of(job: Job, part: Part) -> str:
+    """Digest of all that decides what a part holds."""
+    return hashlib.sha256(json.dumps([job.digest, asdict(part)]).encode()).hexdigest()[:16]
+
+
+def measure_part(task: dict[str, Any], *, files: Any, job: Job, claim: Claim) -> pa.Table:
+    """A task of Ray: measure `Part` *task* and write its files; the receipt as JSON. *files*: see `opened`."""
+    filler, networks = opened(files, job)
+    return pa.table({"receipt": [json.dumps(_measure(Part(**task), filler, networks, job, claim))]})
+
+
+def _measure(
+    part: Part, filler: Filler, networks: Mapping[str, ScriptedNetwork], job: Job, claim: Claim
+) -> dict[str, Any]:
+    """Write the part's files, the receipt last; doing it twice writes the same twice."""
+    rows: list[dict[str, Any]] = []
+    names = job.measured_methods
+    textures = {name: job.texture_samples() for name in names}
+    features: dict[str, list[np.ndarray]] = {}
+    failed: dict[str, str] = {}
+    seconds = dict.fromkeys(names, 0.0)
+    files: dict[str, int] = {}
+    for record in read_part(job.config.data, part, job.manifest):
+        for variant in job.variants:
+            item_id = record.image_id if variant == 0 else f"{record.image_id}/{variant}"
+            try:
+                filled = filler(record, variant)
+            except UnusableInput as error:
+                failed[item_id] = error.reason
+                continue
+            if "fid" in networks:
+                features.setdefault("", []).append(networks["fid"].features(filled.truth))
+            for name, output in filled.outputs.items():
+                values = measure(output, filled.truth, filled.mask, job.one_image_measures)
+                if "lpips" in networks:
+                    values["lpips_full"] = networks["lpips"].distance(output, filled.truth)
+                if "fid" in networks:
+                    features.setdefault(name, []).append(networks["fid"].features(output))
+                if (texture := textures[name]) is not None:
+                    texture.add(item_id, output, filled.truth, filled.mask)
+                rows.append({**facts_of(record, variant, job.manifest), "method": name, **values})
+                seconds[name] += filled.seconds.get(name, 0.0)
+                if name in job.config.keep:
+                    key = f"results/{name}/{result_name(record.image_id, variant, manifest=job.manifest)}.png"
+                    data = png_bytes(output)
+                    claim.write(key, data)
+                    files[key] = len(data)
+    contents = {"rows": table_bytes(rows, job)}
+    for name, texture in textures.items():
+        if texture is not None:
+            contents[f"{name}.textures.npz"] = _npz(texture.state())
+    if "fid" in networks:
+        contents["features.npz"] = _npz({name or "truth": np.stack(vectors) for name, vectors in features.items()})
+    for kind, data in contents.items():
+        claim.write(part_file(part.index, kind), data)
+        files[part_file(part.index, kind)] = len(data)
+    receipt = {
+        **{"index": part.index, "inputs": inputs_of(job, part), "files": files, "failed": failed},
+        **{"images": part.records, "seconds": seconds},
+    }
+    claim.write(part_file(part.index, "json"), json.dumps(receipt).encode())
+    return receipt
+
+
+def opened(files: Any, job: Job) -> tuple[Filler, dict[str, ScriptedNetwork]]:
+    """The methods and the measuring networks in this process, which computes on one thread from now on; kept for the
+    next task of the same evaluation.
+
+    *files*: reference to the networks' files: `model` (file by name), `fid` and `lpips`, where there are any.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    key = f"{job.digest}-{job.config.cells_per_chunk}"
+    if key not in _OPENED:
+        _OPENED.clear()
+        _OPENED[key] = _open(ray.get(files), job)
+    return _OPENED[key]
+
+
+_OPENED: dict[str, tuple[Filler, dict[str, ScriptedNetwork]]] = {}
+
+
+def _open(files: Mapping[str, Any], job: Job) -> tuple[Filler, dict[str, ScriptedNetwork]]:
+    from tmad.checkpoint import load_model
+
+    device = "cuda" if job.config.use_gpu else "cpu"
+    inpainter = None
+    if files.get("model"):
+        with tempfile.TemporaryDirectory(prefix="tmad-model-") as folder:
+            for name, content in files["model"].items():
+                Path(folder, name).write_bytes(content)
+            model = load_model(folder, device=device)
+        inpainter = Inpainter(model, cells_per_chunk=job.config.cells_per_chunk, seed=job.config.seed)
+    donors = [name for name, _ in job.config.donors]
+    filler = Filler(job.rows, inpainter, job.externals, donors, job.manifest, job.config.seed)
+    networks = {name: ScriptedNetwork(files[name], device=device) for name in ("fid", "lpips") if files.get(name)}
+    return filler, networks
+
+
+def facts_of(record: Record, variant: int, manifest: Manifest) -> dict[str, Any]:
+    """What a row of results says of its image and mask."""
+    family = record.mask_family[variant] if record.mask_family else manifest.settings.get("mask", "own")
+    return {
+        "image_id": record.image_id,
+        "key": record.source["key"],
+        "variant": variant,
+        "mask_family": family,
+        "label": record.label,
+        "hole_fraction": float(record.mask(variant).mean()),
+    }
+
+
+def row_schema(job: Job) -> pa.Schema:
+    """Of the per-image results: `FACTS`, then each measure of one image, without a value where it has none."""
+    kinds = {"variant": pa.int64(), "label": pa.int64(), "hole_fraction": pa.float64()}
+    names = [*job.one_image_measures, *(["lpips_full"] if "lpips_full" in job.measures else [])]
+    ordered = [name for name in MEASURES if name in names]
+    return pa.schema(
+        [*((name, kinds.get(name, pa.string())) for name in FACTS), *((name, pa.float64()) for name in ordered)]
+    )
+
+
+def table_bytes(rows: Sequence[Mapping[str, Any]], job: Job) -> bytes:
+    """*rows* as a Parquet file."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=row_schema(job)), sink)
+    return sink.getvalue()
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    sink = io.BytesIO()
+    np.savez(sink, **arrays)  # type: ignore[arg-type]
+    return sink.getvalue()
+
+
+def read_npz(uri: str) -> dict[str, np.ndarray]:
+    """The arrays that a part kept, by name."""
+    with np.load(io.BytesIO(read_bytes(uri)), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
