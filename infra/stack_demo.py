@@ -38,6 +38,8 @@ JOBS: dict[str, list[str]] = {
     "train": [
         *("train_places.py", "--preset", "smoke", "--name", "stack-demo", "--runs", f"{PLACE}/runs"),
         *("--data.train", f"{PLACE}/train", "--data.val", f"{PLACE}/val"),
+        # More than half of a node each, so that they are on two of them and gradients cross between hosts.
+        *("--workers.cpus-per-worker", "2", "--workers.threads", "1"),
     ],
     "evaluate": ["evaluate.py", "--model", MODEL, "--data", f"{PLACE}/val", "--out", f"{PLACE}/evaluation"],
     "inpaint": [

@@ -36,6 +36,11 @@ def test_the_generated_pages_are_those_of_the_code() -> None:
     assert stale == [], "run `make docs`"
 
 
+def test_every_job_stands_on_the_page() -> None:
+    jobs = {path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("__")}
+    assert generate.JOBS.keys() == jobs, "add its configuration to JOBS in docs/reference/generate.py"
+
+
 def test_every_setting_has_a_meaning_and_stands_on_the_page() -> None:
     page = (ROOT / "docs" / "reference" / "configuration.md").read_text()
     for job, kind in generate.JOBS.items():
