@@ -56,17 +56,28 @@ class SlicedWasserstein:
     """
 
     def __init__(
-        self, *, side: int = 256, seed: int = 0, patches_per_image: int = 128, max_patches: int = 8192
+        self,
+        *,
+        side: int = 256,
+        seed: int = 0,
+        patches_per_image: int = 128,
+        max_patches: int = 8192,
+        num_images: int | None = None,
     ) -> None:
         """*side*: short side of the set's images, pixels: 256 gives five levels, 64 gives three.
 
-        *patches_per_image*: of each level and region; 128 as published. Raises `ValueError` for a side below 16.
+        *patches_per_image*: of each level and region; 128 as published. *num_images* of the whole set, for parts of it
+        that are collected apart and merged: patches that cannot be among the lowest ranks are dropped at once. Raises
+        `ValueError` for a side below 16.
         """
         if side < SMALLEST_LEVEL:
             raise ValueError(f"the distance needs images of at least {SMALLEST_LEVEL} px, got side {side}")
         self.side, self.seed = side, seed
         self.patches_per_image, self.max_patches = patches_per_image, max_patches
         self.num_levels = (side // SMALLEST_LEVEL).bit_length()
+        # Twice the share that is kept in the end: all levels with a patch in each image reach `max_patches`.
+        drawn = patches_per_image * (num_images or 1)
+        self._highest_rank = min(1.0, 2 * max_patches / drawn)
         self.num_images = 0
         self._used: dict[Region, int] = {"full": 0, "hole": 0}
         self._samples: dict[Region, list[_Sample]] = {
@@ -102,9 +113,28 @@ class SlicedWasserstein:
                 in_hole |= region == "hole"
                 chosen = places[rng.integers(len(places), size=self.patches_per_image)]
                 ranks = rng.random(self.patches_per_image)
-                patches = np.stack([_cut(image, chosen) for image in sides], axis=1)
-                self._samples[region][level].add(ranks, patches)
+                low = ranks < self._highest_rank
+                patches = np.stack([_cut(image, chosen[low]) for image in sides], axis=1)
+                self._samples[region][level].add(ranks[low], patches)
         self._used["hole"] += in_hole
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What was collected, as arrays by name, for `merge`."""
+        arrays = {"images": np.array([self.num_images, self._used["full"], self._used["hole"]])}
+        for region, samples in self._samples.items():
+            for level, sample in enumerate(samples):
+                arrays[f"{region}-{level}-ranks"], arrays[f"{region}-{level}-patches"] = sample.kept()
+        return arrays
+
+    def merge(self, state: Mapping[str, np.ndarray]) -> None:
+        """Add what another one with the same settings collected of other images; the order of merging is no matter."""
+        images, full, hole = state["images"].tolist()
+        self.num_images += images
+        self._used["full"] += full
+        self._used["hole"] += hole
+        for region, samples in self._samples.items():
+            for level, sample in enumerate(samples):
+                sample.add(state[f"{region}-{level}-ranks"], state[f"{region}-{level}-patches"])
 
     def levels(self, variant: str) -> list[float | None]:
         """The distance of each level x 1000, finest first, for a name of `VARIANTS`; none for a level without patch."""
