@@ -21,7 +21,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from pipeline import storage
-from pipeline.errors import TMADError
+from pipeline.errors import Interrupted, TMADError
 from tmad.config import from_dict
 
 ConfigT = TypeVar("ConfigT")
@@ -113,8 +113,7 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     """Run `main(argv)` as a program: logging to stderr, errors as one line, exit code.
 
     Exit code 1 with one line for `TMADError` and `ValueError`, with the traceback for anything unexpected or with
-    `--debug`; 130 after Ctrl-C. SIGTERM ends it as Ctrl-C does, so that what a job holds is released, with code 143
-    (another once Ray, which has a handler of its own, was started).
+    `--debug`; 130 after Ctrl-C. SIGTERM ends it as Ctrl-C does, so that what a job holds is released, with code 143.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
@@ -124,6 +123,9 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     except KeyboardInterrupt:
         log.error("interrupted; the same command with the same --name goes on")
         sys.exit(130)
+    except Interrupted as error:
+        log.error("%s", one_line(error))
+        sys.exit(128 + signal.SIGTERM)
     except (TMADError, ValueError) as error:
         if "--debug" in arguments:
             log.exception("failed")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,11 +55,19 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     began = time.monotonic()
-    if os.environ.get("RAY_ADDRESS"):
+    with _own_sigterm():
+        _start_or_join(dashboard, object_store_bytes, quiet)
+    if joined():
+        log.info("joined the Ray cluster at %s: %s", os.environ["RAY_ADDRESS"], shown(ray.cluster_resources()))
+    else:
+        log.info("started Ray on this machine in %.0f s", time.monotonic() - began)
+
+
+def _start_or_join(dashboard: bool, object_store_bytes: int, quiet: dict[str, Any]) -> None:
+    if joined():
         submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
         runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": _python_path()}}
         ray.init(runtime_env=runtime_env, **quiet)
-        log.info("joined the Ray cluster at %s: %s", os.environ["RAY_ADDRESS"], shown(ray.cluster_resources()))
         return
     os.environ["PYTHONPATH"] = _python_path()
     ray.init(
@@ -67,7 +78,15 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
         object_store_memory=object_store_bytes,
         **quiet,
     )
-    log.info("started Ray on this machine in %.0f s", time.monotonic() - began)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray puts a handler of its own in place of the job's, which ends with another code."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def available() -> dict[str, float]:

@@ -74,6 +74,9 @@ class DataConfig:
     """Folder or URI of the prepared training set; none = data/train, unless images.source names photographs."""
     val: str = "data/val"
     """Folder or URI of the prepared validation set; its images are never trained on."""
+    results: str | None = None
+    """Folder or URI with somebody's results for the images of both sets, one by each image's name with any ending and
+    of the crops' size: PSNet is trained on them alone, and the coarse network not at all (Table V)."""
     flip: bool = True
     """Mirror training images left-right, every other time [D]."""
     images: ImagesConfig = ImagesConfig()
@@ -84,6 +87,8 @@ class DataConfig:
                 f"data.train ({self.train!r}) and data.images.source ({self.images.source!r}) both say what to train "
                 "on; take one of them (`--data.train None` takes back what a preset says)"
             )
+        if self.results is not None and self.images.source is not None:
+            raise ValueError("data.results goes with a prepared set (data.train), not with data.images.source")
         if self.training_set == self.val:
             raise ValueError(f"data.train and data.val must be different sets, both are {self.val!r}")
 
@@ -156,6 +161,8 @@ class WorkersConfig:
     controller_failure_limit: NonNegativeInt = 10
     """Attempts to get the workers that may fail (a node gone for good) before the run stops instead of waiting for
     ever."""
+    stop_grace_s: Annotated[float, Field(ge=0)] = 30.0
+    """After SIGTERM the job has so long for a step and a last checkpoint, then it ends without; 0 = at once."""
     start_timeout_s: PositiveFloat = 600.0
     """Wait so long for the cluster to grow to the resources asked for, where one was joined."""
 
@@ -167,6 +174,9 @@ class TrackingConfig:
     uri: str | None = None
     """Tracking server or `sqlite:///path/mlflow.db`; none = MLFLOW_TRACKING_URI, else SQLite under `runs`; `none` in
     words = no MLflow."""
+    wait_s: Annotated[float, Field(ge=0)] = 600.0
+    """At the end of a run, wait so long for a server that is away. Then the job ends with code 1, the model is in the
+    run's folder, and the same command does the rest."""
     experiment: str = "tmad"
     """MLflow experiment."""
     register: bool = True
@@ -236,6 +246,11 @@ class RunConfig:
                 f"schedule.batch_images must be a multiple of workers.num_workers ({self.workers.num_workers}), "
                 f"got {self.schedule.batch_images}: every worker takes an equal share of each batch"
             )
+        if self.data.results is not None and self.schedule.coarse_images:
+            raise ValueError(
+                f"with data.results the coarse network is not trained: schedule.coarse_images must be 0, got "
+                f"{self.schedule.coarse_images}"
+            )
         if self.init_from is None and (self.init_networks != "all" or self.init_allow_partial):
             raise ValueError("init_networks and init_allow_partial say how init_from is taken; it is not given")
         if self.data.images.source is not None:
@@ -301,8 +316,9 @@ def with_name(config: RunConfig, name: str) -> RunConfig:
 
 
 def _what_is_learned(config: RunConfig) -> dict[str, Any]:
-    # A run with weights of its own keeps the digest that it had before others could be taken.
+    # A run without what came later keeps the digest that it had before.
     unused = ("init_from", "init_networks") if config.init_from is None else ()
+    unused += ("data.results",) if config.data.results is None else ()
     return {
         key: value for key, value in flatten(asdict(config)).items() if not _matches(key, (*FREE_TO_CHANGE, *unused))
     }

@@ -109,6 +109,11 @@ class CheckpointsDamaged(TMADError):
     """A run has checkpoints, and none of them is what was written; `details["damaged"]` says by name what is wrong."""
 
 
+class Interrupted(TMADError):
+    """Training was told to end, and can go on from its newest checkpoint; `details["restart"]` says whether Ray is to
+    start its workers again by itself."""
+
+
 class TrainingFailed(TMADError):
     """Training stopped before its end; `details["checkpoint"]` names the last good one, if there is any."""
 

@@ -21,6 +21,9 @@ from tmad.config import (
     TMADConfig,
 )
 
+PSNET_ITERATIONS = 10_000
+"""Steps of PSNet on somebody's results [P]."""
+
 COARSE_EPOCHS = 4
 """Epochs of the coarse network alone [P]."""
 
@@ -38,6 +41,23 @@ def places() -> RunConfig:
         schedule=ScheduleConfig(batch_images=16, patches_per_image=64),
         workers=WorkersConfig(num_workers=4, use_gpu=True, cpus_per_worker=4),
         precision="bf16",
+    )
+
+
+def psnet() -> RunConfig:
+    """PSNet behind somebody else's results for 10,000 iterations, from a trained model (Table V).
+
+    `python jobs/train_places.py --preset psnet --name behind-edgeconnect --init-from models:/tmad@champion --data.train
+    data/edgeconnect/train --data.val data/edgeconnect/val --data.results data/edgeconnect/results`. The sets have one
+    mask an image, which the results were made for (`jobs/prepare.py --mask-from paired`). Hardware as for `places`; not
+    measured here.
+    """
+    base = places()
+    images = PSNET_ITERATIONS * base.schedule.batch_images
+    return replace(
+        base,
+        data=DataConfig(train="data/train", val="data/val", results="data/results"),
+        schedule=replace(base.schedule, coarse_images=0, joint_images=images, validate_every_images=16_000),
     )
 
 
@@ -154,6 +174,6 @@ def smoke() -> RunConfig:
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    function.__name__: function for function in (places, places_rectangle, celebahq, paris, demo, smoke)
+    function.__name__: function for function in (places, places_rectangle, celebahq, paris, psnet, demo, smoke)
 }
 """By name, for `--preset`."""

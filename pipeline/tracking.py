@@ -15,7 +15,9 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,6 +47,9 @@ MAX_PENDING_METRICS = 20_000
 PARAMS_PER_CALL = 100
 METRICS_PER_CALL = 900
 """Limits of the MLflow API, and of what is kept in memory while its server is away."""
+
+LAST_WORDS_S = 60.0
+"""A background tracker that is closed waits so long for its server; what was not sent then, `catch_up` sends."""
 
 REMOTE_WRITE_INTERVAL_S = 30.0
 """Object storage cannot append: a remote JSON-lines file is written again at most this often, and at the end."""
@@ -129,6 +134,22 @@ def check_tracking(uri: str | None) -> str:
     return f"{shown} answers"
 
 
+def wait_for_tracking(uri: str | None, wait_s: float) -> None:
+    """Return when the server at *uri* answers; raises `TrackingUnreachable` if it does not within *wait_s*."""
+    deadline, announced = time.monotonic() + wait_s, False
+    while True:
+        try:
+            check_tracking(uri)
+            return
+        except TrackingUnreachable as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not announced:
+                log.warning("waiting up to %g s for MLflow: %s", wait_s, error)
+                announced = True
+            time.sleep(min(5.0, wait_s))
+
+
 class JsonLines:
     """A file of one JSON object a line that survives restarts: opened again, it goes on behind what is there.
 
@@ -185,10 +206,13 @@ class Tracker:
 
     A tracking server that is away does not stop training: metrics wait in memory (20 000 values at most, the oldest go
     first) and are sent with the next interval; pictures and files are given up with a warning. `metrics.jsonl` has
-    every value whatever the server does.
+    every value whatever the server does, and `catch_up` gives MLflow what it lacks of them. With *background*, a thread
+    speaks with the server, which takes minutes to find that one is away, and nobody waits for it.
     """
 
-    def __init__(self, uri: str | None, run_id: str | None, *, jsonl: str | None = None) -> None:
+    def __init__(
+        self, uri: str | None, run_id: str | None, *, jsonl: str | None = None, background: bool = False
+    ) -> None:
         if (uri is None) != (run_id is None):
             raise ValueError(f"uri and run_id go together: both or neither, got {uri!r} and {run_id!r}")
         self.uri = uri
@@ -196,9 +220,9 @@ class Tracker:
         self._client = mlflow_client(uri) if uri is not None else None
         self._jsonl = JsonLines(jsonl) if jsonl is not None else None
         self._pending: list[tuple[str, float, int, int]] = []
-        if self._client is not None and run_id is not None:
-            # A restart opens the run that a crash may have left as FAILED or KILLED.
-            self._client.update_run(run_id, status="RUNNING")
+        self._thread = ThreadPoolExecutor(1, "mlflow") if background and uri is not None else None
+        # A restart opens the run that a crash may have left as FAILED or KILLED.
+        self._do(partial(self._guard, "the start", "update_run", status="RUNNING"))
 
     @staticmethod
     def create(
@@ -233,6 +257,34 @@ class Tracker:
             self._jsonl.append({"step": int(step), "time_s": now_ms / 1000, **numbers})
         if self._client is not None:
             self._pending += [(name, value, now_ms, int(step)) for name, value in numbers.items()]
+            self._do(self._send)
+
+    def flush(self) -> None:
+        """Metrics up to here are in the file, wherever it lies."""
+        if self._jsonl is not None:
+            self._jsonl.close()
+
+    def catch_up(self, jsonl: str) -> None:
+        """Send the metrics of the file *jsonl* that MLflow does not have: those of a worker that was killed while the
+        server was away."""
+        if self._client is None:
+            return
+        rows = read_json_lines(jsonl)
+        lacking = []
+        for name in sorted({name for row in rows for name in row} - {"step", "time_s"}):
+            points = [
+                (round(row["time_s"] * 1000), row["step"], row[name]) for row in rows if row.get(name) is not None
+            ]
+            try:
+                history = self._client.get_metric_history(str(self.run_id), name)
+            except Exception as error:
+                log.warning("MLflow did not say which metrics it has: %s", storage.redact(str(error)))
+                return
+            there = {(point.timestamp, point.step) for point in history}
+            lacking += [(name, value, *when) for *when, value in points if tuple(when) not in there]
+        if lacking:
+            log.info("%d metric values were kept while MLflow was away: sending them", len(lacking))
+            self._pending += lacking
             self._send()
 
     def artifact(self, content: Path | str | bytes, name: str) -> None:
@@ -262,17 +314,21 @@ class Tracker:
             raise ValueError(f"image {name!r} must be uint8, got {array.dtype}; convert with tmad.images.to_uint8")
         picture = Image.fromarray(array)
         if step is None:
-            self._guard(f"image {name}", "log_image", picture, artifact_file=f"{name}.png")
+            place: dict[str, Any] = {"artifact_file": f"{name}.png"}
         else:
-            self._guard(f"image {name}", "log_image", picture, key=name, step=int(step), synchronous=True)
+            place = {"key": name, "step": int(step), "synchronous": True}
+        self._do(partial(self._guard, f"image {name}", "log_image", picture, **place))
 
     def finish(self, status: Status = "FINISHED") -> None:
         """Send what waits and close the run; opening it again by its id continues it."""
-        if self._jsonl is not None:
-            self._jsonl.close()
-        if self._client is not None:
-            self._send()
-            self._guard("end of the run", "set_terminated", status=status)
+        self.flush()
+        self._do(self._send)
+        self._do(partial(self._guard, "the end", "set_terminated", status=status))
+        if self._thread is not None:
+            last = self._thread.submit(lambda: None)
+            self._thread.shutdown(wait=False)
+            if wait([last], LAST_WORDS_S).not_done:
+                log.warning("MLflow has been away for %g s: its metrics are in metrics.jsonl", LAST_WORDS_S)
 
     def __enter__(self) -> Tracker:
         return self
@@ -281,6 +337,12 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.finish("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+
+    def _do(self, call: Callable[[], object]) -> None:
+        if self._thread is None:
+            call()
+        else:
+            self._thread.submit(call)
 
     def _send(self) -> None:
         from mlflow.entities import Metric

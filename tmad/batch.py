@@ -6,7 +6,8 @@ All randomness of a sample is drawn here, from a generator keyed by (seed, image
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,8 @@ class Sample:
     mix: np.ndarray
     """(N_ps + 1,) float32 in [0, 1): interpolation weights of the gradient penalty, one a cell and one for the
     image."""
+    filled: np.ndarray | None = None
+    """(H, W, 3) uint8: somebody's result that stands in for the coarse network's (Table V)."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,17 @@ class Batch:
     """(B, N_ps) int64."""
     mix: Tensor
     """(B, N_ps + 1) float32."""
+    filled: Tensor | None = None
+    """(B, 3, H, W) uint8: somebody's results, if the coarse network is not to be asked."""
 
     def __len__(self) -> int:
         return len(self.image_id)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on *device*."""
-        return Batch(
-            self.image_id,
-            *(
-                tensor.to(device, non_blocking=True)
-                for tensor in (self.image, self.mask, self.pool_yx, self.cells, self.mix)
-            ),
-        )
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 def make_sample(
@@ -73,11 +74,13 @@ def make_sample(
     num_cells: int,
     rng: np.random.Generator,
     flip: bool = False,
+    filled: np.ndarray | None = None,
 ) -> Sample:
     """Draw what is random about one image: left-right flip (where *flip* allows it), cells, penalty weights.
 
-    *image* (H, W, 3) uint8, sides multiples of patch_size; *mask* (H, W) {0, 1}; *pool_yx* (N_pool, 2). Image, mask
-    and memory are flipped together. Deterministic in *rng*. Raises `ValueError` if image and mask differ in size.
+    *image* (H, W, 3) uint8, sides multiples of patch_size; *mask* (H, W) {0, 1}; *pool_yx* (N_pool, 2); *filled* (H, W,
+    3) uint8, somebody's result. Image, mask, memory and result are flipped together. Deterministic in *rng*. Raises
+    `ValueError` if image and mask differ in size.
     """
     if image.shape[:2] != mask.shape:
         raise ValueError(f"{image_id}: image is {image.shape[:2]}, its mask is {mask.shape}")
@@ -87,6 +90,7 @@ def make_sample(
         mask = torch.from_numpy(mask).flip(-1).numpy()
         pool_yx = pool_yx.copy()
         pool_yx[:, 1] = mask.shape[1] - patch_size - pool_yx[:, 1]
+        filled = None if filled is None else filled[:, ::-1]
     return Sample(
         image_id=image_id,
         image=image,
@@ -94,11 +98,12 @@ def make_sample(
         pool_yx=pool_yx,
         cells=draw_cells(mask, patch_size=patch_size, num=num_cells, rng=rng),
         mix=rng.random(num_cells + 1, dtype=np.float32),
+        filled=filled,
     )
 
 
 def collate(samples: Sequence[Sample], images: np.ndarray | None = None) -> Batch:
-    """Stack samples of one size into a batch.
+    """Stack samples of one size into a batch; all of them have somebody's result, or none has.
 
     *images* (B, H, W, 3), uint8: where the batch's images will lie; a sample's that lies at its place is not copied.
     """
@@ -108,6 +113,7 @@ def collate(samples: Sequence[Sample], images: np.ndarray | None = None) -> Batc
         for place, sample in zip(images, samples, strict=True):
             if sample.image.ctypes.data != place.ctypes.data:
                 place[...] = sample.image
+    results = [sample.filled for sample in samples if sample.filled is not None]
     return Batch(
         image_id=[sample.image_id for sample in samples],
         image=torch.from_numpy(images).permute(0, 3, 1, 2),
@@ -115,4 +121,5 @@ def collate(samples: Sequence[Sample], images: np.ndarray | None = None) -> Batc
         pool_yx=torch.from_numpy(np.stack([sample.pool_yx for sample in samples]).astype(np.int64)),
         cells=torch.from_numpy(np.stack([sample.cells for sample in samples]).astype(np.int64)),
         mix=torch.from_numpy(np.stack([sample.mix for sample in samples])),
+        filled=torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2) if results else None,
     )

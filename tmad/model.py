@@ -20,7 +20,7 @@ class TMADOutput:
     """Everything between the coarse result and the final one; images and patches in [-1, 1]."""
 
     coarse_raw: Tensor
-    """I_s (B, 3, H, W)."""
+    """I_s (B, 3, H, W), or somebody's result in its place."""
     coarse: Tensor
     """I^_s (B, 3, H, W): I_s in the hole, the image outside."""
     pool: Tensor
@@ -49,15 +49,18 @@ class TMAD(nn.Module):
             self.retrieval = Retrieval(config.retrieval, config.patch_size)
             self.psnet = PSNet(config.psnet, config.carafe, config.retrieval.num_candidates)
 
-    def forward(self, image: Tensor, mask: Tensor, pool_yx: Tensor, cells: Tensor) -> TMADOutput:
+    def forward(
+        self, image: Tensor, mask: Tensor, pool_yx: Tensor, cells: Tensor, filled: Tensor | None = None
+    ) -> TMADOutput:
         """Fill the hole of each image.
 
         *image* I (B, 3, H, W) in [-1, 1], whose hole pixels are never read; *mask* M (B, 1, H, W) {0, 1}, 1 = hole;
         *pool_yx* (B, N_pool, 2) corners of the memory windows; *cells* (B, N) raster indices of the cells to
-        synthesize. H and W are multiples of `config.size_multiple`. A hole cell that is not named keeps the coarse
-        result.
+        synthesize; *filled* (B, 3, H, W) in [-1, 1], somebody's result that PSNet works on in place of the coarse
+        network's, which is then not asked (Table V). H and W are multiples of `config.size_multiple`. A hole cell that
+        is not named keeps the coarse result.
         """
-        coarse_raw = self.predict_coarse(image, mask)
+        coarse_raw = self.predict_coarse(image, mask) if filled is None else filled
         coarse = compose(coarse_raw, image, mask)
         pool = self.read_memory(coarse, pool_yx)
         patches, candidates, index, weights = self.synthesize(coarse, pool, cells)

@@ -117,7 +117,8 @@ class TrainingState:
         progress: float,
         workers: Workers | None = None,
     ) -> dict[str, Tensor]:
-        """Train on one batch: the coarse network alone, or everything jointly (Sec. IV).
+        """Train on one batch: the coarse network alone, or everything jointly (Sec. IV); on a batch with somebody's
+        results, jointly means everything but the coarse network (Table V).
 
         *global_batch*: images of this step over all workers; *progress*: share of the phase done, in [0, 1), which
         drives the learning rate. Returns this worker's losses, gradient norms and rates as 0-dim tensors by name.
@@ -174,7 +175,8 @@ class TrainingState:
         weights = self.config.loss
         image, mask = to_model(batch.image), batch.mask.float()
         with self._autocast():
-            out = self.model(image, mask, batch.pool_yx, batch.cells)
+            filled = None if batch.filled is None else to_model(batch.filled)
+            out = self.model(image, mask, batch.pool_yx, batch.cells, filled)
         corners = cell_corners(batch.cells, patch_size=self.config.model.patch_size, width=image.shape[-1])
         target = cut(image, corners, self.config.model.patch_size)
         patches = out.patches
@@ -188,7 +190,7 @@ class TrainingState:
         if not critics_finite:
             return metrics, False
 
-        terms = self._reconstruction(out.coarse_raw, image, mask)
+        terms = self._reconstruction(out.coarse_raw, image, mask) if batch.filled is None else {}
         if weights.weight_l1:
             terms["l1"] = (weights.weight_l1, (patches - target).abs().mean())
         if weights.weight_perceptual and self.perceptual is not None:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from pipeline.data.fetch import read_portion
 from pipeline.data.onthefly import LiveSet, Tally, live_tables
 from pipeline.data.order import chunks
+from pipeline.data.results import Results
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder, unpack_mask
 from pipeline.data.tasks import run_ahead
 from pipeline.errors import ConfigMismatch, CorruptSet
@@ -49,6 +50,7 @@ def training_batches(
     prefetch_batches: int = 4,
     record_tasks: int = 2,
     tally: Tally | None = None,
+    results: Results | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of every global batch of *batch_images*, from *start_images* until *total_images* are reached.
 
@@ -59,9 +61,9 @@ def training_batches(
     would have seen from there. ceil((total_images - start_images) / batch_images) batches, all of them full, the
     same number on every rank. Masks: variant epoch mod K.
 
-    *num_cells* is N_ps. Raises `ValueError` if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the
-    set was prepared for another *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating, and for a
-    live set what `live_tables` raises.
+    *num_cells* is N_ps; *results* are somebody's, which go into the batches. Raises `ValueError` if *batch_images* does
+    not divide by *world_size*, `ConfigMismatch` if the set was prepared for another *patch_size*, and what
+    `read_manifest` raises; `CorruptSet` while iterating, and for a live set what `live_tables` raises.
     """
     mine = _share(batch_images, rank, world_size)
     steps = max(0, -(-(total_images - start_images) // batch_images))
@@ -84,7 +86,7 @@ def training_batches(
         )
         read = partial(read_portion, folder=folder, **place)
         tables = run_ahead(portions, read, at_once=_READS_AT_ONCE, ahead=_READS_AHEAD)
-    make = partial(_sample, seed=seed, patch_size=patch_size, num_cells=num_cells, flip=flip)
+    make = partial(_sample, seed=seed, patch_size=patch_size, num_cells=num_cells, flip=flip, results=results)
     rows = (row for table in tables if len(table) for row in _rows(table))
     return _decoded(_grouped(rows, mine), make, decode_threads, prefetch_batches)
 
@@ -99,6 +101,7 @@ def evaluation_batches(
     patch_size: int | None = None,
     decode_threads: int = 2,
     prefetch_batches: int = 2,
+    results: Results | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of the first *limit* records in their stored order, the first mask of each, nothing flipped.
 
@@ -122,7 +125,7 @@ def evaluation_batches(
         for number, record in enumerate(read_records(folder, limit))
         if number % batch_images // mine == rank
     )
-    make = partial(_sample, seed=0, patch_size=manifest.patch_size, num_cells=num_cells, flip=False)
+    make = partial(_sample, seed=0, patch_size=manifest.patch_size, num_cells=num_cells, flip=False, results=results)
     return _decoded(_grouped(rows, mine), make, decode_threads, prefetch_batches)
 
 
@@ -195,7 +198,16 @@ def _decoded(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _sample(row: dict[str, Any], out: np.ndarray, *, seed: int, patch_size: int, num_cells: int, flip: bool) -> Sample:
+def _sample(
+    row: dict[str, Any],
+    out: np.ndarray,
+    *,
+    seed: int,
+    patch_size: int,
+    num_cells: int,
+    flip: bool,
+    results: Results | None,
+) -> Sample:
     image_id = row["image_id"]
     try:
         image = decode_rgb(row["image"], out=out)
@@ -212,4 +224,5 @@ def _sample(row: dict[str, Any], out: np.ndarray, *, seed: int, patch_size: int,
         num_cells=num_cells,
         rng=numpy_generator(seed, "sample", image_id, int(row["epoch"])),
         flip=flip,
+        filled=results.read(image_id, row["height"], row["width"]) if results else None,
     )

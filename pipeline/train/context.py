@@ -28,6 +28,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.train.ending import Notice, NoticeBoard
 from tmad.step import Workers
 
 COMMIT_TIMEOUT_S = 600.0
@@ -53,6 +54,9 @@ class TrainContext(Protocol):
 
     def everyones(self, value: Any) -> list[Any]:
         """What each worker gave as *value*, by rank; anything that can be pickled."""
+
+    def notice(self) -> Notice | None:
+        """An end that was announced since the last call, the same for all workers; asked after every step."""
 
     def checkpoints(self) -> dict[str, bool]:
         """Names of the checkpoints in storage, newest first, and whether each is known to have been complete once."""
@@ -119,15 +123,17 @@ def _everyones(value: Any) -> list[Any]:
 
 
 class RayContext:
-    """A worker of Ray Train; Ray has made the process group and keeps checkpoints in the folder *checkpoints*."""
+    """A worker of Ray Train; Ray has made the process group and keeps checkpoints in the folder *checkpoints*. *relay*
+    is the driver's, which says when it was told to stop."""
 
-    def __init__(self, checkpoints: str) -> None:
+    def __init__(self, checkpoints: str, relay: Any) -> None:
         self._folder = checkpoints
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.workers: Workers = DistributedWorkers()
+        self._notices = NoticeBoard(relay if self.rank == 0 else None)
 
     def same_everywhere(self, value: Tensor) -> bool:
         """Compare by one all-reduce."""
@@ -136,6 +142,12 @@ class RayContext:
     def everyones(self, value: Any) -> list[Any]:
         """By one all-gather."""
         return _everyones(value)
+
+    def notice(self) -> Notice | None:
+        """The most urgent that any of them knows, by one all-reduce of a number."""
+        found = torch.tensor(self._notices.own(), device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return self._notices.meaning(int(found))
 
     def checkpoints(self) -> dict[str, bool]:
         """Folders in storage; complete once are those that Ray's controller has registered."""
@@ -191,6 +203,10 @@ class LocalContext:
     def everyones(self, value: Any) -> list[Any]:
         """This one's."""
         return [value]
+
+    def notice(self) -> Notice | None:
+        """Nobody announces anything; the signal itself ends the process."""
+        return None
 
     def checkpoints(self) -> dict[str, bool]:
         """Folders by name; each was put there by one renaming."""

@@ -36,13 +36,14 @@ from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
 from pipeline.environment import environment
-from pipeline.errors import CheckpointsDamaged, ConfigMismatch, TMADError, TrainingFailed
+from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.models import MLFLOW_SCHEMES
 from pipeline.pretrained import resolve_perceptual
 from pipeline.registry import reference, register_model
-from pipeline.tracking import Tracker, resolve_tracking_uri
+from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
 from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
+from pipeline.train.ending import NoticingTorchConfig, sigterm_stops
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_initial, kept_initial
 from pipeline.train.relay import relayed_logs
 from pipeline.train.worker import work
@@ -71,8 +72,9 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = ()) -> dict[str
     checkpoint, with the measures of the validation before it.
 
     Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
-    `TrainingFailed` with the cause and the newest checkpoint, `MissingInput` for data or weights that are not there,
-    `ValueError` for a data set that does not fit the model, and what `initial.find_initial` raises.
+    `TrainingFailed` with the cause and the newest checkpoint, `Interrupted` when it was told to stop,
+    `MissingInput` for data or weights that are not there, `ValueError` for a data set that does not fit the model,
+    and what `initial.find_initial` raises.
     """
     config = resolve(config)
     assert config.name is not None
@@ -95,23 +97,27 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = ()) -> dict[str
     run_id = _open_tracking(folder, config, tracking_uri, sets, initial)
     log.info("run %s: %s", config.name, plan(config, sets["train"]))
     began = time.time()
+    metrics = storage.join(folder, "metrics.jsonl")
     job = {
         "config": to_json(config),
         "weights": weights,
         "tracking_uri": tracking_uri,
         "run_id": run_id,
-        "metrics": storage.join(folder, "metrics.jsonl"),
+        "metrics": metrics,
         "checkpoints": storage.join(folder, "checkpoints"),
         "best": storage.join(folder, "best"),
         "live": share(photographs, train_set) if photographs else None,
         "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
     }
     try:
-        with relayed_logs() as relay:
+        with relayed_logs() as relay, sigterm_stops(relay, config.workers.stop_grace_s):
             summary = _fit(folder, config, {**job, "relay": relay}, callbacks)
+        wait_for_tracking(tracking_uri, config.tracking.wait_s)
+        Tracker(tracking_uri, run_id).catch_up(metrics)
         finished = _finish(folder, config, summary, tracking_uri, run_id)
     except BaseException as error:
-        Tracker(tracking_uri, run_id).finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        told_to_end = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
+        Tracker(tracking_uri, run_id).finish("KILLED" if told_to_end else "FAILED")
         raise
     Tracker(tracking_uri, run_id).finish("FINISHED")
     log.info("run %s finished in %.0f s: model %s", config.name, time.time() - began, finished["model"])
@@ -135,6 +141,7 @@ def resolve(config: RunConfig) -> RunConfig:
         train=train and storage.absolute(train),
         val=storage.absolute(config.data.val),
         images=images.with_absolute_places(),
+        results=config.data.results and storage.absolute(config.data.results),
     )
     init_from = config.init_from
     if init_from is not None and not init_from.startswith(MLFLOW_SCHEMES):
@@ -189,6 +196,11 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
         raise ValueError(
             f"data.{which} has crops of {manifest.crop_size} pixels; the model needs a multiple of "
             f"{model.size_multiple} (patch_size and 2^coarse.num_down_blocks): {remedy}"
+        )
+    if config.data.results is not None and manifest.num_variants > 1:
+        raise ValueError(
+            f"data.{which} has {manifest.num_variants} masks an image, data.results one result: prepare {uri} with "
+            "masks_per_image 1"
         )
     cells = (manifest.crop_size // model.patch_size) ** 2
     if config.schedule.patches_per_image > cells:
@@ -268,6 +280,7 @@ def _open_tracking(
         known: str | None = before["run_id"]
         return known
     assert config.name is not None
+    check_tracking(tracking_uri)
     tags = {"config_digest": digest(config), **{f"data_{which}": one.digest for which, one in sets.items()}}
     if config.tracking.parent_run is not None:
         tags["mlflow.parentRunId"] = config.tracking.parent_run
@@ -300,6 +313,7 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any], callbacks: Sequenc
     trainer = TorchTrainer(
         worker,
         train_loop_config=job,
+        torch_config=NoticingTorchConfig(),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=each
         ),
@@ -320,6 +334,8 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any], callbacks: Sequenc
     summary: dict[str, Any] = result.return_value
     if "damaged" in summary:
         raise CheckpointsDamaged(summary["failed"], damaged=summary["damaged"])
+    if "interrupted" in summary:
+        raise Interrupted(f"{summary['interrupted']}; {_how_to_go_on(folder)}")
     if "failed" in summary:
         raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}", not_finite=True)
     return summary

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig, ScheduleConfig
-from pipeline.errors import TrainingFailed
+from pipeline.errors import Interrupted, TrainingFailed
 from pipeline.tracking import Tracker
 from pipeline.train.best import RUN_FILE, Course, keep_best, write_run_file
 from pipeline.train.checkpoints import checkpoint_name, newest_usable, seal
 from pipeline.train.context import TrainContext, checksums
+from pipeline.train.ending import Notice
 from pipeline.train.initial import KeptWeights
 from pipeline.train.validate import validate
 from tmad.batch import Batch
@@ -93,8 +94,8 @@ def train_loop(
     *initial*: weights for the start instead of the seed's, not looked at where there is a checkpoint. *best*: folder
     or URI of the best model. Returns the summary `{"images", "bad_steps", "rollbacks", "stopped", "checkpoint",
     "validation"}`, `stopped` being why it ended early. Raises, alike on all workers, `NonFiniteLoss` if going back to a
-    checkpoint did not help or there is none, `CheckpointsDamaged` if none can be used, and `TrainingFailed` if the
-    workers' weights differ.
+    checkpoint did not help or there is none, `CheckpointsDamaged` if none can be used, `TrainingFailed` if the
+    workers' weights differ, and `Interrupted`, after a last checkpoint, when the run is told to end.
 
     Going back takes weights and moments of the newest checkpoint. Images, steps and schedule stay where the bad row
     ended, and data go on from there: the same batches would end the same way. The images since that checkpoint are
@@ -155,9 +156,14 @@ def train_loop(
                 keep_best(best, state.ema_model, course, config)
         save_due = save_due or due(before, images, schedule.checkpoint_every_images)
         # In a row of bad steps it waits: one of those steps may have found weights that no longer give finite losses.
-        if images >= schedule.total_images or course.stopped(schedule) or (save_due and healthy):
+        over = images >= schedule.total_images or course.stopped(schedule) is not None
+        notice = context.notice()
+        if over or (healthy and (save_due or notice is not None)):
+            tracker.flush()
             checkpoint = _save(state, config, context, course)
             save_due = rolled_back = False
+        if notice is not None and not over:
+            _obey(notice, checkpoint, images, context)
         meter.resume()
     if stopped := course.stopped(schedule):
         log.info("training ends after %s images: %s", f"{state.images_seen:,}", stopped)
@@ -311,6 +317,16 @@ def _roll_back(
     course = replace(course, rollbacks=course.rollbacks + 1)
     tracker.metrics({"health/rollbacks": course.rollbacks}, images)
     return name, course
+
+
+def _obey(notice: Notice, checkpoint: str | None, images: int, context: TrainContext) -> None:
+    """Say what was announced and where the run stands; raise `Interrupted` if it is to end now."""
+    kept = "no checkpoint yet" if checkpoint is None else f"{checkpoint} is kept"
+    told = f"{notice.reason} after {images:,} images; {kept}"
+    if context.rank == 0:
+        log.warning("%s", told)
+    if notice.kind != "drain":
+        raise Interrupted(told, restart=notice.kind == "restart")
 
 
 def _told(error: NonFiniteLoss, batch: Batch, context: TrainContext) -> str:

@@ -17,7 +17,8 @@ from pipeline import storage
 from pipeline.cli import one_line
 from pipeline.cluster import available, joined, shortage, shown
 from pipeline.config import RunConfig
-from pipeline.data.schema import Manifest, read_manifest, set_folder
+from pipeline.data.results import Results
+from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
 from pipeline.errors import ClusterTooSmall, CorruptSet, StorageFailed, TMADError
 from pipeline.pretrained import check_perceptual
 from pipeline.tracking import check_tracking, resolve_tracking_uri
@@ -94,6 +95,8 @@ def preflight(config: RunConfig, *, images_per_s: float | None = None) -> Prefli
 
     check("data.train", lambda: look_at_set("train"))
     check("data.val", lambda: look_at_set("val"))
+    if config.data.results is not None:
+        check("data.results", lambda: _results(config))
     check("runs", lambda: _writable(config.runs))
     if named:
         check("name", lambda: _state_of_run(config, sets))
@@ -170,6 +173,17 @@ def _complete(folder: str, manifest: Manifest) -> None:
             f"{len(wrong)} of the {len(manifest.shards)} shards in {storage.redact(folder)} are missing or of another "
             f"size than the manifest says, {wrong[0]} first; run jobs/prepare.py again, it makes what is missing"
         )
+
+
+def _results(config: RunConfig) -> str:
+    """One of each set is looked for and decoded."""
+    assert config.data.results is not None
+    assert config.data.training_set is not None
+    results = Results(config.data.results)
+    for place in (config.data.training_set, config.data.val):
+        for record in read_records(place, 1):
+            results.read(record.image_id, record.height, record.width)
+    return f"{len(results.keys):,} results in {storage.redact(config.data.results)}"
 
 
 def _writable(uri: str) -> str:

@@ -1,4 +1,4 @@
-"""The workers' log lines in the driver's log, as if they were its own.
+"""The workers' log lines in the driver's log, as if they were its own, and one word back: stop.
 
 Ray can copy the workers' whole stderr to the driver, but with a prefix on each line and among notes of its own. Here
 only records of our loggers travel, through a small actor; the rest stays in Ray's session logs on the worker's machine.
@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 INTERVAL_S = 0.5
 """The driver looks for new lines so often."""
@@ -22,10 +23,11 @@ log = logging.getLogger(__name__)
 
 
 class Lines:
-    """Log lines on their way, in order; a Ray actor."""
+    """Log lines on their way, in order, and whether the driver was told to stop; a Ray actor."""
 
     def __init__(self) -> None:
         self._lines: list[tuple[int, str]] = []
+        self._stopping = False
 
     def add(self, level: int, message: str) -> None:
         """One line of a worker."""
@@ -35,6 +37,14 @@ class Lines:
         """Lines that were not taken yet."""
         lines, self._lines = self._lines, []
         return lines
+
+    def stop(self) -> None:
+        """The driver was told to stop."""
+        self._stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether it was."""
+        return self._stopping
 
 
 class RelayHandler(logging.Handler):
@@ -53,8 +63,10 @@ class RelayHandler(logging.Handler):
 @contextlib.contextmanager
 def relayed_logs() -> Iterator[Any]:
     """Give the actor that workers send to; until the end of the block a thread logs here what arrives there."""
-    # Without a processor of its own: it must not take one from the workers.
-    lines: Any = ray.remote(num_cpus=0)(Lines).remote()
+    # On the driver's machine, as another one may be lost, and without a processor of its own: it must not take one from
+    # the workers.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lines: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Lines).remote()
     over = threading.Event()
 
     def copy() -> None:

@@ -35,8 +35,9 @@ def validate(
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean measures over the images of all workers, and a grid of this worker's first pictures.
 
-    In the coarse phase only the coarse network is run. Names: `val/psnr_hole` and so on for the result,
-    `val/coarse_psnr_hole` for the coarse result, `val/images`. A measure that no image has a value for is left out.
+    In the coarse phase only the coarse network is run; of a batch with somebody's results, those are the coarse ones.
+    Names: `val/psnr_hole` and so on for the result, `val/coarse_psnr_hole` for the coarse result, `val/images`. A
+    measure that no image has a value for is left out.
     """
     kinds = ("coarse",) if phase == "coarse" else ("coarse", "result")
     names = [f"{'coarse_' if kind == 'coarse' else ''}{name}" for kind in kinds for name in MEASURES]
@@ -94,7 +95,8 @@ def _run(model: TMAD, phase: Phase, batch: Batch) -> dict[str, np.ndarray]:
     image, mask = to_model(batch.image), batch.mask.float()
     if phase == "coarse":
         return {"coarse": _pixels(to_uint8(compose(model.predict_coarse(image, mask), image, mask)))}
-    out = model(image, mask, batch.pool_yx, batch.cells)
+    filled = None if batch.filled is None else to_model(batch.filled)
+    out = model(image, mask, batch.pool_yx, batch.cells, filled)
     return {"coarse": _pixels(to_uint8(out.coarse)), "result": _pixels(to_uint8(out.output))}
 
 

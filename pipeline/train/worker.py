@@ -15,7 +15,8 @@ from pipeline.cli import configure_logging
 from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
 from pipeline.data.onthefly import LiveSet, Tally
-from pipeline.errors import CheckpointsDamaged
+from pipeline.data.results import Results
+from pipeline.errors import CheckpointsDamaged, Interrupted
 from pipeline.pretrained import load_perceptual
 from pipeline.tracking import Tracker
 from pipeline.train.context import RayContext, TrainContext
@@ -31,10 +32,11 @@ MAX_RECORD_TASKS = 16
 def work(job: dict[str, Any]) -> dict[str, Any]:
     """One worker from start to end, in Ray Train's process; *job* as `launch.train` makes it.
 
-    Returns the loop's summary, or `{"failed": cause}` where a restart would only fail again.
+    Returns the loop's summary, `{"failed": cause}` where a restart would only fail again, or `{"interrupted": why}`
+    where none is wanted.
     """
     config = from_json(job["config"])
-    context = RayContext(job["checkpoints"])
+    context = RayContext(job["checkpoints"], job["relay"])
     _set_up_logging(config, context, job["relay"])
     torch.set_num_threads(config.threads)
     first = context.rank == 0
@@ -42,6 +44,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         job["tracking_uri"] if first else None,
         job["run_id"] if first else None,
         jsonl=job["metrics"] if first else None,
+        background=True,
     )
     perceptual = load_perceptual(config, job["weights"])
     with tracker:
@@ -53,6 +56,10 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             return {"failed": str(error)}
         except CheckpointsDamaged as error:
             return {"damaged": error.details["damaged"], "failed": error.message}
+        except Interrupted as error:
+            if error.details["restart"]:
+                raise
+            return {"interrupted": error.message}
 
 
 def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = None) -> Feed:
@@ -60,7 +67,9 @@ def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = N
     train = live or config.data.training_set
     assert train is not None, "photographs are trained on as a live set"
     tally = Tally(live.config) if live else None
-    place = {"rank": context.rank, "world_size": context.world_size}
+    place: dict[str, Any] = {"rank": context.rank, "world_size": context.world_size}
+    if config.data.results is not None:
+        place["results"] = Results(config.data.results)
     schedule = config.schedule
 
     def training(start_images: int) -> Iterator[Batch]:

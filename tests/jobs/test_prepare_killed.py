@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,8 @@ from pipeline import storage
 from pipeline.data.claim import CLAIM_NAME
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import MANIFEST_NAME
-from tests.conftest import RAY_ENVIRONMENT, ROOT
+from tests.conftest import ROOT
+from tests.jobs.processes import Job, Moment
 from tests.pipeline.test_contract import run_here
 from tests.pipeline.test_plan import photo, write
 from tmad.config import MemoryConfig
@@ -50,58 +50,12 @@ module.iterate = lambda tables, **_: (table.to_pydict() for table in tables)
 run_job(main)
 """
 
-Moment = Callable[[], bool]
 
-
-class Job:
-    """jobs/prepare.py in a session of its own."""
-
-    def __init__(
-        self, log: Path, arguments: dict[str, str], out: str, *, with_ray: bool = True, **more: object
-    ) -> None:
-        options = {**SETTINGS, **arguments, "out": out, **more, "memory.pool_size": 12}
-        named = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        command = [sys.executable, *([ROOT / "jobs" / "prepare.py"] if with_ray else ["-c", INLINE]), *named]
-        environment = {**os.environ, **RAY_ENVIRONMENT}
-        self.log, self.out = log, out
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=file,
-                cwd=ROOT,
-                env=environment,
-                start_new_session=True,
-            )
-
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to all processes of the session: Ray's workers have process groups of their own."""
-        session = self.process.pid
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
-                    os.kill(int(entry.name), number)
-            except ProcessLookupError:
-                continue
-
-    def kill(self) -> None:
-        """Kill all of it; the parent first, so that it can say nothing more."""
-        self.process.kill()
-        self.send(signal.SIGKILL)
-        self.process.wait()
-
-    def wait_for(self, moment: Moment) -> bool:
-        """True when *moment* has come, false if the job ended before it."""
-        while not moment():
-            if self.process.poll() is not None:
-                return False
-            time.sleep(0.002)
-        return True
-
-    def end(self) -> tuple[int, str]:
-        """Exit code and what it said."""
-        code = self.process.wait(timeout=240)
-        return code, self.log.read_text()
+def prepare_job(log: Path, arguments: dict[str, str], out: str, *, with_ray: bool = True, **more: object) -> Job:
+    """jobs/prepare.py on these settings."""
+    options = {**SETTINGS, **arguments, "out": out, **more, "memory.pool_size": 12}
+    named = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return Job(log, [sys.executable, *([ROOT / "jobs" / "prepare.py"] if with_ray else ["-c", INLINE]), *named])
 
 
 @pytest.fixture
@@ -109,7 +63,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
     def begin(arguments: dict[str, str], out: str, **more: object) -> Job:
-        jobs.append(Job(tmp_path / f"log-{len(jobs)}", arguments, out, **more))
+        jobs.append(prepare_job(tmp_path / f"log-{len(jobs)}", arguments, out, **more))
         return jobs[-1]
 
     yield begin

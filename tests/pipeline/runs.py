@@ -60,11 +60,12 @@ class Recorder(Tracker):
         return {name: value for when, values in self.values if when == step for name, value in values.items()}
 
 
-def make_feed(stop_at: int | None = None, *, nan_at: tuple[int, ...] = ()) -> Feed:
+def make_feed(stop_at: int | None = None, *, nan_at: tuple[int, ...] = (), from_images: int = 0) -> Feed:
     """Batches that depend on their position alone, as those of a prepared set; *stop_at*: fail there; *nan_at*: there
-    the loss is not finite."""
+    the loss is not finite; none before *from_images* may be asked for."""
 
     def training(start_images: int) -> Iterator[Batch]:
+        assert start_images >= from_images
         for images in range(start_images, 10**6, 2):
             if images == stop_at:
                 raise Stopped

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.errors import TrainingFailed
+from pipeline.errors import Interrupted, TrainingFailed
 from pipeline.train.context import LocalContext
+from pipeline.train.ending import Kind, Notice
 from pipeline.train.loop import (
     Meter,
     Stretch,
@@ -185,6 +186,49 @@ def test_the_log_names_terms_and_images_of_a_bad_row_and_where_the_run_goes_on(
 def test_one_bad_step_is_skipped_and_sends_nothing_back(tmp_path: Path) -> None:
     summary = run_in(tmp_path, HEALING, feed=make_feed(nan_at=(8, 12)))
     assert (summary["rollbacks"], summary["bad_steps"]) == (0, 2)
+
+
+class Announced(LocalContext):
+    """An end is announced after so many steps."""
+
+    def __init__(self, folder: Path, kind: Kind, steps: int) -> None:
+        super().__init__(folder, workers=OneWorker())
+        self.kind, self.left = kind, steps
+
+    def notice(self) -> Notice | None:
+        self.left -= 1
+        return Notice(self.kind, "told to end") if self.left == 0 else None
+
+
+@pytest.mark.parametrize("kind", ["stop", "restart"])
+def test_an_announced_end_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_last_bit(
+    tmp_path: Path, unbroken: tuple[Path, dict[str, Any], Recorder], kind: Kind
+) -> None:
+    with pytest.raises(Interrupted, match="told to end after 6 images; images_000000000006 is kept") as caught:
+        train_loop(CONFIG, Announced(tmp_path, kind, 3), make_feed(), Recorder(), Features())
+    assert caught.value.details["restart"] is (kind == "restart")
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint_name(4), checkpoint_name(6)}
+    # No batch before those six images is made again.
+    assert run_in(tmp_path, feed=make_feed(from_images=6)) == unbroken[1]
+    ours, theirs = (one / checkpoint_name(12) / "state.safetensors" for one in (tmp_path, unbroken[0]))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_machine_that_will_be_gone_costs_a_checkpoint_and_training_goes_on(
+    tmp_path: Path, unbroken: tuple[Path, dict[str, Any], Recorder]
+) -> None:
+    context = Announced(tmp_path, "drain", 3)
+    assert train_loop(CONFIG, context, make_feed(), Recorder(), Features()) == unbroken[1]
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint_name(images) for images in (4, 6, 8, 12)}
+
+
+def test_an_end_announced_at_the_last_step_or_in_a_bad_row_keeps_nothing_more(
+    tmp_path: Path, unbroken: tuple[Path, dict[str, Any], Recorder]
+) -> None:
+    context = Announced(tmp_path / "last", "stop", 6)
+    assert train_loop(CONFIG, context, make_feed(), Recorder(), Features()) == unbroken[1]
+    with pytest.raises(Interrupted, match="after 10 images; images_000000000008 is kept"):
+        train_loop(HEALING, Announced(tmp_path / "row", "stop", 5), make_feed(nan_at=BAD), Recorder(), Features())
 
 
 def test_workers_whose_weights_differ_stop_the_run(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from pipeline.train.launch import resolve
 from pipeline.train.loop import train_loop
 from pipeline.train.preflight import Preflight, checkpoint_count, preflight
 from tests.conftest import make_photo
-from tests.pipeline.test_contract import run_here
 from tests.pipeline.runs import CONFIG, Recorder, make_feed
+from tests.pipeline.test_contract import run_here
 from tests.tmad.tiny import Features, make_batch, make_state, train
 from tmad.checkpoint import save_state
 from tmad.step import OneWorker, TrainingState

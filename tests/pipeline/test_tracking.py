@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,43 @@ def test_a_server_that_is_away_costs_a_warning_and_its_metrics_arrive_later(
     assert "hunter2" not in caplog.text
     tracker.metrics({"loss": 0.5}, step=2)
     assert history(tracking_uri, run_id, "loss") == [(1, 1.0), (2, 0.5)]
+
+
+def test_nobody_waits_for_the_thread_that_speaks_with_a_silent_server(
+    tracking_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id, jsonl = Tracker.create(tracking_uri, "tests", "silent"), str(tmp_path / "metrics.jsonl")
+    answer, asked = threading.Event(), threading.Event()
+    monkeypatch.setattr(tracking, "LAST_WORDS_S", 0.1)
+    tracker = Tracker(tracking_uri, run_id, jsonl=jsonl, background=True)
+    take = tracker._client.log_batch
+
+    def silent(*args: object, **more: object) -> None:
+        asked.set()
+        assert answer.wait(60)
+        take(*args, **more)
+
+    monkeypatch.setattr(tracker._client, "log_batch", silent)
+    for step in (1, 2):
+        tracker.metrics({"loss": 1 / step}, step=step)
+    assert asked.wait(60)
+    tracker.finish()
+    assert "MLflow has been away for 0.1 s" in caplog.text
+    answer.set()
+    tracker._thread.shutdown(wait=True)
+    assert history(tracking_uri, run_id, "loss") == [(1, 1.0), (2, 0.5)]
+
+
+def test_what_a_killed_worker_had_not_sent_is_sent_once_from_its_file(tracking_uri: str, tmp_path: Path) -> None:
+    run_id, jsonl = Tracker.create(tracking_uri, "tests", "killed"), str(tmp_path / "metrics.jsonl")
+    sent, lost = Tracker(tracking_uri, run_id, jsonl=jsonl), Tracker(None, None, jsonl=jsonl)
+    sent.metrics({"loss": 1.0}, step=1)
+    lost.metrics({"loss": 0.5, "rate": math.nan}, step=2)
+    sent.metrics({"loss": 0.25}, step=3)
+    for _ in range(2):
+        Tracker(tracking_uri, run_id).catch_up(jsonl)
+    assert sorted(history(tracking_uri, run_id, "loss")) == [(1, 1.0), (2, 0.5), (3, 0.25)]
+    assert history(tracking_uri, run_id, "rate") == []
 
 
 def test_what_waits_for_the_server_is_bounded(tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:

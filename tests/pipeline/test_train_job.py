@@ -32,6 +32,7 @@ from pipeline.presets import smoke
 from pipeline.tracking import mlflow_client, read_json_lines
 from pipeline.train.launch import train
 from tests.conftest import ROOT, make_photo
+from tests.jobs.processes import training_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 
@@ -273,25 +274,11 @@ def _kill_a_worker_when(ready: Callable[[], bool], killed: list[int]) -> None:
     """Kill one of this session's training workers, once."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if ready() and (workers := _training_workers()):
+        if ready() and (workers := list(training_workers())):
             os.kill(workers[-1], signal.SIGKILL)
             killed.append(workers[-1])
             return
         time.sleep(0.02)
-
-
-def _training_workers() -> list[int]:
-    """Process ids of Ray Train's workers among the grandchildren of this process."""
-    parents: dict[int, int] = {}
-    names: dict[int, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            names[int(folder.name)] = (folder / "cmdline").read_text()
-        except OSError:
-            continue
-    ours = [pid for pid, parent in parents.items() if parents.get(parent) == os.getpid()]
-    return sorted(pid for pid in ours if names[pid].startswith("ray::RayTrainWorker"))
 
 
 def test_joint_training_starts_from_the_coarse_network_of_a_registered_model(

@@ -1,0 +1,58 @@
+"""Somebody's results beside a prepared set, in place of the coarse network's (Table V): one picture an image.
+
+The result of the image `a/b.jpg` is `a/b` with any ending, of the size of the set's crops. It fills the hole of the one
+mask that each image has; what it shows outside is not looked at.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.data.own_masks import stem_of
+from pipeline.errors import CorruptSource, MissingInput
+from tmad.images import SUFFIXES, UnreadableImage, decode_rgb
+
+
+class Results:
+    """The pictures in the folder *uri*; listed when the first one is asked for."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Key of each picture by what it is the result of. Raises `CorruptSource` if an image has two."""
+        found: dict[str, str] = {}
+        for key in storage.list_files(self.uri, tuple(SUFFIXES)):
+            if (other := found.setdefault(stem_of(key), key)) != key:
+                raise CorruptSource(f"{storage.redact(self.uri)} has two results of one image: {other} and {key}")
+        return found
+
+    def key_of(self, image_id: str) -> str | None:
+        """The picture that is the result of the record *image_id*, `<key of the image>#<number of the crop>`."""
+        return self.keys.get(stem_of(image_id.rpartition("#")[0]))
+
+    def read(self, image_id: str, height: int, width: int) -> np.ndarray:
+        """The result of that record, (height, width, 3), uint8. Raises `MissingInput` if there is none, `CorruptSource`
+        for a picture that cannot be decoded or has another size."""
+        key = self.key_of(image_id)
+        if key is None:
+            name = stem_of(image_id.rpartition("#")[0])
+            raise MissingInput(f"no result of {image_id}: looked for {name} with any ending in {self._shown('')}")
+        try:
+            picture = decode_rgb(storage.read_bytes(storage.join(self.uri, key)))
+        except UnreadableImage as error:
+            raise CorruptSource(f"the result {self._shown(key)} cannot be decoded: {error}") from None
+        if picture.shape[:2] != (height, width):
+            found = f"{picture.shape[1]}x{picture.shape[0]}"
+            raise CorruptSource(
+                f"the result {self._shown(key)} has {found} pixels, the record {image_id} {width}x{height}: results "
+                "are of the crops; prepare images that have their size already"
+            )
+        return picture
+
+    def _shown(self, key: str) -> str:
+        return storage.redact(storage.join(self.uri, key) if key else self.uri)
