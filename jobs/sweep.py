@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pipeline import storage
 from pipeline.cli import parse, run_job
 from pipeline.sweep.config import SWEEP_PRESETS, SweepConfig
 
@@ -46,7 +47,11 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.sweep.launch import sweep
     from pipeline.sweep.summary import table
 
-    print(table(sweep(command.config)))
+    done = sweep(command.config)
+    print(table(done.trials, list(done.trials[0].point), command.config.objectives))
+    folder = storage.redact(done.folder)
+    print(f"report: {folder}/report.html")
+    print(f"winner: {folder}/winner.json, for jobs/train_places.py --config")
     return 0
 
 

@@ -78,6 +78,8 @@ def run_trial(config: dict[str, Any]) -> None:
     name = ray.tune.get_context().get_trial_id()
     configure_logging(name)
     folder, point = trial_folder(job.folder, name), decode(config["point"])
+    for file in (ERROR_FILE, DIVERGED_FILE):
+        storage.remove(storage.join(folder, file))  # an earlier attempt's
     storage.write_atomic(storage.join(folder, POINT_FILE), (json.dumps(point, indent=2) + "\n").encode())
     try:
         run = trial_run(job, point, name)
@@ -98,7 +100,6 @@ def run_trial(config: dict[str, Any]) -> None:
     except Exception as error:
         _note(folder, ERROR_FILE, error)
         raise
-    storage.remove(storage.join(folder, ERROR_FILE))
     ray.tune.report({"images": finished["images"], **last})
 
 
