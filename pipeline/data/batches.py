@@ -51,6 +51,7 @@ def training_batches(
     record_tasks: int = 2,
     tally: Tally | None = None,
     results: Results | None = None,
+    pool_size: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of every global batch of *batch_images*, from *start_images* until *total_images* are reached.
 
@@ -61,9 +62,11 @@ def training_batches(
     would have seen from there. ceil((total_images - start_images) / batch_images) batches, all of them full, the
     same number on every rank. Masks: variant epoch mod K.
 
-    *num_cells* is N_ps; *results* are somebody's, which go into the batches. Raises `ValueError` if *batch_images* does
-    not divide by *world_size*, `ConfigMismatch` if the set was prepared for another *patch_size*, and what
-    `read_manifest` raises; `CorruptSet` while iterating, and for a live set what `live_tables` raises.
+    *num_cells* is N_ps; *results* are somebody's, which go into the batches; *pool_size* takes so many windows of each
+    image's memory, its first ones, none = all: they are the memory that a smaller one would be. Raises `ValueError`
+    if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the set was prepared for another
+    *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating, and for a live set what `live_tables`
+    raises.
     """
     mine = _share(batch_images, rank, world_size)
     steps = max(0, -(-(total_images - start_images) // batch_images))
@@ -86,7 +89,15 @@ def training_batches(
         )
         read = partial(read_portion, folder=folder, **place)
         tables = run_ahead(portions, read, at_once=_READS_AT_ONCE, ahead=_READS_AHEAD)
-    make = partial(_sample, seed=seed, patch_size=patch_size, num_cells=num_cells, flip=flip, results=results)
+    make = partial(
+        _sample,
+        seed=seed,
+        patch_size=patch_size,
+        num_cells=num_cells,
+        flip=flip,
+        results=results,
+        pool_size=pool_size,
+    )
     rows = (row for table in tables if len(table) for row in _rows(table))
     return _decoded(_grouped(rows, mine), make, decode_threads, prefetch_batches)
 
@@ -102,6 +113,7 @@ def evaluation_batches(
     decode_threads: int = 2,
     prefetch_batches: int = 2,
     results: Results | None = None,
+    pool_size: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of the first *limit* records in their stored order, the first mask of each, nothing flipped.
 
@@ -125,7 +137,15 @@ def evaluation_batches(
         for number, record in enumerate(read_records(folder, limit))
         if number % batch_images // mine == rank
     )
-    make = partial(_sample, seed=0, patch_size=manifest.patch_size, num_cells=num_cells, flip=False, results=results)
+    make = partial(
+        _sample,
+        seed=0,
+        patch_size=manifest.patch_size,
+        num_cells=num_cells,
+        flip=False,
+        results=results,
+        pool_size=pool_size,
+    )
     return _decoded(_grouped(rows, mine), make, decode_threads, prefetch_batches)
 
 
@@ -207,6 +227,7 @@ def _sample(
     num_cells: int,
     flip: bool,
     results: Results | None,
+    pool_size: int | None,
 ) -> Sample:
     image_id = row["image_id"]
     try:
@@ -219,7 +240,7 @@ def _sample(
         image_id,
         image,
         unpack_mask(row["mask"], row["height"], row["width"]),
-        row["pool_yx"].reshape(-1, 2),
+        row["pool_yx"].reshape(-1, 2)[:pool_size],
         patch_size=patch_size,
         num_cells=num_cells,
         rng=numpy_generator(seed, "sample", image_id, int(row["epoch"])),

@@ -185,11 +185,12 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
             f"data.{which} was prepared for patch_size {manifest.patch_size}, model.patch_size is {model.patch_size}: "
             f"its memory points at other windows; prepare {uri} again or change the model"
         )
-    memory = asdict(model.memory)
-    if manifest.settings["memory"] != memory:
+    memory, prepared = asdict(model.memory), manifest.settings["memory"]
+    # Of a larger memory the first windows are taken: they are those that a smaller one would have.
+    if {**prepared, "pool_size": 0} != {**memory, "pool_size": 0} or prepared["pool_size"] < memory["pool_size"]:
         raise ValueError(
-            f"data.{which} was prepared with memory {manifest.settings['memory']}, model.memory is {memory}; "
-            f"prepare {uri} again or change the model"
+            f"data.{which} was prepared with memory {prepared}, model.memory is {memory}; a set serves its own "
+            f"memory.pool_size and smaller ones: prepare {uri} again or change the model"
         )
     if manifest.crop_size % model.size_multiple:
         remedy = f"prepare {uri} with another crop_size" if place else "set another data.images.crop_size"
