@@ -1,9 +1,7 @@
 """Which registered version carries the alias: a new one has to be measurably better than the one that has it.
 
-Both fill the same holes of the same images. The rule names measures: some the candidate has to be better in, by more
-than a margin, some it must not be worse in. Differences are paired image by image; their interval comes from a seeded
-bootstrap that draws photographs, with all their crops. The alias moves only where the interval's unfavourable end
-satisfies the rule, so that a version that is equal, or better by luck, stays without it.
+Both fill the same holes of the same images. The rule (`promotion_rule`) names measures: some the candidate has to be
+better in, some it must not be worse in. A version that is equal, or better by luck, stays without the alias.
 
 MLflow has no "set this alias if it still points there". Promotions of one name take turns by a claim in the folder of
 comparisons, which therefore has to be one that all of them see, and look again at the alias before they move it.
@@ -11,7 +9,6 @@ comparisons, which therefore has to be one that all of them see, and look again 
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import os
@@ -23,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
@@ -33,13 +29,12 @@ from pipeline.data.claim import claim_folder
 from pipeline.errors import FolderInUse, ModelNotFound, NotPromoted, TMADError
 from pipeline.evaluate import EvaluateConfig, Evaluation, evaluate
 from pipeline.models import find_model
+from pipeline.promotion_rule import Comparison, Requirement, compare, parse_requirement, shortfall
 from pipeline.report import Report, picture_grid, png_bytes
 from pipeline.side_by_side import side_by_side
 from pipeline.tracking import mlflow_client, resolve_tracking_uri
 from tmad.checkpoint import model_digest, read_model
 from tmad.config import STRICT, PositiveFloat, PositiveInt
-from tmad.metrics import MEASURES
-from tmad.rng import numpy_generator
 
 PREVIOUS_TAG = "promoted_over"
 """Of a version: the one that had the alias before it; `none` for the first."""
@@ -93,54 +88,15 @@ class PromoteConfig:
     def __post_init__(self) -> None:
         if not self.better and not self.rollback:
             raise ValueError("better must name a measure: without one, an equal version would be promoted")
-        names = [requirement.measure for requirement in self.rule]
+        names = [one.measure for one in self.rule]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"better and not_worse name {', '.join(sorted(twice))} twice")
 
     @property
     def rule(self) -> list[Requirement]:
         """Both lists, read."""
-        strict = [_requirement(word, must_gain=True) for word in self.better]
-        return strict + [_requirement(word, must_gain=False) for word in self.not_worse]
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """What one measure asks of the candidate."""
-
-    measure: str
-    margin: float
-    must_gain: bool
-
-    @property
-    def bound(self) -> float:
-        """The gain has to be above it (or, where it need not gain, no lower)."""
-        return self.margin if self.must_gain else -self.margin
-
-    def met(self, gain: float) -> bool:
-        """Whether *gain*, or the low end of its interval, suffices."""
-        return gain > self.bound if self.must_gain else gain >= self.bound
-
-    def __str__(self) -> str:
-        if self.must_gain:
-            return "better" + (f" by more than {self.margin:g}" if self.margin else "")
-        return "not worse" + (f" by more than {self.margin:g}" if self.margin else "")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One measure of both versions."""
-
-    requirement: Requirement
-    candidate: float | None
-    champion: float | None
-    gain: float | None
-    """Mean over the images that both have a value for, positive where the candidate is better."""
-    low: float | None
-    high: float | None
-    """Interval of the gain; none for a measure of a whole set, which has no value for each image."""
-    images: int
-    met: bool
+        strict = [parse_requirement(word, must_gain=True) for word in self.better]
+        return strict + [parse_requirement(word, must_gain=False) for word in self.not_worse]
 
 
 @dataclass(frozen=True)
@@ -212,55 +168,6 @@ def roll_back(config: PromoteConfig) -> Decision:
         return Decision(config.name, int(previous), champion, [], None)
 
 
-def bootstrap(
-    gains: Mapping[str, float], *, resamples: int, confidence: float, seed: int
-) -> tuple[float, float, float]:
-    """Mean of *gains* by image, and the ends of its percentile interval.
-
-    Images of one photograph (`photo.jpg#2`) are drawn together: they are not independent.
-    """
-    groups: dict[str, list[float]] = {}
-    for image_id, gain in sorted(gains.items()):
-        groups.setdefault(image_id.rpartition("#")[0] or image_id, []).append(gain)
-    sums = np.array([sum(group) for group in groups.values()])
-    counts = np.array([len(group) for group in groups.values()])
-    drawn = numpy_generator(seed, "promote").integers(len(groups), size=(resamples, len(groups)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(sums.sum() / counts.sum()), float(low), float(high)
-
-
-def compare(candidate: Evaluation, champion: Evaluation, config: PromoteConfig) -> list[Comparison]:
-    """Every measure of the rule. Raises `NotPromoted` if they were not measured on the same images."""
-    found = []
-    for requirement in config.rule:
-        name = requirement.measure
-        sign = 1 if MEASURES[name].better == "higher" else -1
-        values = [one.means["tmad"].get(name) for one in (candidate, champion)]
-        ours, theirs = (_by_image(one, name) for one in (candidate, champion))
-        if ours.keys() != theirs.keys():
-            raise NotPromoted("the two versions were measured on different images; was the set changed meanwhile?")
-        gains = {
-            key: sign * (value - theirs[key])  # type: ignore[operator]
-            for key, value in ours.items()
-            if value is not None and theirs[key] is not None
-        }
-        gain = low = high = None
-        if gains:
-            gain, low, high = bootstrap(
-                gains, resamples=config.resamples, confidence=config.confidence, seed=config.seed
-            )
-        elif values[0] is not None and values[1] is not None:
-            gain = sign * (values[0] - values[1])
-        # A value that the candidate alone lacks is no small sample, it is a fault.
-        lacks = any(value is None and theirs[key] is not None for key, value in ours.items())
-        worst = low if low is not None else gain
-        met = worst is not None and bool(np.isfinite(worst)) and not lacks and requirement.met(worst)
-        found.append(Comparison(requirement, values[0], values[1], gain, low, high, len(gains), met))
-    return found
-
-
 def _compare(config: PromoteConfig, client: Any, tracking_uri: str, version: int, champion: int | None) -> Decision:
     """The decision in favour of the candidate. Raises `NotPromoted` otherwise."""
     against = f"v{version}-against-v{champion}" if champion else f"v{version}-first"
@@ -279,8 +186,11 @@ def _compare(config: PromoteConfig, client: Any, tracking_uri: str, version: int
         for one in (version, champion)
         if one is not None
     }
-    comparisons = compare(measured[version], measured[champion], config) if champion is not None else []
-    reasons = [_reason(one) for one in comparisons if not one.met]
+    comparisons: list[Comparison] = []
+    if champion is not None:
+        draws = {"resamples": config.resamples, "seed": config.seed}
+        comparisons = compare(measured[version], measured[champion], config.rule, confidence=config.confidence, **draws)
+    reasons = [shortfall(one) for one in comparisons if not one.met]
     decision = Decision(config.name, version, champion, comparisons, folder)
     _write(config, client, decision, measured, reasons)
     if reasons:
@@ -324,14 +234,6 @@ def _measure(config: PromoteConfig, tracking_uri: str, version: int, out: str) -
     if not result.rows:
         raise NotPromoted(f"version {version} of {config.name} filled no image of {storage.redact(config.data)}")
     return result
-
-
-def _reason(one: Comparison) -> str:
-    name, requirement = one.requirement.measure, one.requirement
-    if one.gain is None:
-        return f"{name} has no value on this set"
-    interval = f", interval {one.low:+.4g} to {one.high:+.4g}" if one.low is not None else ""
-    return f"{name} has to be {requirement}, its gain is {one.gain:+.4g}{interval} over {one.images} images"
 
 
 def _write(
@@ -401,24 +303,6 @@ def _write(
                 client.log_artifacts(run_id, temporary, f"promotion/{label}")
             else:
                 log.warning("version %d of %s has no MLflow run; the comparison is in %s", one, config.name, label)
-
-
-def _by_image(result: Evaluation, measure: str) -> dict[str, float | None]:
-    return {row["image_id"]: row.get(measure) for row in result.rows if row["method"] == "tmad"}
-
-
-def _requirement(word: str, *, must_gain: bool) -> Requirement:
-    name, _, text = word.partition("=")
-    if name not in MEASURES:
-        near = difflib.get_close_matches(name, MEASURES, n=3) or list(MEASURES)
-        raise ValueError(f"no measure is called {name!r}; did you mean {', '.join(near)}?")
-    try:
-        margin = float(text or 0)
-    except ValueError:
-        raise ValueError(f"{word!r}: a margin is a number, as in {name}=0.1") from None
-    if not 0 <= margin < float("inf"):
-        raise ValueError(f"{word!r}: a margin is 0 or more")
-    return Requirement(name, margin, must_gain)
 
 
 def _client(config: PromoteConfig) -> tuple[Any, str]:

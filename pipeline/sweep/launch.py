@@ -27,7 +27,7 @@ from pipeline.data.claim import claim_folder
 from pipeline.data.schema import read_manifest
 from pipeline.errors import ClusterTooSmall, ConfigMismatch, SweepFailed
 from pipeline.models import locate_model
-from pipeline.sweep.config import SweepConfig, direction
+from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_trial, winner
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
 from pipeline.sweep.summary import REPORT_FILE, write_summary
@@ -92,12 +92,13 @@ def sweep(config: SweepConfig) -> Finished:
         if best is None:
             raise SweepFailed(f"no trial of sweep {config.name} came to its end; {told(done.trials)}")
         storage.write_atomic(storage.join(folder, WINNER_FILE), to_json(apply(config.run, best.point)).encode())
+        axes = config.objectives if len(config.objectives) > 1 else (DISTORTION, TEXTURE)
         summary = {
             "name": config.name,
             "objectives": list(config.objectives),
             "space": {name: str(domain) for name, domain in space.items()},
             "winner": {"number": best.number, "name": best.name, "point": best.point, "measures": best.measures},
-            "pareto": [one.number for one in pareto(done.trials, config.objectives)],
+            "pareto": [one.number for one in pareto(done.trials, axes)],
             "importance": importance(done.trials, objective),
             "trials": [as_dict(one) for one in done.trials],
         }

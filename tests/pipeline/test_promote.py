@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from pipeline.errors import ModelNotFound, NotPromoted
-from pipeline.promote import PREVIOUS_TAG, VERDICT_TAG, PromoteConfig, bootstrap, promote, roll_back
+from pipeline.promote import PREVIOUS_TAG, VERDICT_TAG, PromoteConfig, promote, roll_back
+from pipeline.promotion_rule import bootstrap
 from pipeline.registry import register_model
 from pipeline.tracking import Tracker, mlflow_client
 from tests.pipeline.conftest import SetMaker
