@@ -25,7 +25,7 @@ from pipeline.report import Picture, Report
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import Finished, finish, resolve, run_trials, sweep_folder, told
 from pipeline.sweep.results import Trial, as_dict
-from pipeline.sweep.space import Choice, Point
+from pipeline.sweep.space import Point
 from pipeline.sweep.studies import STUDIES, Study
 from pipeline.sweep.summary import measured
 from pipeline.sweep.trial import trial_folder
@@ -48,8 +48,8 @@ class AblateConfig:
 
     study: Literal["candidates", "relativistic", "blending", "mask_size"] = "candidates"
     """`candidates`: Table IV; `relativistic`: Fig. 7; `blending`: Fig. 8; `mask_size`: Fig. 9."""
-    name: str | None = None
-    """Name and folder below run.runs; none = ablation-<study>. The same command with the same name goes on."""
+    name: str = "ablation"
+    """The folder below run.runs is <name>-<study>. The same command with the same name goes on."""
     seeds: PositiveInt = 1
     """Each variant is trained with so many seeds, run.seed and those after it."""
     init_from: str | None = None
@@ -91,8 +91,8 @@ def as_sweep(config: AblateConfig) -> tuple[SweepConfig, list[Point], list[str]]
     ]
     points = [point for _, point in runs]
     sweep = SweepConfig(
-        name=config.name or f"ablation-{config.study}",
-        # Only to tell ablations apart that are resumed under one name: nothing is drawn from it.
+        name=f"{config.name}-{config.study}",
+        # Nothing is drawn from it: the points are given.
         space=(f"seed={config.run.seed},{config.run.seed + 1 + config.seeds}",),
         trials=len(points),
         stop_early=False,
@@ -114,7 +114,7 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
     sweep, points, labels = as_sweep(config)
     folder = sweep_folder(sweep)
     with claim_folder(folder):
-        done = run_trials(sweep, {"seed": Choice((0,))}, points, kind=f"ablation {config.study}")
+        done = run_trials(sweep, {}, points, kind=f"ablation {config.study}")
         if done.summary:
             log.info("ablation %s is finished: %s; nothing to do", sweep.name, storage.redact(folder))
             return done, str(done.summary["table"])

@@ -40,8 +40,8 @@ SUMMARY_FILE, WINNER_FILE, CONFIG_FILE = "summary.json", "winner.json", "sweep.j
 
 NAMES_FILE = "trials.json"
 
-FREE_TO_CHANGE = ("max_concurrent", "num_pictures", "run.name", "run.tracking", "run.workers", "stop_on_failure")
-"""Settings that may differ when a sweep is resumed, by the start of their names."""
+FREE_TO_CHANGE = ("num_pictures",)
+"""Settings that may differ when a sweep is resumed. Tune goes on with what it was begun with, workers included."""
 
 TRIAL_ATTEMPTS = 2
 """A trial whose function fails is begun again so often, from its newest checkpoint."""
@@ -344,7 +344,7 @@ def _claim(folder: str, config: SweepConfig) -> None:
     lines = [
         f"{name}: {old.get(name)} -> {new.get(name)}"
         for name in {**old, **new}
-        if old.get(name) != new.get(name) and not name.startswith(FREE_TO_CHANGE)
+        if old.get(name) != new.get(name) and name not in FREE_TO_CHANGE
     ]
     if lines:
         raise ConfigMismatch(
@@ -386,8 +386,8 @@ def _close_runs(tracking_uri: str | None, trials: Sequence[Trial]) -> None:
             continue
         client.set_tag(trial.mlflow_run_id, "trial", trial.number)
         client.set_tag(trial.mlflow_run_id, "trial_status", trial.status)
-        if trial.status == "stopped early":
-            client.set_terminated(trial.mlflow_run_id, "KILLED")
+        if trial.status != "finished":
+            client.set_terminated(trial.mlflow_run_id, "KILLED" if trial.status == "stopped early" else "FAILED")
 
 
 def _json(uri: str) -> Any:
