@@ -314,8 +314,10 @@ def test_the_texture_of_a_validation_is_that_of_all_workers_images_together() ->
     validate(model, "joint", [share(slice(2, size))], second)
     together, _ = validate(model, "joint", [share(slice(0, 2))], Half(second.given))
     alone, _ = validate(model, "joint", [whole], LocalContext(Path(), workers=OneWorker()))
-    assert together["val/swd_hole_truthscaled"] == pytest.approx(alone["val/swd_hole_truthscaled"], abs=1e-6)
+    # A pixel may be rounded otherwise in a batch of another size.
+    expected = pytest.approx(alone["val/swd_hole_truthscaled"], rel=1e-3)
+    assert together["val/swd_hole_truthscaled"] == expected
     half, _ = validate(model, "joint", [share(slice(0, 2))], LocalContext(Path(), workers=OneWorker()))
-    assert half["val/swd_hole_truthscaled"] != alone["val/swd_hole_truthscaled"]
+    assert half["val/swd_hole_truthscaled"] != expected
     coarse, _ = validate(model, "coarse", [whole], LocalContext(Path(), workers=OneWorker()))
     assert "val/swd_hole_truthscaled" not in coarse
