@@ -145,6 +145,10 @@ class WorkersConfig:
 
     num_workers: PositiveInt = 1
     """Training processes; they share each batch and compute what one process would."""
+    min_workers: PositiveInt | None = None
+    """Go on with as many of `num_workers` as there are machines for, at least so many, and with more when there are
+    more again; none = wait for all of them. Each change starts again from the newest checkpoint. Ray counts what the
+    workers ask for alone: without GPUs, ask for so many CPUs each that one is left to read data."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs that Ray sets aside for each; one more must be free in the cluster to read data."""
     record_tasks: PositiveInt | None = None
@@ -165,6 +169,20 @@ class WorkersConfig:
     """After SIGTERM the job has so long for a step and a last checkpoint, then it ends without; 0 = at once."""
     start_timeout_s: PositiveFloat = 600.0
     """Wait so long for the cluster to grow to the resources asked for, where one was joined."""
+
+    def __post_init__(self) -> None:
+        if not self.fewest <= self.num_workers:
+            raise ValueError(f"min_workers must be at most num_workers ({self.num_workers}), got {self.min_workers}")
+
+    @property
+    def fewest(self) -> int:
+        """`min_workers`, resolved."""
+        return self.min_workers or self.num_workers
+
+    @property
+    def numbers(self) -> range:
+        """How many workers there may be, the most first."""
+        return range(self.num_workers, self.fewest - 1, -1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -241,11 +259,15 @@ class RunConfig:
                 f"name must be letters, digits, '.', '_' and '-', at most 100, starting with a letter or digit, "
                 f"got {self.name!r}"
             )
-        if self.schedule.batch_images % self.workers.num_workers:
-            raise ValueError(
-                f"schedule.batch_images must be a multiple of workers.num_workers ({self.workers.num_workers}), "
-                f"got {self.schedule.batch_images}: every worker takes an equal share of each batch"
-            )
+        for number in self.workers.numbers:
+            if self.schedule.batch_images % number:
+                what = (
+                    "workers.num_workers" if number == self.workers.num_workers else "each number from min_workers on"
+                )
+                raise ValueError(
+                    f"schedule.batch_images must be a multiple of {what} ({number}), "
+                    f"got {self.schedule.batch_images}: every worker takes an equal share of each batch"
+                )
         if self.data.results is not None and self.schedule.coarse_images:
             raise ValueError(
                 f"with data.results the coarse network is not trained: schedule.coarse_images must be 0, got "
@@ -317,8 +339,8 @@ def with_name(config: RunConfig, name: str) -> RunConfig:
 
 def _what_is_learned(config: RunConfig) -> dict[str, Any]:
     # A run without what came later keeps the digest that it had before.
-    unused = ("init_from", "init_networks") if config.init_from is None else ()
-    unused += ("data.results",) if config.data.results is None else ()
+    unused = [] if config.init_from is not None else ["init_from", "init_networks"]
+    unused += [] if config.data.results is not None else ["data.results"]
     return {
         key: value for key, value in flatten(asdict(config)).items() if not _matches(key, (*FREE_TO_CHANGE, *unused))
     }

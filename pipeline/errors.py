@@ -105,6 +105,10 @@ class WeightsMismatch(TMADError):
     """A model's weights do not fit the networks that are to start from them; `details["report"]` lists every tensor."""
 
 
+class CheckpointNotKept(TMADError):
+    """Storage does not take a checkpoint, after all patience; raised on all workers alike."""
+
+
 class CheckpointsDamaged(TMADError):
     """A run has checkpoints, and none of them is what was written; `details["damaged"]` says by name what is wrong."""
 

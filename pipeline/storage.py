@@ -114,6 +114,17 @@ def file_system(uri: str) -> tuple[Any, str]:
     return fs, path
 
 
+def for_ray(uri: str) -> tuple[str, Any]:
+    """*uri* as Ray takes it, path and file system: ours where it is remote, so that Ray reaches S3 with the same
+    endpoint and patience as everything here."""
+    if not is_remote(uri):
+        return absolute(uri), None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, path = file_system(uri)
+    return path, PyFileSystem(FSSpecHandler(fs))
+
+
 def exists(uri: str) -> bool:
     """True if there is a file or a folder at *uri*."""
     fs, path = file_system(uri)
@@ -372,9 +383,10 @@ def local_copy(uri: str) -> Path:
     return folder
 
 
-def upload_folder(local: str | Path, uri: str) -> None:
-    """Copy every visible file below *local* to the folder *uri*, each one atomically, in the order of their keys."""
-    for key in list_files(str(local)):
+def upload_folder(local: str | Path, uri: str, *, last: str = "") -> None:
+    """Copy every visible file below *local* to the folder *uri*, each one atomically, in the order of their keys, but
+    the one with the key *last* when all others are there."""
+    for key in sorted(list_files(str(local)), key=lambda key: key == last):
         write_atomic(join(uri, key), (Path(local) / key).read_bytes())
 
 

@@ -74,6 +74,8 @@ class SweepConfig:
             raise ValueError("run.init_from: give the model that all trials start from as init_from")
         if self.run.schedule.stop_after_validations is not None:
             raise ValueError("run.schedule.stop_after_validations would end trials at other lengths; leave it out")
+        if self.run.workers.min_workers is not None:
+            raise ValueError("run.workers.min_workers: trials share a cluster, and would grow into each other's place")
         make_space(self.space, self.run)
 
 

@@ -40,6 +40,8 @@ SUMMARY_FILE, WINNER_FILE, CONFIG_FILE = "summary.json", "winner.json", "sweep.j
 
 NAMES_FILE = "trials.json"
 
+TUNE_FOLDER = "tune"
+
 FREE_TO_CHANGE = ("num_pictures",)
 """Settings that may differ when a sweep is resumed. Tune goes on with what it was begun with, workers included."""
 
@@ -249,11 +251,12 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     require(resources(config.run))
     concurrent = room(config, ray.cluster_resources())
     trainable: Any = tune.with_resources(run_trial, {"CPU": DRIVER_CPUS})
-    place = storage.join(folder, "tune")
-    known = storage.exists(place) and tune.Tuner.can_restore(place)
+    root, file_system = storage.for_ray(folder)
+    place = f"{root}/{TUNE_FOLDER}"
+    known = tune.Tuner.can_restore(place, storage_filesystem=file_system)
     if known:
         log.info("sweep %s was begun before: going on with it, %d trials side by side", config.name, concurrent)
-        tuner = tune.Tuner.restore(place, trainable=trainable, resume_errored=True)
+        tuner = tune.Tuner.restore(place, trainable=trainable, resume_errored=True, storage_filesystem=file_system)
     else:
         log.info("sweep %s: %d trials, %d side by side", config.name, config.trials, concurrent)
         # Of a sweep that was killed before Tune had written anything.
@@ -273,8 +276,9 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
                 reuse_actors=False,
             ),
             run_config=tune.RunConfig(
-                name="tune",
-                storage_path=folder,
+                name=TUNE_FOLDER,
+                storage_path=root,
+                storage_filesystem=file_system,
                 verbose=0,
                 callbacks=[_Watch(config, folder)],
                 failure_config=tune.FailureConfig(max_failures=TRIAL_ATTEMPTS - 1),

@@ -18,9 +18,7 @@ import torch
 
 from pipeline import storage
 from pipeline.errors import CheckpointsDamaged, TrainingFailed
-from pipeline.train.context import TrainContext
-
-MANIFEST_FILE = "manifest.json"
+from pipeline.train.context import MANIFEST_FILE, TrainContext
 
 RAY_RECORDS_FILE = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of a run's checkpoints, beside them."""

@@ -28,12 +28,15 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.errors import CheckpointNotKept, TMADError
 from pipeline.train.ending import Notice, NoticeBoard
 from tmad.step import Workers
 
 COMMIT_TIMEOUT_S = 600.0
 """Wait so long for Ray's controller to register a checkpoint that is in storage."""
 
+MANIFEST_FILE = "manifest.json"
+"""In a checkpoint, written last: what else is in it."""
 
 CHECKPOINT = re.compile(r"images_\d{12}(_\d+)?")
 """Names of checkpoints."""
@@ -67,7 +70,7 @@ class TrainContext(Protocol):
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
         """Keep what rank 0 wrote into *folder* (others give `None`) as the checkpoint *name*; returns when it counts:
         a crash in the next instant goes on from there. Returns the name it got: another one if *name* is taken by a
-        checkpoint that is damaged."""
+        checkpoint that is damaged. Raises `CheckpointNotKept` if storage does not take it."""
 
 
 class DistributedWorkers:
@@ -162,17 +165,22 @@ class RayContext:
         """A copy of this worker's own, or the folder itself where storage is local."""
         # Not the object that the controller hands out: its copy is shared by the processes of a machine, and one that
         # comes late downloads over the files that another reads.
-        with Checkpoint(storage.join(self._folder, name)).as_directory() as folder:
-            yield Path(folder)
+        yield storage.local_copy(storage.join(self._folder, name))
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
-        """Upload, and wait until the controller has it in its books."""
+        """Upload, the manifest last, and wait until the controller has it in its books."""
         registered = self._registered()
         # A name that depends on the images alone: a repeated stretch overwrites what a crash left half-written. Not one
         # in the controller's books, which would delete the new folder together with the old entry.
         free = next(one for one in _names_like(name) if one not in registered)
-        checkpoint = Checkpoint.from_directory(str(folder)) if folder is not None else None
-        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=free)
+        place = storage.join(self._folder, free)
+        # Not by Ray, which gives up at once where storage asks for patience, and whose other workers would wait.
+        if refused := _everyones(_upload(folder, place))[0]:
+            raise CheckpointNotKept(f"checkpoint {free} was not kept: {refused}")
+        checkpoint = Checkpoint(*storage.for_ray(place)) if folder is not None else None
+        ray.train.report(
+            metrics, checkpoint=checkpoint, checkpoint_dir_name=free, checkpoint_upload_fn=lambda there, _: there
+        )
         # `report` returns when the files are in storage. Until the controller has registered them, a crash would
         # restart from the checkpoint before.
         self._registered()
@@ -184,6 +192,16 @@ class RayContext:
             consistency_mode=CheckpointConsistencyMode.COMMITTED, timeout_s=COMMIT_TIMEOUT_S
         )
         return {one.checkpoint.path.rstrip("/").rsplit("/", 1)[-1] for one in reported}
+
+
+def _upload(folder: Path | None, place: str) -> str | None:
+    """What storage says against it, if anything."""
+    try:
+        if folder is not None:
+            storage.upload_folder(folder, place, last=MANIFEST_FILE)
+    except TMADError as error:
+        return error.message
+    return None
 
 
 class LocalContext:

@@ -68,7 +68,7 @@ def measure(config: RunConfig, *, crop_size: int) -> Footprint:
     side = min(crop_size, math.ceil(MEASURED_SIDE / multiple) * multiple)
     area = (crop_size / side) ** 2
     cells = min((side // config.model.patch_size) ** 2, math.ceil(config.schedule.patches_per_image / area))
-    share = config.schedule.batch_images // config.workers.num_workers
+    share = config.schedule.batch_images // config.workers.fewest
     phase: Phase = "joint" if config.schedule.joint_images else "coarse"
 
     def step(images: int) -> Callable[[], object]:

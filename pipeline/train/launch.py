@@ -35,7 +35,7 @@ from pipeline.cluster import joined, require, start_ray
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
-from pipeline.environment import environment
+from pipeline.environment import code_state, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.models import MLFLOW_SCHEMES
 from pipeline.pretrained import resolve_perceptual
@@ -155,10 +155,11 @@ def plan(config: RunConfig, train_set: Manifest | None = None) -> str:
     schedule, workers = config.schedule, config.workers
     steps = math.ceil(schedule.total_images / schedule.batch_images)
     share = schedule.batch_images // workers.num_workers
+    number = f"{workers.num_workers}" if workers.min_workers is None else f"{workers.fewest} to {workers.num_workers}"
     of = f" of {train_set.records:,} records" if train_set is not None else ""
     device = "GPU" if workers.use_gpu else f"CPU, threads {config.threads}"
     return (
-        f"{workers.num_workers} workers ({device}, {config.precision}), {schedule.batch_images} images a step "
+        f"{number} workers ({device}, {config.precision}), {schedule.batch_images} images a step "
         f"({share} a worker), {schedule.coarse_images:,} images coarse, then {schedule.joint_images:,} jointly{of}: "
         f"{steps:,} steps; checkpoint every {schedule.checkpoint_every_images:,} images, "
         f"validation every {schedule.validate_every_images:,}"
@@ -263,8 +264,8 @@ def _environment(config: RunConfig, sets: Mapping[str, str], initial: Mapping[st
 def resources(config: RunConfig) -> dict[str, float]:
     """What the cluster must have."""
     workers = config.workers
-    cpus = {"CPU": workers.num_workers * workers.cpus_per_worker + CPUS_FOR_DATA}
-    return {**cpus, "GPU": workers.num_workers * workers.gpus_per_worker} if workers.use_gpu else cpus
+    cpus = {"CPU": workers.fewest * workers.cpus_per_worker + CPUS_FOR_DATA}
+    return {**cpus, "GPU": workers.fewest * workers.gpus_per_worker} if workers.use_gpu else cpus
 
 
 def _open_tracking(
@@ -282,7 +283,9 @@ def _open_tracking(
         return known
     assert config.name is not None
     check_tracking(tracking_uri)
-    tags = {"config_digest": digest(config), **{f"data_{which}": one.digest for which, one in sets.items()}}
+    code = code_state()
+    tags = {"git_commit": str(code["commit"]), "git_dirty": str(code["dirty"]), "config_digest": digest(config)}
+    tags |= {f"data_{which}": one.digest for which, one in sets.items()}
     if config.tracking.parent_run is not None:
         tags["mlflow.parentRunId"] = config.tracking.parent_run
     if initial is not None:
@@ -310,18 +313,20 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any], callbacks: Sequenc
         "logging_config": LoggingConfig(log_level="WARNING"),
         "worker_runtime_env": {"env_vars": KEEP_FREED_PAGES},
     }
+    path, file_system = storage.for_ray(folder)
+    # Ray's annotation leaves out the pair: fewest and most.
+    number: Any = workers.num_workers if workers.min_workers is None else (workers.fewest, workers.num_workers)
     worker: Any = work  # Ray's annotation allows no result, its `Result.return_value` carries one.
     trainer = TorchTrainer(
         worker,
         train_loop_config=job,
         torch_config=NoticingTorchConfig(),
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=each
-        ),
+        scaling_config=ScalingConfig(num_workers=number, use_gpu=workers.use_gpu, resources_per_worker=each),
         run_config=RayRunConfig(
             # Ray keeps checkpoints in <storage_path>/<name>/, and by that name finds them again after a restart.
             name="checkpoints",
-            storage_path=folder,
+            storage_path=path,
+            storage_filesystem=file_system,
             failure_config=FailureConfig(**failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.schedule.keep_checkpoints),
             **more,

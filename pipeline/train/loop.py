@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -226,7 +227,18 @@ class Meter:
         metrics["rate/images_per_s"] = self._images / max(trained_s, 1e-9)
         metrics["rate/data_wait_share"] = waited_s / max(trained_s, 1e-9)
         self._clear()
-        return metrics
+        return metrics | _memory(context.device)
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    """The most that this worker has held, in GB: of the machine's memory since its start, of the GPU's tensors since
+    the last call."""
+    # Linux counts in KiB.
+    held = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    if device.type == "cuda":
+        held["system/gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        torch.cuda.reset_peak_memory_stats(device)
+    return held
 
 
 def progress_line(stretch: Stretch, images: int, metrics: Mapping[str, float]) -> str:

@@ -66,7 +66,8 @@ def relayed_logs() -> Iterator[Any]:
     # On the driver's machine, as another one may be lost, and without a processor of its own: it must not take one from
     # the workers.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lines: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Lines).remote()
+    actor: Any = ray.remote(num_cpus=0)(Lines)
+    lines = actor.options(scheduling_strategy=here).remote()
     over = threading.Event()
 
     def copy() -> None:

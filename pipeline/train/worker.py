@@ -16,7 +16,7 @@ from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
 from pipeline.data.onthefly import LiveSet, Tally
 from pipeline.data.results import Results
-from pipeline.errors import CheckpointsDamaged, Interrupted
+from pipeline.errors import CheckpointNotKept, CheckpointsDamaged, Interrupted
 from pipeline.pretrained import load_perceptual
 from pipeline.tracking import Tracker
 from pipeline.train.context import RayContext, TrainContext
@@ -52,7 +52,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             feed = data_feed(config, context, job["live"])
             return train_loop(config, context, feed, tracker, perceptual, job["initial"], job["best"])
         # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
-        except NonFiniteLoss as error:
+        except (NonFiniteLoss, CheckpointNotKept) as error:
             return {"failed": str(error)}
         except CheckpointsDamaged as error:
             return {"damaged": error.details["damaged"], "failed": error.message}

@@ -23,14 +23,21 @@ Moment = Callable[[], bool]
 class Job:
     """A command in a session of its own; *log* has what it says."""
 
-    def __init__(self, log: Path, command: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        command: Sequence[object],
+        environment: Mapping[str, str] | None = None,
+        *,
+        folder: Path = ROOT,
+    ) -> None:
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [str(part) for part in command],
                 stdout=file,
                 stderr=file,
-                cwd=ROOT,
+                cwd=folder,
                 env={**os.environ, **RAY_ENVIRONMENT, **(environment or {})},
                 start_new_session=True,
             )
@@ -51,12 +58,12 @@ class Job:
         self.send(signal.SIGKILL)
         self.process.wait()
 
-    def wait_for(self, moment: Moment) -> bool:
+    def wait_for(self, moment: Moment, *, every_s: float = 0.002) -> bool:
         """True when *moment* has come, false if the job ended before it."""
         while not moment():
             if self.process.poll() is not None:
                 return False
-            time.sleep(0.002)
+            time.sleep(every_s)
         return True
 
     def said(self) -> str:

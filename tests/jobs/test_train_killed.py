@@ -65,13 +65,14 @@ class Nodes:
     def add(self) -> None:
         self._cluster.add_node(**self._arguments())
 
-    def lose(self, raylet: int) -> None:
+    def lose(self, raylet: int, *, replace: bool = True) -> None:
         """Kill the raylet and all else of its node, and put another node in its place."""
         os.kill(raylet, signal.SIGKILL)
         for node in list(self._cluster.worker_nodes):
             if node.all_processes["raylet"][0].process.pid == raylet:
                 self._cluster.remove_node(node, allow_graceful=False)
-        self.add()
+        if replace:
+            self.add()
 
     def end(self) -> None:
         self._cluster.shutdown()
@@ -95,12 +96,12 @@ def nodes() -> Iterator[Nodes]:
 class Training:
     """A run of that name, begun and gone on with as often as it takes."""
 
-    def __init__(self, place: Path, nodes: Nodes, name: str) -> None:
+    def __init__(self, place: Path, nodes: Nodes, name: str, *more: str) -> None:
         self.nodes, self.name = nodes, name
         self.folder = place / "runs" / name
         self._log = place / f"log-{name}"
         self._command = [sys.executable, ROOT / "jobs" / "train_places.py", *OPTIONS, "--name", name]
-        self._command += ["--data.train", place / "train", "--data.val", place / "val", "--runs", place / "runs"]
+        self._command += ["--data.train", place / "train", "--data.val", place / "val", "--runs", place / "runs", *more]
         self._starts = 0
         self.job = self.start()
 
@@ -230,6 +231,26 @@ def test_a_run_that_loses_workers_nodes_and_its_driver_ends_as_one_that_loses_no
     assert sorted(set(steps)) == list(range(BATCH, 201, BATCH))
     with capsys.disabled():
         print(*told, sep="\n")
+
+
+def test_with_a_machine_less_a_run_goes_on_with_fewer_workers_from_its_newest_checkpoint(
+    place: Path, nodes: Nodes, unbroken: dict[str, Any]
+) -> None:
+    training = Training(place, nodes, "elastic", "--workers.min-workers", "1")
+    training.reach(50)
+    assert len(training_workers()) == 2
+    nodes.lose(min(set(training_workers().values()) - {nodes.head}), replace=False)
+    try:
+        assert training.went_on_at(1) == 40
+        training.reach(60)
+        assert len(training_workers()) == 1
+        finished = training.finished()
+    finally:
+        nodes.add()
+    # The same run, but for the order in which one and two workers add up.
+    assert finished["images"] == unbroken["images"]
+    for name, value in unbroken["validation"].items():
+        assert finished["validation"][name] == pytest.approx(value, rel=1e-3), name
 
 
 @pytest.mark.skipif(not SOAK_S, reason="TMAD_SOAK_S is not set")
