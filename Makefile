@@ -7,10 +7,10 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-CODE := $(wildcard tmad pipeline jobs tests benchmarks)
+CODE := $(wildcard tmad pipeline jobs tests benchmarks infra docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format-check lint types format bench mlflow clean
+.PHONY: help setup demo stack stack-demo test check format-check lint types format bench docs docs-check mlflow clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -28,6 +28,12 @@ $(READY): pyproject.toml infra/constraints.txt
 
 demo: $(READY)  ## photographs -> shards -> training -> evaluation -> report, on this machine, in minutes
 	$(BIN)/python jobs/demo.py
+
+stack: $(READY)  ## S3, MLflow and a Ray cluster of three nodes on this machine, without Docker, until Ctrl-C
+	$(BIN)/python infra/stack.py
+
+stack-demo: $(READY)  ## every job, small, submitted to the stack that runs (or to one of its own)
+	$(BIN)/python infra/stack_demo.py
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest
@@ -49,6 +55,12 @@ format: $(READY)  ## format the code and repair what the linter can repair
 
 bench: $(READY)  ## the benchmarks, one after the other; reports go to benchmarks/reports (use a quiet machine)
 	for name in carafe retrieval training_step inference data data_scale; do $(BIN)/python benchmarks/$$name.py --limit-s 600 || exit 1; done
+
+docs: $(READY)  ## write the pages of docs/reference out of the code
+	$(BIN)/python docs/reference/generate.py
+
+docs-check: $(READY)  ## run the documents' commands and follow their links
+	$(BIN)/python docs/check.py
 
 mlflow: $(READY)  ## open the MLflow UI on the runs of this machine
 	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db"

@@ -46,7 +46,7 @@ there are processors. Ray runs already when the clock starts.
 
 Examples:
   python benchmarks/data.py
-  python benchmarks/data.py --images 2000 --rounds 5 --limit-s 600
+  python benchmarks/data.py --keep-pages --rounds 3 --limit-s 600
   python benchmarks/data.py --quick
 """
 
@@ -62,11 +62,11 @@ OWN = "the same, our functions"
 class DataOptions(Options):
     """Options of this benchmark."""
 
-    images: int = 1800
+    images: int = 4800
     """Photographs of 640 x 480 pixels, cut from the demo's, as JPEG files."""
     images_per_shard: int = 64
     """Photographs of one task."""
-    epochs: int = 4
+    epochs: int = 2
     """Times that the training input goes through them in one call."""
 
 

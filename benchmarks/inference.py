@@ -21,9 +21,9 @@ from benchmarks.harness import Options, Report, Table, convolution_limit, interl
 from benchmarks.scenes import centred_hole, picture
 from tmad.blocks import DownBlock
 from tmad.config import CoarseConfig, MemoryConfig, PSNetConfig, TMADConfig
+from tmad.draws import hole_cells
 from tmad.inpaint import Inpainter, InpaintResult
 from tmad.model import TMAD
-from tmad.patches import hole_cells
 
 DESCRIPTION = """
 Seconds and peak tensor memory of `tmad.inpaint.Inpainter` on one image with a hole over a quarter of its area, from

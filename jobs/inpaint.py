@@ -1,4 +1,4 @@
-"""Fill the holes of a folder of images, on all machines of a Ray cluster or on this one."""
+"""Fill the holes of a collection of images, on all machines of a Ray cluster or on this one."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
 from pipeline.cli import parse, run_job
-from pipeline.predict import LEDGER, InpaintConfig, inpaint_folder
+from pipeline.inpaint.config import InpaintConfig
+
+SOME_FAILED = 3
+"""Exit code of a job that came to its end and could not fill some inputs."""
 
 DESCRIPTION = """
-Fill the holes of a folder of images. Masks are images of the same size, white = hole, paired by name: photos/a/b.jpg
-with masks/a/b.png. Results keep the tree and the names and are PNG, so that every pixel outside the hole is
-bit-identical to the input. --output gets ledger.jsonl too: one line an input, done, skipped or failed with its reason.
+Fill the holes of a collection of images: a folder, tar files, Parquet or a list, by path or URI. Results keep the tree,
+the names, the format and the metadata; every pixel outside the holes is bit-identical where the format is lossless.
+--output gets ledger.parquet too: a row for each input, done, skipped or failed with its reason.
 
-The same command again does only what is missing.
+The same command again does only what is missing. Exit codes: 0 all is well, 3 some inputs failed (the ledger says which
+and why), 1 the job could not go on, 2 wrong options.
 
 Examples:
   python jobs/inpaint.py --input photos --masks masks --output filled --model runs/demo
-  python jobs/inpaint.py --input photos --masks masks --mask-suffix _mask --output filled --model runs/demo/model
+  python jobs/inpaint.py --input photos --masks photos --mask-suffix _mask --output filled --model runs/demo/model
+  python jobs/inpaint.py --input scans.tar --mask-from colour --mask-colour '#ff00ff' --output filled --model runs/demo
+  python jobs/inpaint.py --input photos --mask-from boxes --masks boxes.json --dilate 8 --output filled --model m
   python jobs/inpaint.py --input s3://bucket/photos --masks s3://bucket/masks --output s3://bucket/filled \\
-      --model models:/tmad@champion --tracking-uri http://mlflow:5000 --use-gpu --num-actors 8
+      --model models:/tmad@champion --tracking-uri http://mlflow:5000 --use-gpu
+
+One picture, without Ray: tmad inpaint photo.jpg mask.png -o filled.jpg --model runs/demo
 """
 
 
@@ -33,13 +41,18 @@ def main(argv: Sequence[str]) -> int:
     if command.dry_run:
         print(command.resolved())
         return 0
-    summary = inpaint_folder(command.config)
+    # Ray takes seconds to import; --help and a wrong option should not.
+    from pipeline.inpaint.ledger import LEDGER
+    from pipeline.inpaint.run import by_reason, inpaint_all
+
+    summary = inpaint_all(command.config)
     print(
-        f"{summary.done} filled in {summary.seconds:.0f} s, {summary.kept} were there already, "
-        f"{summary.skipped} skipped, {summary.failed} failed; "
+        f"{summary.done} filled in {summary.seconds:.0f} s, {summary.kept} were settled before, "
+        f"{summary.skipped} skipped, {summary.failed} failed"
+        f"{f' ({by_reason(summary.reasons)})' if summary.reasons else ''}; "
         f"ledger: {storage.redact(command.config.output)}/{LEDGER}"
     )
-    return 0
+    return SOME_FAILED if summary.failed else 0
 
 
 if __name__ == "__main__":

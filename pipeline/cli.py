@@ -22,11 +22,10 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.errors import Interrupted, TMADError
+from pipeline.logs import formatter
 from tmad.config import from_dict
 
 ConfigT = TypeVar("ConfigT")
-
-LOG_FORMAT = "%(asctime)s %(levelname).1s {run}%(message)s"
 
 log = logging.getLogger(__name__)
 
@@ -138,10 +137,10 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
 
 
 def configure_logging(run: str = "", rank: int | None = None) -> None:
-    """Send log lines to stderr with time, level, run name and rank where given; libraries only from warnings up."""
-    where = "" if not run else f"{run} " if rank is None else f"{run}[{rank}] "
+    """Send log lines to stderr with time, level, run name and rank where given (`pipeline.logs` says how they look);
+    libraries only from warnings up."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(LOG_FORMAT.format(run=where.replace("%", "%%")), datefmt="%H:%M:%S"))
+    handler.setFormatter(formatter(run, rank))
     root = logging.getLogger()
     for old in [one for one in root.handlers if isinstance(one, logging.StreamHandler)]:
         root.removeHandler(old)

@@ -81,6 +81,19 @@ def locate_model(ref: str, *, tracking_uri: str | None = None) -> str:
     )
 
 
+def model_version(ref: str, *, tracking_uri: str | None = None) -> str:
+    """*ref* for a record that lasts: `models:/tmad@champion` as the version that it stands for now, others as they
+    are, without credentials. For a reference that `find_model` has found."""
+    if not ref.startswith("models:/"):
+        return storage.redact(ref)
+    name, alias, version = _registry_name(ref)
+    if alias is not None:
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        client = mlflow_client(uri or f"sqlite:///{Path(LOCAL_TRACKING_FILE).absolute()}")
+        version = client.get_model_version_by_alias(name, alias).version
+    return f"models:/{name}/{version}"
+
+
 def _is_artifact(folder: str) -> bool:
     return all(storage.exists(storage.join(folder, file)) for file in ARTIFACT_FILES)
 

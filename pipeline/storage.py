@@ -27,7 +27,7 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline import s3
+from pipeline import observe, s3
 from pipeline.errors import MissingInput, StorageFailed, TMADError
 
 Result = TypeVar("Result")
@@ -334,7 +334,8 @@ def file_sizes(uri: str) -> dict[str, int]:
     fs, path = file_system(uri)
     root = path.rstrip("/") + "/"
     found = _guard(uri, "list", lambda: fs.find(path, detail=True))
-    keys = {name[len(root) :]: int(info["size"]) for name, info in found.items() if name.startswith(root)}
+    inside = {name: info for name, info in found.items() if name.startswith(root) and not name.endswith("/")}
+    keys = {name[len(root) :]: int(info["size"]) for name, info in inside.items()}
     return {key: size for key, size in keys.items() if not _is_hidden(key)}
 
 
@@ -348,7 +349,8 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
     root = path.rstrip("/") + "/"
     # Listed first, as only the answer to a listing says why it was refused.
     found = _guard(uri, "list", lambda: fs.find(path))
-    keys = [name[len(root) :] for name in found if name.startswith(root)]
+    # An object whose name ends with a slash stands for a folder; Arrow writes such, and so does Ray for checkpoints.
+    keys = [name[len(root) :] for name in found if name.startswith(root) and not name.endswith("/")]
     if not keys:
         if not exists(uri):
             raise MissingInput(f"there is no folder {redact(uri)}")
@@ -460,6 +462,7 @@ def _patiently(uri: str, read: Callable[[], bytes]) -> bytes:
                 pause = random.uniform(0, min(_MAX_PAUSE_S, 2.0 ** (number - 1)))
                 if not s3.passes(error) or time.monotonic() + pause >= deadline:
                     raise
+                observe.count("storage_repeat")
                 logger.info("%s arrived cut short, attempt %d of %d", redact(uri), number, patience.attempts)
                 time.sleep(pause)
         return read()

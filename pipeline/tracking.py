@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from pipeline import storage
+from pipeline import logs, observe, storage
 from pipeline.errors import TrackingUnreachable
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def read_json_lines(uri: str) -> list[dict[str, Any]]:
 
 class Tracker:
     """One run's metrics, pictures and files; *uri* `None` leaves MLflow out, *jsonl* `None` leaves the file out.
+    *exported_as*: name of the run at Ray's metrics endpoint (`pipeline.observe`), `None` = not there.
 
     A tracking server that is away does not stop training: metrics wait in memory (20 000 values at most, the oldest go
     first) and are sent with the next interval; pictures and files are given up with a warning. `metrics.jsonl` has
@@ -211,7 +212,13 @@ class Tracker:
     """
 
     def __init__(
-        self, uri: str | None, run_id: str | None, *, jsonl: str | None = None, background: bool = False
+        self,
+        uri: str | None,
+        run_id: str | None,
+        *,
+        jsonl: str | None = None,
+        background: bool = False,
+        exported_as: str | None = None,
     ) -> None:
         if (uri is None) != (run_id is None):
             raise ValueError(f"uri and run_id go together: both or neither, got {uri!r} and {run_id!r}")
@@ -221,6 +228,7 @@ class Tracker:
         self._jsonl = JsonLines(jsonl) if jsonl is not None else None
         self._pending: list[tuple[str, float, int, int]] = []
         self._thread = ThreadPoolExecutor(1, "mlflow") if background and uri is not None else None
+        self._exported_as = exported_as
         # A restart opens the run that a crash may have left as FAILED or KILLED.
         self._do(partial(self._guard, "the start", "update_run", status="RUNNING"))
 
@@ -251,7 +259,10 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, Any], step: int) -> None:
         """Record *values* (numbers or 0-dim tensors) at *step*, in one call to MLflow. *step* counts images seen."""
+        logs.set_place(step=int(step))
         numbers = {name: float(value) for name, value in values.items()}
+        if self._exported_as is not None:
+            observe.export(self._exported_as, {"images": step, **numbers})
         now_ms = int(time.time() * 1000)
         if self._jsonl is not None:
             self._jsonl.append({"step": int(step), "time_s": now_ms / 1000, **numbers})

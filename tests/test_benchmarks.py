@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +201,21 @@ def test_the_data_plane_is_measured_from_every_source_and_beside_both_rivals(ray
     # Bits of a mask and two int16 a window, compressed: far below the 307,200 bytes of the pool's pixels.
     sizes = found["On disk"]["4"]
     assert 4 * 200 < (sizes["shards"] - sizes["crops"]) / sizes["records"] < 4 * 2000
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif("TMAD_SOAK_S" not in os.environ, reason="takes minutes; set TMAD_SOAK_S to run it")
+@pytest.mark.timeout(900)
+def test_a_quick_run_of_the_inpainting_job_fills_the_same_on_both_sides(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "batch_inpaint.py"
+    command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (figures,) = tmp_path.glob("*-batch_inpaint-quick.json")
+    found = json.loads(figures.read_text(encoding="utf-8"))["figures"]
+    samples = found["The job beside a bare loop"]["samples_rate_first_whole"]
+    assert samples.keys() == {"bare loop", "Ray job"}
+    assert all(
+        value["peak_bytes"] >= value["before_bytes"] for value in list(found["Memory of one file"].values())[:-1]
+    )

@@ -20,7 +20,7 @@ from tmad.metrics import MEASURES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tmad", "pipeline", "jobs")
 FORBIDDEN_IN_TMAD = ("ray", "mlflow", "fsspec", "pyarrow", "pipeline", "jobs")
-JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__")
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("__"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """What one training step eats: a sample of one image, and the batch of several.
 
-All randomness of a sample is drawn here, from a generator keyed by (seed, image, epoch); the step itself draws nothing.
+All randomness of a sample is drawn before the step (`draws`), from a generator keyed by (seed, image, epoch); the step
+itself draws nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmad.patches import draw_cells
+from tmad.draws import draw
 
 
 @dataclass(frozen=True)
@@ -76,47 +77,37 @@ def make_sample(
     flip: bool = False,
     filled: np.ndarray | None = None,
 ) -> Sample:
-    """Draw what is random about one image: left-right flip (where *flip* allows it), cells, penalty weights.
+    """Draw what is random about one image, as `draws.draw` does, and mirror it with its mask and memory.
 
     *image* (H, W, 3) uint8, sides multiples of patch_size; *mask* (H, W) {0, 1}; *pool_yx* (N_pool, 2); *filled* (H, W,
-    3) uint8, somebody's result. Image, mask, memory and result are flipped together. Deterministic in *rng*. Raises
-    `ValueError` if image and mask differ in size.
+    3) uint8, somebody's result. Raises `ValueError` if image and mask differ in size.
     """
     if image.shape[:2] != mask.shape:
         raise ValueError(f"{image_id}: image is {image.shape[:2]}, its mask is {mask.shape}")
-    if flip and rng.random() < 0.5:
-        # PyTorch mirrors colours that lie beside each other fifteen times faster than NumPy, a mask five times.
-        image = torch.from_numpy(image).permute(2, 0, 1)[None].flip(-1)[0].permute(1, 2, 0).numpy()
-        mask = torch.from_numpy(mask).flip(-1).numpy()
-        pool_yx = pool_yx.copy()
-        pool_yx[:, 1] = mask.shape[1] - patch_size - pool_yx[:, 1]
-        filled = None if filled is None else filled[:, ::-1]
+    draws = draw(mask, pool_yx, patch_size=patch_size, num_cells=num_cells, rng=rng, flip=flip)
     return Sample(
         image_id=image_id,
-        image=image,
-        mask=mask,
-        pool_yx=pool_yx,
-        cells=draw_cells(mask, patch_size=patch_size, num=num_cells, rng=rng),
-        mix=rng.random(num_cells + 1, dtype=np.float32),
-        filled=filled,
+        image=mirror(image) if draws.mirrored else image,
+        mask=np.ascontiguousarray(draws.mask),
+        pool_yx=draws.pool_yx,
+        cells=draws.cells,
+        mix=draws.mix,
+        filled=mirror(filled) if filled is not None and draws.mirrored else filled,
     )
 
 
-def collate(samples: Sequence[Sample], images: np.ndarray | None = None) -> Batch:
-    """Stack samples of one size into a batch; all of them have somebody's result, or none has.
+def mirror(image: np.ndarray) -> np.ndarray:
+    """Exchange left and right of *image* (H, W, 3), uint8."""
+    # PyTorch does it fifteen times faster than NumPy where a pixel's colours lie beside each other.
+    return torch.from_numpy(image).permute(2, 0, 1)[None].flip(-1)[0].permute(1, 2, 0).numpy()
 
-    *images* (B, H, W, 3), uint8: where the batch's images will lie; a sample's that lies at its place is not copied.
-    """
-    if images is None:
-        images = np.stack([sample.image for sample in samples])
-    else:
-        for place, sample in zip(images, samples, strict=True):
-            if sample.image.ctypes.data != place.ctypes.data:
-                place[...] = sample.image
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples of one size into a batch; all of them have somebody's result, or none has."""
     results = [sample.filled for sample in samples if sample.filled is not None]
     return Batch(
         image_id=[sample.image_id for sample in samples],
-        image=torch.from_numpy(images).permute(0, 3, 1, 2),
+        image=torch.from_numpy(np.stack([sample.image for sample in samples])).permute(0, 3, 1, 2),
         mask=torch.from_numpy(np.stack([sample.mask for sample in samples]))[:, None],
         pool_yx=torch.from_numpy(np.stack([sample.pool_yx for sample in samples]).astype(np.int64)),
         cells=torch.from_numpy(np.stack([sample.cells for sample in samples]).astype(np.int64)),

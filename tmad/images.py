@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +58,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     `format` is None if the pixels were turned, else the file's. Raises `UnreadableImage`; an image of more than
     *max_pixels* is refused by its header alone (the most that can be allowed is twice Pillow's `MAX_IMAGE_PIXELS`).
     """
+    return upright(decode_stored(data, max_pixels=max_pixels))
+
+
+def decode_stored(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """`decode_image`, but with the pixels lying as they do in the file."""
     if not data:
         raise UnreadableImage("empty-file", "the file has no bytes")
     try:
@@ -79,10 +85,25 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:  # as above, from the decoder
         reason = "truncated" if "truncated" in str(error) else "damaged"
         raise UnreadableImage(reason, f"{type(error).__name__}: {error}") from None
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 = upright, also where there is none or one that cannot be read."""
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-        return ImageOps.exif_transpose(image) if turned else image
+        value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # metadata that cannot be parsed says nothing about the orientation
+        return 1
+    return value if value in range(2, 9) else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """*image* turned as its EXIF orientation says; itself if that is 1."""
+    if orientation(image) == 1:
+        return image
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # as above
         return image
 
 
@@ -194,27 +215,47 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return to_mask(decode_image(data, max_pixels=max_pixels))
 
 
-def restore_mode(rgb: np.ndarray, original: Image.Image) -> Image.Image:
-    """A result (H, W, 3), uint8, as an image of *original*'s kind, so that untouched pixels keep their values.
+def paste(original: Image.Image, fills: Iterable[tuple[tuple[int, int], np.ndarray, np.ndarray]]) -> Image.Image:
+    """A copy of *original* with *fills* in it; what they do not cover keeps its values to the last bit.
 
-    RGB -> RGB; RGBA -> RGBA and LA -> LA with the original's alpha; L -> L. These keep untouched pixels to the last
-    bit. 1-bit and deep grey (I;16, I, F) -> L, as their pixels were seen by the model; palette and PA -> RGB, or
-    RGBA if there is transparency; CMYK and everything else -> RGB. Raises `ValueError` if the sizes differ.
+    A fill is its upper left corner (row, column), colours (h, w, 3), uint8, and how much of them is shown, (h, w),
+    uint8: 255 = all, 0 = nothing. Modes stay, with these exceptions: 1-bit becomes L, palettes RGB (RGBA if there is
+    transparency), premultiplied alpha plain alpha, because the colours of the fill have no place in them. Grey of 16
+    and 32 bits and float stay as deep as they are, the fill has 256 steps in them. Alpha stays as it is.
     """
-    if rgb.shape != (original.height, original.width, 3) or rgb.dtype != np.uint8:
-        raise ValueError(
-            f"the result must be ({original.height}, {original.width}, 3) uint8 like its original, "
-            f"got {rgb.shape} {rgb.dtype}"
-        )
-    result = Image.fromarray(np.ascontiguousarray(rgb))
-    mode = original.mode
-    if mode in _GREY_MODES:
-        return result.convert("L")
-    if mode == "LA":
-        result = result.convert("L")
-        result.putalpha(original.getchannel("A"))
-    elif mode in ("RGBA", "PA") or (mode == "P" and "transparency" in original.info):
-        result.putalpha(original.convert("RGBA").getchannel("A"))
+    if original.mode in (*_GREY_16, "I", "F"):
+        return _paste_deep(original, fills)
+    see_through = original.mode in ("PA", "RGBa") or (original.mode == "P" and "transparency" in original.info)
+    kept = {"1": "L", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "P": "RGBA" if see_through else "RGB"}
+    result = original.convert(kept[original.mode]) if original.mode in kept else original.copy()
+    for (top, left), rgb, weight in fills:
+        colours = Image.fromarray(np.ascontiguousarray(rgb))
+        corners = (left, top, left + colours.width, top + colours.height)
+        if result.mode in ("LA", "RGBA"):
+            colours = colours.convert(result.mode)
+            colours.putalpha(result.crop(corners).getchannel("A"))
+            # Pasting through a mask blends alpha with itself, which changes nothing.
+        elif result.mode != "RGB":
+            colours = colours.convert(result.mode)
+        result.paste(colours, corners, Image.fromarray(np.ascontiguousarray(weight)))
+    return result
+
+
+def _paste_deep(original: Image.Image, fills: Iterable[tuple[tuple[int, int], np.ndarray, np.ndarray]]) -> Image.Image:
+    values = np.array(original)
+    values = values.astype(values.dtype.newbyteorder("="))
+    unit: float = 257
+    if original.mode == "F":
+        unit = 1 / 255 if values.size and np.nanmin(values) >= 0 and np.nanmax(values) <= 1 else 1
+    for (top, left), rgb, weight in fills:
+        grey = np.asarray(Image.fromarray(np.ascontiguousarray(rgb)).convert("L")).astype(np.float64) * unit
+        part = values[top : top + grey.shape[0], left : left + grey.shape[1]]
+        share = weight / 255
+        # Where nothing is shown the value itself stays: it may be no number.
+        blended = np.where(weight == 255, grey, grey * share + np.nan_to_num(part) * (1 - share))
+        part[weight > 0] = (blended if original.mode == "F" else np.rint(blended))[weight > 0].astype(part.dtype)
+    result = Image.fromarray(values)
+    result.info = dict(original.info)
     return result
 
 

@@ -1,51 +1,44 @@
 """Inpainting of arrays and photographs: any size, any mode in; valid pixels come out bit-identical.
 
-The coarse network sees the whole image once; the hole cells then go through retrieval and PSNet in chunks, so that
-memory beyond the coarse pass does not grow with the hole. Shapes: H W image sides, k patch side, C candidates.
+The coarse network sees the image, or each group of holes with its surroundings, once; the hole cells then go through
+retrieval and PSNet in chunks, so that memory beyond the coarse pass does not grow with the hole. Shapes: H W image
+sides, k patch side, C candidates.
 """
 
 from __future__ import annotations
 
-import warnings
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model
 from tmad.coarse import compose
-from tmad.images import restore_mode, to_model, to_rgb, to_uint8
+from tmad.draws import hole_cells
+from tmad.holes import Box, block_any, dilate, fade, group_holes, named, polarity_notes
+from tmad.holes import EmptyMaskWarning as EmptyMaskWarning
+from tmad.holes import MaskPolarityWarning as MaskPolarityWarning
+from tmad.holes import UnusableInput as UnusableInput
+from tmad.holes import hole_mask as hole_mask
+from tmad.images import paste, scale, to_model, to_rgb, to_uint8
 from tmad.memory import select_pool
 from tmad.model import TMAD
-from tmad.patches import cell_corners, hole_cells, tile
+from tmad.patches import cell_corners, tile
 from tmad.rng import numpy_generator
 
-MASK_THRESHOLD = 127
-"""Grey values above it are hole."""
+Policy = Literal["original", "resize", "crop"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
-MAX_USUAL_HOLE = 0.5
-"""A mask with more hole than this, and more than this share of its border, is probably inverted."""
-
-
-class MaskPolarityWarning(UserWarning):
-    """The mask looks inverted: white should be the hole."""
-
-
-class EmptyMaskWarning(UserWarning):
-    """The mask has grey values, but none that counts as hole."""
-
-
-class UnusableInput(ValueError):
-    """Image and mask that cannot be worked on. `reason` is a short name to count by: `size-mismatch`, `all-hole`,
-    `unreadable-array`."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return str(self.args[1])
+CONTEXT = 128
+"""Pixels around a hole that the networks see by default: four cells of the paper's size."""
+LIMIT = 1024
+"""Pixels of a side up to which the coarse network works at full size by default; some 600 MB of memory."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +47,10 @@ class InpaintResult:
 
     output: np.ndarray | Image.Image
     """The filled image: an array for an array, a Pillow image for a Pillow image; same size, same mode where
-    `images.restore_mode` keeps it."""
+    `images.paste` keeps it."""
     coarse: np.ndarray
-    """I^_s (H, W, 3) uint8: the coarse result (or what came as `filled`) inside the hole, the input outside."""
+    """I^_s (H, W, 3) uint8: the coarse result (or what came as `filled`) inside the hole, the input outside.
+    Empty where candidates were not asked for."""
     candidates: np.ndarray
     """(cells, C, k, k, 3) uint8, the memory patches retrieved for each hole cell, most similar first; empty where
     they were not asked for."""
@@ -71,14 +65,60 @@ class InpaintResult:
 class Inpainter:
     """A trained generator, ready for images; holds no state between calls, so one image never affects another."""
 
-    def __init__(self, model: TMAD, *, cells_per_chunk: int = 256, seed: int = 0, keep_candidates: bool = True) -> None:
-        """*cells_per_chunk* bounds the memory of retrieval and PSNet; *seed* keys the choice of the texture memory."""
+    def __init__(
+        self,
+        model: TMAD,
+        *,
+        policy: Policy = "original",
+        context: int = CONTEXT,
+        limit: int = LIMIT,
+        feather: int = 0,
+        cells_per_chunk: int = 256,
+        seed: int = 0,
+        keep_candidates: bool = True,
+    ) -> None:
+        """How pictures of any size are worked on.
+
+        *policy*: `original`, the coarse network sees the whole picture; `resize`, it sees the picture with its longer
+        side reduced to *limit* pixels; `crop`, it sees each group of holes with *context* pixels around it, reduced
+        where that part is longer than *limit*. Texture is retrieved and synthesized at full size always. *feather*:
+        pixels around the hole over which the result passes into the picture; they change, those beyond them never do.
+        *cells_per_chunk* bounds the memory of retrieval and PSNet; *seed* keys the choice of the texture memory.
+        """
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         if cells_per_chunk < 1:
             raise ValueError(f"cells_per_chunk must be at least 1, got {cells_per_chunk}")
+        if context < 0 or feather < 0:
+            raise ValueError(f"context and feather must not be negative, got {context} and {feather}")
+        if limit < 2 * model.config.size_multiple:
+            raise ValueError(f"limit must be at least {2 * model.config.size_multiple}, got {limit}")
         self.model = model.eval()
+        self.policy = policy
+        self.context = context
+        self.limit = limit
+        self.feather = feather
         self.cells_per_chunk = cells_per_chunk
         self.seed = seed
         self.keep_candidates = keep_candidates
+
+    @staticmethod
+    def load(
+        folder: Path | str, *, device: torch.device | str = "cpu", policy: Policy = "crop", **options: Any
+    ) -> Inpainter:
+        """The model in *folder* (an artifact, or a run that has one), ready for pictures of any size; *options* as
+        above. Raises what `load_model` raises."""
+        folder = Path(folder)
+        if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+            folder = folder / "model" if (folder / "model").is_dir() else folder
+        return Inpainter(load_model(folder, device=device), policy=policy, **{"keep_candidates": False, **options})
+
+    def inpaint(
+        self, image: np.ndarray | Image.Image, mask: np.ndarray | Image.Image, *, image_id: str = ""
+    ) -> np.ndarray | Image.Image:
+        """The filled image alone: an array for an array, a Pillow image for a Pillow image. Arguments and errors as in
+        a call."""
+        return self(image, mask, image_id=image_id).output
 
     @property
     def device(self) -> torch.device:
@@ -102,68 +142,85 @@ class Inpainter:
         key the choice of the memory, so the same call gives the same result anywhere.
 
         Sides are padded to `size_multiple` (reflected, repeated at the edge where a side is too short) and cropped
-        back; the memory is chosen from the image as it came. A mask without hole gives the input back. A hole of more
-        than half the image that also covers more than half of its border warns that the mask may be inverted.
+        back; the memory is chosen from the image, or the part of it, as it came. A mask without hole gives the input
+        back. A hole of more than half the image that also covers more than half of its border warns that the mask may
+        be inverted.
 
         Raises `UnusableInput` (a `ValueError`) naming the image: a mask or result of another size, nothing but hole,
         an array that is no image.
         """
         original = _as_pillow(image, "image", image_id)
-        rgb = to_rgb(original)
+        size = (original.height, original.width)
         hole, notes = hole_mask(mask, image_id=image_id)
-        _check_size("mask", hole.shape, rgb, image_id)
+        _check_size("mask", hole.shape, size, image_id)
         donor = None
         if filled is not None:
-            donor = to_rgb(_as_pillow(filled, "filled", image_id))
-            _check_size("filled", donor.shape[:2], rgb, image_id)
+            donor = _as_pillow(filled, "filled", image_id)
+            _check_size("filled", (donor.height, donor.width), size, image_id)
         if not hole.any():
-            return self._unchanged(image, rgb, notes)
-        if hole.all():
+            return self._unchanged(image, original, notes)
+        grown = dilate(hole, self.feather)
+        if grown.all():
             message = "the mask leaves nothing but hole: no texture to fill it from"
-            raise UnusableInput("all-hole", _named(image_id) + message)
-        notes += _polarity_notes(hole, image_id)
+            raise UnusableInput("all-hole", named(image_id) + message)
+        notes += polarity_notes(hole, image_id)
 
-        result, coarse, candidates, cells_yx = self._fill(rgb, hole, donor, image_id)
-        output: np.ndarray | Image.Image = restore_mode(result, original)
+        if original.mode == "F":  # whose values mean what the whole picture's range says
+            readable: Image.Image = Image.fromarray(to_rgb(original))
+        else:
+            readable = original
+        parts = [self._fill(readable, grown, donor, box, image_id) for box in self._boxes(grown)]
+        shown = fade(hole, self.feather)
+        output: np.ndarray | Image.Image = paste(
+            original, [((part.box.top, part.box.left), part.rgb, shown[part.box.slices]) for part in parts]
+        )
         return InpaintResult(
             output=np.asarray(output) if isinstance(image, np.ndarray) else output,
-            coarse=coarse,
-            candidates=candidates,
-            cells_yx=cells_yx,
+            coarse=self._coarse(original, parts),
+            candidates=np.concatenate([part.candidates for part in parts]),
+            cells_yx=np.concatenate([part.cells_yx for part in parts]),
             hole_fraction=float(hole.mean()),
             notes=notes,
         )
 
-    def _fill(
-        self, rgb: np.ndarray, hole: np.ndarray, donor: np.ndarray | None, image_id: str
+    def _boxes(self, hole: np.ndarray) -> list[Box]:
+        if self.policy == "crop":
+            return group_holes(hole, multiple=self.model.config.size_multiple, context=self.context)
+        return [Box(0, 0, *hole.shape)]
+
+    def _fill(self, image: Image.Image, hole: np.ndarray, donor: Image.Image | None, box: Box, image_id: str) -> _Part:
+        """One part of the picture, filled; *hole* is that of the whole picture."""
+        whole = (box.height, box.width) == hole.shape
+        hole = hole[box.slices]
+        rgb = to_rgb(image if whole else image.crop(box.corners))
+        given = None if donor is None else to_rgb(donor if whole else donor.crop(box.corners))
+        # Parts of one picture draw their memories independently.
+        key = (image_id,) if whole else (image_id, box.top, box.left)
+        if self.policy != "original" and max(hole.shape) > self.limit:
+            coarse = np.where(hole[..., None] > 0, self._reduced(rgb, hole) if given is None else given, rgb)
+            filled, candidates, cells_yx = self._fill_in_tiles(coarse, hole, key)
+        else:
+            filled, coarse, candidates, cells_yx = self._fill_at_once(rgb, hole, given, key)
+        return _Part(box, filled, coarse, candidates, cells_yx + np.array([box.top, box.left]))
+
+    def _fill_at_once(
+        self, rgb: np.ndarray, hole: np.ndarray, donor: np.ndarray | None, key: tuple[int | str, ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         config, device = self.model.config, self.device
         height, width = hole.shape
         padded_rgb, padded_hole = (_pad(array, config.size_multiple) for array in (rgb, hole))
         image = _to_tensor(padded_rgb, device)
         mask = torch.from_numpy(padded_hole).to(device)[None, None].float()
-        pool_yx = torch.from_numpy(self._pool(hole, padded_hole, image_id).astype(np.int64)).to(device)[None]
-        # Cells whose only hole pixels are padding would be cropped away again.
-        inside = np.zeros_like(padded_hole)
-        inside[:height, :width] = hole
-        cells = torch.from_numpy(hole_cells(inside, config.patch_size).astype(np.int64)).to(device)[None]
-
+        pool_yx = torch.from_numpy(self._pool(hole, key).astype(np.int64)).to(device)[None]
         if donor is None:
             coarse = compose(self.model.predict_coarse(image, mask), image, mask)
         else:
             coarse = compose(_to_tensor(_pad(donor, config.size_multiple), device), image, mask)
         pool = self.model.read_memory(coarse, pool_yx)
-        patches, kept = [], []
-        for chunk in cells.split(self.cells_per_chunk, dim=1):
-            synthesized, found, _, _ = self.model.synthesize(coarse, pool, chunk)
-            patches.append(synthesized)
-            if self.keep_candidates:
-                kept.append(to_uint8(found[0]).cpu())
-        output = tile(coarse, torch.cat(patches, dim=1), cells)
-
-        k, num_candidates = config.patch_size, config.retrieval.num_candidates
-        candidates = torch.cat(kept).permute(0, 1, 3, 4, 2).numpy() if kept else _no_candidates(num_candidates, k)
-        cells_yx = cell_corners(cells[0].cpu(), patch_size=k, width=image.shape[-1]).numpy()
+        # Cells whose only hole pixels are padding would be cropped away again.
+        inside = np.zeros_like(padded_hole)
+        inside[:height, :width] = hole
+        output, candidates, cells_yx = self._synthesize(coarse, pool, inside)
         crop = np.s_[:height, :width]
         return (
             np.where(hole[..., None] > 0, _to_array(output)[crop], rgb),
@@ -172,24 +229,102 @@ class Inpainter:
             cells_yx,
         )
 
-    def _pool(self, hole: np.ndarray, padded_hole: np.ndarray, image_id: str) -> np.ndarray:
+    def _synthesize(self, coarse: Tensor, pool: Tensor, hole: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """The cells of *hole* through retrieval and PSNet, tiled into *coarse*; candidates and corners as in the
+        result."""
+        config = self.model.config
+        cells = torch.from_numpy(hole_cells(hole, config.patch_size).astype(np.int64)).to(self.device)[None]
+        patches, kept = [], []
+        for chunk in cells.split(self.cells_per_chunk, dim=1):
+            synthesized, found, _, _ = self.model.synthesize(coarse, pool, chunk)
+            patches.append(synthesized)
+            if self.keep_candidates:
+                kept.append(to_uint8(found[0]).cpu())
+        output = tile(coarse, torch.cat(patches, dim=1), cells)
+        k, num_candidates = config.patch_size, config.retrieval.num_candidates
+        candidates = torch.cat(kept).permute(0, 1, 3, 4, 2).numpy() if kept else _no_candidates(num_candidates, k)
+        return output, candidates, cell_corners(cells[0].cpu(), patch_size=k, width=coarse.shape[-1]).numpy()
+
+    def _reduced(self, rgb: np.ndarray, hole: np.ndarray) -> np.ndarray:
+        """The coarse result of a picture reduced to `limit` pixels, at the picture's own size (H, W, 3), uint8."""
+        config = self.model.config
+        height, width = hole.shape
+        factor = max(height, width) / self.limit
+        size = max(1, round(height / factor)), max(1, round(width / factor))
+        # Every pixel of the reduced picture that a hole pixel has a share in: the filter reaches one pixel further.
+        found = block_any(hole, factor)[: size[0], : size[1]]
+        small_hole = np.zeros(size, np.uint8)
+        small_hole[: found.shape[0], : found.shape[1]] = found
+        small_hole = dilate(small_hole, 1)
+        small = scale(rgb, size, "bilinear")
+        image = _to_tensor(_pad(small, config.size_multiple), self.device)
+        mask = torch.from_numpy(_pad(small_hole, config.size_multiple)).to(self.device)[None, None].float()
+        coarse = _to_array(compose(self.model.predict_coarse(image, mask), image, mask))
+        return scale(np.ascontiguousarray(coarse[: size[0], : size[1]]), (height, width))
+
+    def _fill_in_tiles(
+        self, coarse: np.ndarray, hole: np.ndarray, key: tuple[int | str, ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Texture at full size, for squares of `limit` pixels at a time, from one memory of the whole part."""
+        config = self.model.config
+        k, multiple = config.patch_size, config.size_multiple
+        height, width = hole.shape
+        windows = [_window(coarse, top, left, k) for top, left in self._pool(hole, key).tolist()]
+        pool = torch.cat([_to_tensor(window, self.device) for window in windows])[None]
+        filled = coarse.copy()
+        all_candidates, all_cells = [_no_candidates(config.retrieval.num_candidates, k)], []
+        side, margin = self.limit // multiple * multiple, multiple
+        for top, left in itertools.product(range(0, height, side), range(0, width, side)):
+            core = hole[top : top + side, left : left + side]
+            if not core.any():
+                continue
+            first_y, first_x = max(0, top - margin), max(0, left - margin)
+            around = coarse[first_y : top + side + margin, first_x : left + side + margin]
+            part = _to_tensor(_pad(around, multiple), self.device)
+            inside = np.zeros(tuple(part.shape[-2:]), np.uint8)
+            place = np.s_[
+                top - first_y : top - first_y + core.shape[0], left - first_x : left - first_x + core.shape[1]
+            ]
+            inside[place] = core
+            output, candidates, cells_yx = self._synthesize(part, pool, inside)
+            target = filled[top : top + side, left : left + side]
+            target[core > 0] = _to_array(output)[place][core > 0]
+            all_candidates.append(candidates)
+            all_cells.append(cells_yx + np.array([first_y, first_x]))
+        return filled, np.concatenate(all_candidates), np.concatenate(all_cells)
+
+    def _pool(self, hole: np.ndarray, key: tuple[int | str, ...]) -> np.ndarray:
         """Corners of the memory, inside the image as it came; a side shorter than k borrows from its padding."""
         config = self.model.config
-        height, width = (max(side, config.patch_size) for side in hole.shape)
+        if max(hole.shape) > np.iinfo(np.int16).max:
+            raise UnusableInput("too-long", f"sides up to {np.iinfo(np.int16).max} pixels can be filled at once")
+        if min(hole.shape) < config.patch_size:
+            hole = _pad(hole, config.size_multiple)[: max(hole.shape[0], config.patch_size)]
+            hole = hole[:, : max(hole.shape[1], config.patch_size)]
         return select_pool(
-            padded_hole[:height, :width],
+            hole,
             patch_size=config.patch_size,
             stride=config.memory_stride,
             pool_size=config.memory.pool_size,
             rule=config.memory.rule,
-            rng=numpy_generator(self.seed, "pool", image_id),
+            rng=numpy_generator(self.seed, "pool", *key),
         )
 
-    def _unchanged(self, image: np.ndarray | Image.Image, rgb: np.ndarray, notes: tuple[str, ...]) -> InpaintResult:
+    def _coarse(self, original: Image.Image, parts: Sequence[_Part]) -> np.ndarray:
+        if not self.keep_candidates:
+            return np.zeros((0, 0, 3), np.uint8)
+        coarse = to_rgb(original)
+        for part in parts:
+            coarse[part.box.slices] = part.coarse
+        return coarse
+
+    def _unchanged(
+        self, image: np.ndarray | Image.Image, original: Image.Image, notes: tuple[str, ...]
+    ) -> InpaintResult:
         config = self.model.config
         return InpaintResult(
             output=image.copy(),
-            coarse=rgb,
+            coarse=self._coarse(original, ()),
             candidates=_no_candidates(config.retrieval.num_candidates, config.patch_size),
             cells_yx=np.zeros((0, 2), dtype=np.int64),
             hole_fraction=0.0,
@@ -197,61 +332,15 @@ class Inpainter:
         )
 
 
-def hole_mask(mask: np.ndarray | Image.Image, *, image_id: str = "") -> tuple[np.ndarray, tuple[str, ...]]:
-    """A mask as (H, W) uint8 {0, 1}, 1 = hole, and notes about it.
+@dataclass(frozen=True)
+class _Part:
+    """A part of a picture and what was made of it; pixels (h, w, 3), uint8, corners of cells in the picture."""
 
-    Boolean: true = hole. Integers: with no value above 1, 1 = hole; otherwise grey, above 127 = hole (16-bit values
-    count by their upper byte). Floats must lie in [0, 1]: above 0.5 = hole. Pillow images: 1-bit as boolean, grey of 8
-    or 16 bits as integers, everything else by its grey value; alpha is ignored. Grey values of which none is above 127
-    warn.
-
-    Raises `UnusableInput` for more than two dimensions and for values out of range.
-    """
-    if isinstance(mask, Image.Image):
-        plain = mask.mode in ("1", "L", "I") or mask.mode.startswith("I;16")
-        values = np.asarray(mask if plain else Image.fromarray(to_rgb(mask)).convert("L"))
-    else:
-        values = np.asarray(mask)
-    trouble = _mask_trouble(values)
-    if trouble:
-        raise UnusableInput("unreadable-array", _named(image_id) + trouble)
-    if values.dtype.kind in "bf":
-        return (values > 0.5).astype(np.uint8), ()
-    high = values.max()
-    if high <= 1:
-        return values.astype(np.uint8), ()
-    grey = values >> 8 if high > 255 else values
-    hole = (grey > MASK_THRESHOLD).astype(np.uint8)
-    notes: tuple[str, ...] = ()
-    if not hole.any():
-        notes = (f"the mask has values up to {high}, none above {MASK_THRESHOLD}: nothing counts as hole",)
-        warnings.warn(_named(image_id) + notes[0], EmptyMaskWarning, stacklevel=3)
-    return hole, notes
-
-
-def _mask_trouble(values: np.ndarray) -> str:
-    if values.ndim != 2 or values.size == 0:
-        return f"the mask must have two dimensions (H, W), got {values.shape}"
-    if values.dtype.kind not in "buif":
-        return f"the mask must be bool, integer or float, got {values.dtype}"
-    low, high = values.min(), values.max()
-    if values.dtype.kind == "f" and not (low >= 0 and high <= 1):
-        return f"a float mask must lie in [0, 1], got [{low:g}, {high:g}]"
-    if values.dtype.kind in "ui" and not (low >= 0 and high <= 65535):
-        return f"mask values must lie in [0, 255] or [0, 65535], got [{low}, {high}]"
-    return ""
-
-
-def _polarity_notes(hole: np.ndarray, image_id: str) -> tuple[str, ...]:
-    border = np.concatenate([hole[0], hole[-1], hole[1:-1, 0], hole[1:-1, -1]])
-    if hole.mean() <= MAX_USUAL_HOLE or border.mean() <= MAX_USUAL_HOLE:
-        return ()
-    note = (
-        f"the mask may be inverted: {hole.mean():.0%} of the image and {border.mean():.0%} of its border are hole; "
-        "white (1) is the hole, black (0) is kept"
-    )
-    warnings.warn(_named(image_id) + note, MaskPolarityWarning, stacklevel=3)
-    return (note,)
+    box: Box
+    rgb: np.ndarray
+    coarse: np.ndarray
+    candidates: np.ndarray
+    cells_yx: np.ndarray
 
 
 def _as_pillow(image: np.ndarray | Image.Image, what: str, image_id: str) -> Image.Image:
@@ -265,19 +354,24 @@ def _as_pillow(image: np.ndarray | Image.Image, what: str, image_id: str) -> Ima
         hint = "; a float image in [0, 1] is (image * 255).round().astype('uint8')" if kind.kind == "f" else ""
         raise UnusableInput(
             "unreadable-array",
-            f"{_named(image_id)}{what} must be a Pillow image or a uint8 array (H, W), (H, W, 3) or (H, W, 4), "
+            f"{named(image_id)}{what} must be a Pillow image or a uint8 array (H, W), (H, W, 3) or (H, W, 4), "
             f"or uint16 (H, W), got {kind} {shape}{hint}",
         )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _check_size(what: str, size: tuple[int, ...], rgb: np.ndarray, image_id: str) -> None:
-    if tuple(size) != rgb.shape[:2]:
+def _check_size(what: str, size: tuple[int, ...], wanted: tuple[int, int], image_id: str) -> None:
+    if tuple(size) != wanted:
         raise UnusableInput(
             "size-mismatch",
-            f"{_named(image_id)}{what} is {size[0]}x{size[1]} (height x width), "
-            f"the image is {rgb.shape[0]}x{rgb.shape[1]}; they must have the same size",
+            f"{named(image_id)}{what} is {size[0]}x{size[1]} (height x width), "
+            f"the image is {wanted[0]}x{wanted[1]}; they must have the same size",
         )
+
+
+def _window(rgb: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
+    """(size, size, 3) at (top, left), padded where *rgb* is shorter than that."""
+    return _pad(rgb[top : top + size, left : left + size], size)
 
 
 def _pad(array: np.ndarray, multiple: int) -> np.ndarray:
@@ -300,7 +394,3 @@ def _to_array(image: Tensor) -> np.ndarray:
 
 def _no_candidates(num_candidates: int, patch_size: int) -> np.ndarray:
     return np.zeros((0, num_candidates, patch_size, patch_size, 3), dtype=np.uint8)
-
-
-def _named(image_id: str) -> str:
-    return f"{image_id}: " if image_id else ""

@@ -6,38 +6,9 @@ the non-overlapping grid, named by its raster index in the (H/k) x (W/k) grid.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-
-def hole_cells(mask: np.ndarray, patch_size: int) -> np.ndarray:
-    """Raster indices, ascending int32, of the cells with at least one hole pixel (Sec. III-A, the patches p_s).
-
-    *mask* (H, W), {0, 1}, 1 = hole. Raises `ValueError` if a side is no multiple of patch_size.
-    """
-    if mask.shape[0] % patch_size or mask.shape[1] % patch_size:
-        raise ValueError(f"both sides must be multiples of patch_size ({patch_size}), got {mask.shape}")
-    rows, columns = mask.shape[0] // patch_size, mask.shape[1] // patch_size
-    if patch_size % 8 == 0:
-        # Eight pixels at a time.
-        mask = np.ascontiguousarray(mask, np.uint8).view(np.uint64)
-    bands = np.bitwise_or.reduce(mask.reshape(rows, patch_size, -1), axis=1)
-    return np.flatnonzero(bands.reshape(rows * columns, -1).any(1)).astype(np.int32)
-
-
-def draw_cells(mask: np.ndarray, *, patch_size: int, num: int, rng: np.random.Generator) -> np.ndarray:
-    """Exactly *num* cells of one image for a training step (Sec. IV, N_ps), as raster indices, int32.
-
-    At random among the hole cells where there are more; where there are fewer, all of them followed by random valid
-    cells. More than the grid has: the draw is repeated from its start. Deterministic in *rng*.
-    """
-    holes = hole_cells(mask, patch_size)
-    valid = np.ones((mask.shape[0] // patch_size) * (mask.shape[1] // patch_size), bool)
-    valid[holes] = False
-    order = np.concatenate([rng.permutation(holes), rng.permutation(np.flatnonzero(valid).astype(np.int32))])
-    return order[:num] if num <= order.size else np.resize(order, num)
 
 
 def cell_corners(cells: Tensor, *, patch_size: int, width: int) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_of(*key: int | str) -> int:
@@ -30,4 +33,6 @@ def numpy_generator(*key: int | str) -> np.random.Generator:
 
 def torch_generator(*key: int | str) -> torch.Generator:
     """A PyTorch CPU generator seeded by `seed_of(*key)`."""
+    import torch
+
     return torch.Generator().manual_seed(seed_of(*key))

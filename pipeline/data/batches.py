@@ -1,33 +1,35 @@
 """Batches for training (endless order, cut to the run's length) and for evaluation (as stored).
 
 Training reads a prepared set, or photographs whose records are made on the way (`onthefly`), by tasks of Ray.
-What travels through Ray is encoded bytes, bits and coordinates; decoding happens here, in a few threads of the process
-that trains, some batches ahead of the step.
+What travels through Ray is encoded bytes, bits, coordinates and draws; decoding happens here, in a few threads of the
+process that trains, some batches ahead of the step. It is all that happens here: threads of one process decode side by
+side, but take turns at everything that Python does (docs/log.md).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
-from pipeline.data.fetch import read_portion
+from pipeline.data.fetch import ROWS, draw_after, matrix, read_portion, with_draws
 from pipeline.data.onthefly import LiveSet, Tally, live_tables
 from pipeline.data.order import chunks
 from pipeline.data.results import Results
-from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder, unpack_mask
+from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
+from pipeline.data.shared import shared_tables
 from pipeline.data.tasks import run_ahead
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
-from tmad.batch import Batch, Sample, collate, make_sample
+from tmad.batch import Batch, mirror
 from tmad.images import UnreadableImage, decode_rgb
-from tmad.rng import numpy_generator
 
 _READS_AT_ONCE = 2
 _READS_AHEAD = 3
@@ -50,17 +52,19 @@ def training_batches(
     prefetch_batches: int = 4,
     record_tasks: int = 2,
     tally: Tally | None = None,
+    reader: Any = None,
     results: Results | None = None,
     pool_size: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of every global batch of *batch_images*, from *start_images* until *total_images* are reached.
 
     *train*: the prepared set at this URI, or a live one, whose records *record_tasks* tasks make at once; *tally*
-    counts its unusable images. Both give the same batches if preparation leaves none of the photographs out. The
-    sequence of images, and the flips, masks, cells and penalty weights of each, depend on (*seed*, the set) alone:
-    ranks of any number together see the same, and a run that starts at *start_images* sees what an unbroken one
-    would have seen from there. ceil((total_images - start_images) / batch_images) batches, all of them full, the
-    same number on every rank. Masks: variant epoch mod K.
+    counts its unusable images. Both give the same batches if preparation leaves none of the photographs out. *reader*
+    (`shared.start_reader`), the same for all ranks, has each portion of a prepared set read once for all of them;
+    without it each rank reads for itself. The sequence of images, and the flips, masks, cells and penalty weights of
+    each, depend on (*seed*, the set) alone: ranks of any number together see the same, and a run that starts at
+    *start_images* sees what an unbroken one would have seen from there. ceil((total_images - start_images) /
+    batch_images) batches, all of them full, the same number on every rank. Masks: variant epoch mod K.
 
     *num_cells* is N_ps; *results* are somebody's, which go into the batches; *pool_size* takes so many windows of each
     image's memory, its first ones, none = all: they are the memory that a smaller one would be. Raises `ValueError`
@@ -77,29 +81,25 @@ def training_batches(
         "rank": rank,
         "world_size": world_size,
     }
+    draws: dict[str, Any] = {"seed": seed, "patch_size": patch_size, "num_cells": num_cells, "flip": flip}
     if isinstance(train, LiveSet):
         _check_patch_size(train.manifest, f"of photographs {train.config.source}", patch_size)
         tally = tally or Tally(train.config)
-        tables = live_tables(train, seed=seed, stop=stop, at_once=record_tasks, tally=tally, **place)
+        tables = live_tables(train, draws, stop=stop, at_once=record_tasks, tally=tally, **place)
     else:
         manifest, folder = _open_set(train, patch_size)
         portions = (
             {"position": position, "pieces": [vars(piece) for piece in portion]}
             for position, portion in chunks(manifest, seed=seed, start=start_images, stop=stop)
         )
-        read = partial(read_portion, folder=folder, **place)
-        tables = run_ahead(portions, read, at_once=_READS_AT_ONCE, ahead=_READS_AHEAD)
-    make = partial(
-        _sample,
-        seed=seed,
-        patch_size=patch_size,
-        num_cells=num_cells,
-        flip=flip,
-        results=results,
-        pool_size=pool_size,
-    )
-    rows = (row for table in tables if len(table) for row in _rows(table))
-    return _decoded(_grouped(rows, mine), make, decode_threads, prefetch_batches)
+        if reader is None or world_size == 1:
+            read = partial(draw_after, read=partial(read_portion, folder=folder, **place), **draws)
+            tables = run_ahead(portions, read, at_once=_READS_AT_ONCE, ahead=_READS_AHEAD)
+        else:
+            whole = {**place, "rank": 0, "world_size": 1}
+            read = partial(draw_after, read=partial(read_portion, folder=folder, **whole), **draws)
+            tables = shared_tables(reader, portions, read, seed=seed, ahead=max(_READS_AHEAD, world_size), **place)
+    return _decoded(_regrouped(tables, mine), decode_threads, prefetch_batches, results, pool_size)
 
 
 def evaluation_batches(
@@ -131,22 +131,15 @@ def evaluation_batches(
             "height": record.height,
             "width": record.width,
             "mask": record.masks[0],
-            "pool_yx": np.asarray(record.pool_yx[0], np.int16),
+            "pool_yx": record.pool_yx[0],
             "epoch": 0,
         }
         for number, record in enumerate(read_records(folder, limit))
         if number % batch_images // mine == rank
     )
-    make = partial(
-        _sample,
-        seed=0,
-        patch_size=manifest.patch_size,
-        num_cells=num_cells,
-        flip=False,
-        results=results,
-        pool_size=pool_size,
-    )
-    return _decoded(_grouped(rows, mine), make, decode_threads, prefetch_batches)
+    drawn = partial(with_draws, seed=0, patch_size=manifest.patch_size, num_cells=num_cells, flip=False)
+    tables = (drawn(pa.Table.from_pylist(group, schema=ROWS)) for group in _grouped(rows, mine))
+    return _decoded(tables, decode_threads, prefetch_batches, results, pool_size)
 
 
 def _open_set(manifest_uri: str, patch_size: int | None) -> tuple[Manifest, str]:
@@ -177,39 +170,35 @@ def _share(batch_images: int, rank: int, world_size: int) -> int:
     return batch_images // world_size
 
 
-def _rows(table: pa.Table) -> list[dict[str, Any]]:
-    names = [name for name in table.column_names if name != "pool_yx"]
-    columns = {name: table[name].to_pylist() for name in names}
-    pools = pa.concat_arrays(table["pool_yx"].chunks).flatten().to_numpy().reshape(len(table), -1)
-    return [
-        {**{name: columns[name][number] for name in names}, "pool_yx": pools[number]} for number in range(len(table))
-    ]
-
-
 def _grouped(items: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
     iterator = iter(items)
     while group := list(itertools.islice(iterator, size)):
         yield group
 
 
+def _regrouped(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of *size* rows; the last one may be shorter."""
+    rest = None
+    for table in tables:
+        if len(table):
+            rest = pa.concat_tables([rest, table]) if rest else table
+            while rest and len(rest) >= size:
+                yield rest.slice(0, size)
+                rest = rest.slice(size)
+    if rest:
+        yield rest
+
+
 def _decoded(
-    groups: Iterator[list[dict[str, Any]]],
-    make: Callable[[dict[str, Any], np.ndarray], Sample],
-    threads: int,
-    ahead: int,
+    tables: Iterable[pa.Table], threads: int, ahead: int, results: Results | None, pool_size: int | None
 ) -> Iterator[Batch]:
     """Decode *ahead* batches before they are asked for, each in one thread: threads that share a batch wait for the
     interpreter lock more than they decode."""
     pending: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-
-    def decode(rows: list[dict[str, Any]]) -> Batch:
-        images = np.empty((len(rows), rows[0]["height"], rows[0]["width"], 3), np.uint8)
-        return collate([make(row, image) for row, image in zip(rows, images, strict=True)], images)
-
     try:
-        for rows in groups:
-            pending.append(pool.submit(decode, rows))
+        for table in tables:
+            pending.append(pool.submit(_batch, table, results, pool_size))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
@@ -218,32 +207,37 @@ def _decoded(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _sample(
-    row: dict[str, Any],
-    out: np.ndarray,
-    *,
-    seed: int,
-    patch_size: int,
-    num_cells: int,
-    flip: bool,
-    results: Results | None,
-    pool_size: int | None,
-) -> Sample:
-    image_id = row["image_id"]
-    try:
-        image = decode_rgb(row["image"], out=out)
-    except UnreadableImage as error:
-        raise CorruptSet(
-            f"record {image_id} of the prepared set cannot be decoded ({error}); prepare it again"
-        ) from None
-    return make_sample(
-        image_id,
-        image,
-        unpack_mask(row["mask"], row["height"], row["width"]),
-        row["pool_yx"].reshape(-1, 2)[:pool_size],
-        patch_size=patch_size,
-        num_cells=num_cells,
-        rng=numpy_generator(seed, "sample", image_id, int(row["epoch"])),
-        flip=flip,
-        filled=results.read(image_id, row["height"], row["width"]) if results else None,
+def _batch(table: pa.Table, results: Results | None, pool_size: int | None) -> Batch:
+    """The batch of rows that `fetch.with_draws` gave, with somebody's *results* if there are any, and the first
+    *pool_size* windows of each memory."""
+    size = len(table)
+    height, width = (table[name][0].as_py() for name in ("height", "width"))
+    # Images are decoded to where the batch will have them.
+    images = np.empty((size, height, width, 3), np.uint8)
+    filled = np.empty_like(images) if results else None
+    names = ("image_id", "image", "mirrored")
+    rows = zip(*(table[name].to_pylist() for name in names), strict=True)
+    for place, (image_id, data, mirrored) in enumerate(rows):
+        out = images[place]
+        try:
+            decode_rgb(data, out=out)
+        except (UnreadableImage, ValueError) as error:
+            raise CorruptSet(
+                f"record {image_id} of the prepared set cannot be decoded ({error}); prepare it again"
+            ) from None
+        if mirrored:
+            out[...] = mirror(out)
+        if results and filled is not None:
+            result = results.read(image_id, height, width)
+            filled[place] = mirror(result) if mirrored else result
+    pools = matrix(table["pool_yx"]).reshape(size, -1, 2)[:, :pool_size]
+    masks = np.unpackbits(matrix(table["mask"]), axis=1, count=height * width)
+    return Batch(
+        image_id=table["image_id"].to_pylist(),
+        image=torch.from_numpy(images).permute(0, 3, 1, 2),
+        mask=torch.from_numpy(masks.reshape(size, 1, height, width)),
+        pool_yx=torch.from_numpy(pools.astype(np.int64)),
+        cells=torch.from_numpy(matrix(table["cells"]).astype(np.int64)),
+        mix=torch.from_numpy(matrix(table["mix"]).copy()),
+        filled=None if filled is None else torch.from_numpy(filled).permute(0, 3, 1, 2),
     )

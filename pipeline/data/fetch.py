@@ -1,29 +1,46 @@
-"""The reading half of the training input: a task that turns a portion of the order into rows, still encoded.
+"""The reading half of the training input: a task that turns a portion of the order into rows, still encoded, with all
+that is random about them.
 
-Runs in Ray's workers and imports neither PyTorch nor `tmad`, so that the first batch does not wait for them.
+Runs in Ray's workers and does not import PyTorch, so that the first batch does not wait for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.schema import open_shard
+from pipeline.data.schema import open_shard, pack_mask, unpack_mask
+from tmad.draws import draw
+from tmad.rng import numpy_generator
 
 _COLUMNS = ["image_id", "image", "height", "width", "masks", "pool_yx"]
+
+
+ROWS = pa.schema(
+    {
+        "image_id": pa.string(),
+        "image": pa.binary(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "mask": pa.binary(),
+        "pool_yx": pa.list_(pa.int16()),
+        "epoch": pa.int64(),
+    }
+)
+"""What is needed of a record, with the hole and the memory of one epoch; encoded as in the set."""
 
 
 def read_portion(
     portion: dict[str, Any], *, folder: str, start: int, batch: int, rank: int, world_size: int
 ) -> pa.Table:
-    """The rows of this rank in a portion of the order, in order: image and mask of the epoch's variant, encoded.
+    """The rows (`ROWS`) of this rank in a portion of the order, in order.
 
     *portion*: `position` of its first row and `pieces` (as `order.Piece`). *batch* images of all ranks together make
-    a step; the first step begins at *start*. Columns `image_id, image, height, width, mask, pool_yx, epoch`. Each row
-    group is read once. Raises `CorruptSet` naming the shard.
+    a step; the first step begins at *start*. Each row group is read once. Raises `CorruptSet` naming the shard.
     """
     tables: dict[tuple[str, int], pa.Table] = {}
     parts = []
@@ -45,7 +62,54 @@ def read_portion(
         offsets = np.cumsum([0, *(sizes[number] for number in needed)])[:-1]
         index = rows - firsts[owner] + offsets[np.searchsorted(needed, owner)]
         parts.append(_variant(joined.take(pa.array(index)).combine_chunks(), piece["epoch"]))
-    return pa.concat_tables(parts) if parts else _variant(_row_group(folder, tables, piece["groups"][0])[:0], 0)
+    return pa.concat_tables(parts) if parts else ROWS.empty_table()
+
+
+def with_draws(table: pa.Table, *, seed: int, patch_size: int, num_cells: int, flip: bool) -> pa.Table:
+    """The same rows with what `draws.draw` gives for (*seed*, image, epoch): columns `mirrored, cells, mix` are added,
+    `mask` and `pool_yx` are those of the mirrored image where it is to be mirrored.
+
+    Rows are images of one size. `mask`, `pool_yx`, `cells` and `mix` have the same length in each.
+    """
+    if not len(table):
+        return table
+    names = ("image_id", "epoch", "height", "width", "mask")
+    pools = matrix(table["pool_yx"]).reshape(len(table), -1, 2)
+    bits, drawn = [], []
+    for image_id, epoch, height, width, mask, pool_yx in zip(
+        *(table[name].to_pylist() for name in names), pools, strict=True
+    ):
+        rng = numpy_generator(seed, "sample", image_id, epoch)
+        hole = unpack_mask(mask, height, width)
+        one = draw(hole, pool_yx, patch_size=patch_size, num_cells=num_cells, rng=rng, flip=flip)
+        bits.append(np.frombuffer(pack_mask(one.mask) if one.mirrored else mask, np.uint8))
+        drawn.append(one)
+    columns = {
+        "mask": _lists(bits),
+        "pool_yx": _lists([one.pool_yx.reshape(-1) for one in drawn]),
+        "mirrored": pa.array([one.mirrored for one in drawn]),
+        "cells": _lists([one.cells for one in drawn]),
+        "mix": _lists([one.mix for one in drawn]),
+    }
+    table = table.drop_columns(["mask", "pool_yx"])
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
+
+
+def draw_after(portion: dict[str, Any], *, read: Callable[[dict[str, Any]], pa.Table], **draws: Any) -> pa.Table:
+    """`with_draws` of the rows that *read* makes of a portion."""
+    return with_draws(read(portion), **draws)
+
+
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of one length as an array, one row each."""
+    values = column.combine_chunks()
+    return values.flatten().to_numpy().reshape(len(values), -1)
+
+
+def _lists(rows: list[np.ndarray]) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(rows)), rows[0].size)
 
 
 def shuffled(seed: int, rows: int) -> np.ndarray:
@@ -62,11 +126,8 @@ def _row_group(folder: str, tables: dict[tuple[str, int], pa.Table], group: tupl
 
 def _variant(table: pa.Table, epoch: int) -> pa.Table:
     """Keep the mask and the memory that this epoch trains with."""
-    if len(table):
-        number = epoch % len(table["masks"][0])
-        mask, pool = pc.list_element(table["masks"], number), pc.list_element(table["pool_yx"], number)
-    else:
-        mask, pool = pa.array([], pa.binary()), pa.array([], pa.list_(pa.int16()))
+    number = epoch % len(table["masks"][0])
+    mask, pool = pc.list_element(table["masks"], number), pc.list_element(table["pool_yx"], number)
     kept = table.drop_columns(["masks", "pool_yx"])
     kept = kept.append_column("mask", mask).append_column("pool_yx", pool)
     return kept.append_column("epoch", pa.array(np.full(len(table), epoch, np.int64))).replace_schema_metadata(None)

@@ -25,7 +25,7 @@ import ray
 
 from pipeline.data.collection import UNUSABLE, ImagesConfig, drop_of, open_collection
 from pipeline.data.contract import check_photograph
-from pipeline.data.fetch import shuffled
+from pipeline.data.fetch import ROWS, draw_after, shuffled
 from pipeline.data.order import pieces
 from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
 from pipeline.data.records import RecordConfig, make_records, open_as
@@ -43,19 +43,7 @@ PORTIONS_AHEAD = 4
 LOOKED_AT_LEAST = 100
 """Images that are looked at before their unusable share can end the run."""
 
-_ROWS = pa.schema(
-    {
-        "image_id": pa.string(),
-        "image": pa.binary(),
-        "height": pa.int32(),
-        "width": pa.int32(),
-        "mask": pa.binary(),
-        "pool_yx": pa.list_(pa.int16()),
-        "epoch": pa.int64(),
-        "hole_fraction": pa.float32(),
-        "drop": pa.string(),
-    }
-)
+_ROWS = ROWS.append(pa.field("hole_fraction", pa.float32())).append(pa.field("drop", pa.string()))
 """What a task gives: the columns of `fetch.read_portion`, and what `Tally` counts. `drop`, JSON: why the record that
 belongs to the position cannot be used and another one stands here; else null."""
 
@@ -198,8 +186,8 @@ class Tally:
 
 def live_tables(
     live: LiveSet,
+    draws: dict[str, Any],
     *,
-    seed: int,
     start: int,
     stop: int,
     batch: int,
@@ -208,15 +196,15 @@ def live_tables(
     at_once: int,
     tally: Tally,
 ) -> Iterator[pa.Table]:
-    """This rank's rows of positions *start* to *stop*, in order, as `fetch.read_portion` gives them.
+    """This rank's rows of positions *start* to *stop*, in order, as `fetch.draw_after` gives them with *draws*.
 
     *batch* images of all ranks together make a step. *at_once* tasks make records, some portions ahead of the reader;
     *tally* counts what they could not use. Raises `TooManyBadImages`, or `StorageFailed` in an outage.
     """
     portions = _portions(
-        live.manifest, seed=seed, start=start, stop=stop, batch=batch, rank=rank, world_size=world_size
+        live.manifest, seed=draws["seed"], start=start, stop=stop, batch=batch, rank=rank, world_size=world_size
     )
-    make = partial(make_portion, photographs=live.photographs)
+    make = partial(draw_after, read=partial(make_portion, photographs=live.photographs), **draws)
     for table in run_ahead(portions, make, at_once=at_once, ahead=at_once * PORTIONS_AHEAD):
         tally.add(table)
         yield table.drop_columns(["hole_fraction", "drop"])

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline import observe
 from pipeline.cluster import start_ray
 from pipeline.data.claim import Claim, claim_folder
 from pipeline.data.collection import UNUSABLE, drop_of, open_collection
@@ -102,7 +103,7 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
         _check_drops(receipts, len(plan), source, claim, config)
         _tell(manifest, receipts, config)
         return manifest
-    progress = _Progress(len(plan), receipts.values())
+    progress = _Progress(len(plan), receipts.values(), redact(out))
     make_shard = partial(_make_shard, source=source, claim=claim, config=config, masks=masks)
 
     def make(indices: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -358,10 +359,10 @@ def _check_drops(
 
 
 class _Progress:
-    """A line with rate and remaining time, at most every `PROGRESS_S` seconds."""
+    """A line with rate and remaining time, and metrics for Prometheus, at most every `PROGRESS_S` seconds."""
 
-    def __init__(self, total: int, finished: Iterable[dict[str, Any]]) -> None:
-        self.total, self.done, self.dropped = total, 0, 0
+    def __init__(self, total: int, finished: Iterable[dict[str, Any]], out: str) -> None:
+        self.total, self.done, self.dropped, self.out = total, 0, 0, out
         for receipt in finished:
             self._count(receipt)
         self.first = self.done
@@ -378,6 +379,8 @@ class _Progress:
             return
         self.last = now
         rate = (self.done - self.first) / max(now - self.start, 1e-9)
+        shown = {"images": self.done, "of": self.total, "left_out": self.dropped, "images_per_s": rate}
+        observe.export(self.out, {f"prepare/{name}": value for name, value in shown.items()})
         logger.info(
             "%d/%d images, %.0f images/s, %d left out, %.0f s to go",
             self.done,

@@ -23,7 +23,7 @@ from pipeline.errors import TMADError
 
 BLOCK_BYTES = 8 * 2**20
 """Rows are handed on in blocks of about this size."""
-_TASK_RETRIES = 3
+TASK_RETRIES = 3
 """Runs of a task whose process was lost, after the first."""
 
 
@@ -49,6 +49,36 @@ def run_tasks(
         batch_format="numpy",
         num_cpus=num_cpus,
     )
+    return _quiet(dataset, in_order=in_order)
+
+
+def run_on_actors(
+    tasks: Sequence[dict[str, Any]],
+    worker: type,
+    arguments: tuple[Any, ...],
+    *,
+    size: int,
+    num_cpus: float | None,
+    num_gpus: float | None = None,
+    max_ray_tasks: int = 10_000,
+) -> ray.data.Dataset:
+    """As `run_tasks`, on *size* actors: `worker(*arguments)` is made once in each and called with tasks as JSON, a
+    block `{"task": [...]}`, for the tables of each. A lost actor is replaced and its task run again."""
+    items = [{"task": json.dumps(task)} for task in tasks]
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), max_ray_tasks)).map_batches(
+        worker,
+        fn_constructor_args=arguments,
+        compute=ray.data.ActorPoolStrategy(size=size),
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    )
+    return _quiet(dataset, in_order=False)
+
+
+def _quiet(dataset: ray.data.Dataset, *, in_order: bool) -> ray.data.Dataset:
+    """What both kinds of tasks have set."""
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     # Ray's default of 128 MiB delays the first batch until so much is read, and a few such blocks fill the store.
@@ -75,7 +105,7 @@ def run_ahead(
     # One a slot, as in a relay: whoever has it may run.
     batons: list[Any] = [None] * at_once
     pending: deque[Any] = deque()
-    with _own_errors():
+    with own_errors():
         for number, task in enumerate(tasks):
             table, batons[number % at_once] = _make.remote(function, task, batons[number % at_once])
             pending.append(table)
@@ -91,13 +121,13 @@ def _make_and_hand_over(
     return function(task), None
 
 
-_make: Any = ray.remote(num_cpus=0, num_returns=2, scheduling_strategy="SPREAD", max_retries=_TASK_RETRIES)(
+_make: Any = ray.remote(num_cpus=0, num_returns=2, scheduling_strategy="SPREAD", max_retries=TASK_RETRIES)(
     _make_and_hand_over
 )
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
+def own_errors() -> Iterator[None]:
     """What a task raised comes out as itself instead of Ray's report about it."""
     try:
         yield
@@ -109,7 +139,7 @@ def _own_errors() -> Iterator[None]:
 
 def iterate(dataset: ray.data.Dataset, **options: Any) -> Iterator[Any]:
     """`dataset.iter_batches(**options)`; what a task raised comes out as itself instead of Ray's report about it."""
-    with _own_errors():
+    with own_errors():
         yield from dataset.iter_batches(**options)
 
 

@@ -29,7 +29,8 @@ from pipeline.demo.photographs import PHOTOGRAPHS, write_photographs
 from pipeline.environment import environment
 from pipeline.errors import ConfigMismatch
 from pipeline.evaluate import EvaluateConfig, Evaluation, evaluate, evaluation_report
-from pipeline.predict import InpaintConfig, Summary, inpaint_folder
+from pipeline.inpaint.config import InpaintConfig
+from pipeline.inpaint.run import Summary, inpaint_all
 from pipeline.presets import PRESETS
 from pipeline.report import Picture, Report
 from pipeline.tracking import resolve_tracking_uri
@@ -117,13 +118,14 @@ def run_demo(config: DemoConfig) -> DemoResult:
     registered = finished["registered"]
     model = registered["uri"] if registered else finished["model"]
     with stages("inpaint"):
-        _write_examples(data / "photographs" / "val", folder / "inpaint")
-        filled = inpaint_folder(
+        write_examples(data / "photographs" / "val", folder / "inpaint")
+        filled = inpaint_all(
             InpaintConfig(
                 input=str(folder / "inpaint" / "images"),
                 masks=str(folder / "inpaint" / "masks"),
                 output=str(folder / "inpaint" / "results"),
                 model=model,
+                format="png",
                 tracking_uri=tracking_uri,
                 num_actors=1,
             )
@@ -190,7 +192,7 @@ def _prepare_config(config: DemoConfig, run: RunConfig, data: Path, split: Liter
     )
 
 
-def _write_examples(photographs: Path, folder: Path) -> None:
+def write_examples(photographs: Path, folder: Path) -> None:
     """The validation photographs as they came, whole, each with a mask of its own size, as a user would bring them."""
     for source in sorted(photographs.iterdir()):
         image, mask = folder / "images" / source.name, folder / "masks" / f"{source.stem}.png"

@@ -35,6 +35,7 @@ from pipeline.cluster import joined, require, start_ray
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
+from pipeline.data.shared import start_reader
 from pipeline.environment import code_state, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.models import MLFLOW_SCHEMES
@@ -107,6 +108,7 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = ()) -> dict[str
         "checkpoints": storage.join(folder, "checkpoints"),
         "best": storage.join(folder, "best"),
         "live": share(photographs, train_set) if photographs else None,
+        "reader": start_reader() if config.workers.num_workers > 1 and not photographs else None,
         "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
     }
     try:

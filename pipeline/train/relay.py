@@ -16,6 +16,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline import logs
+
 INTERVAL_S = 0.5
 """The driver looks for new lines so often."""
 
@@ -26,14 +28,14 @@ class Lines:
     """Log lines on their way, in order, and whether the driver was told to stop; a Ray actor."""
 
     def __init__(self) -> None:
-        self._lines: list[tuple[int, str]] = []
+        self._lines: list[tuple[int, str, dict[str, Any]]] = []
         self._stopping = False
 
-    def add(self, level: int, message: str) -> None:
-        """One line of a worker."""
-        self._lines.append((level, message))
+    def add(self, level: int, message: str, place: dict[str, Any]) -> None:
+        """One line of a worker, and where that was (`pipeline.logs.place`)."""
+        self._lines.append((level, message, place))
 
-    def take(self) -> list[tuple[int, str]]:
+    def take(self) -> list[tuple[int, str, dict[str, Any]]]:
         """Lines that were not taken yet."""
         lines, self._lines = self._lines, []
         return lines
@@ -57,7 +59,7 @@ class RelayHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send *record*; an actor that is gone is no reason to stop."""
-        self._lines.add.remote(record.levelno, self._prefix + self.format(record))
+        self._lines.add.remote(record.levelno, self._prefix + self.format(record), logs.place())
 
 
 @contextlib.contextmanager
@@ -74,8 +76,8 @@ def relayed_logs() -> Iterator[Any]:
         while True:
             last = over.wait(INTERVAL_S)
             try:
-                for level, message in ray.get(lines.take.remote(), timeout=30):
-                    log.log(level, "%s", message)
+                for level, message, place in ray.get(lines.take.remote(), timeout=30):
+                    log.log(level, "%s", message, extra={"place": place})
             except RayError:
                 return  # Ray itself is gone; whoever waits for the training hears of it
             if last:

@@ -11,6 +11,7 @@ import ray
 import ray.data
 import torch
 
+from pipeline import observe
 from pipeline.cli import configure_logging
 from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
@@ -45,11 +46,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         job["run_id"] if first else None,
         jsonl=job["metrics"] if first else None,
         background=True,
+        exported_as=config.name if first else None,
     )
+    observe.count("first_worker_start", int(first))
     perceptual = load_perceptual(config, job["weights"])
     with tracker:
         try:
-            feed = data_feed(config, context, job["live"])
+            feed = data_feed(config, context, job["live"], job["reader"])
             return train_loop(config, context, feed, tracker, perceptual, job["initial"], job["best"])
         # All workers stop alike, and would again after a restart: a result, so that Ray does not retry.
         except (NonFiniteLoss, CheckpointNotKept) as error:
@@ -62,8 +65,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             return {"interrupted": error.message}
 
 
-def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = None) -> Feed:
-    """This worker's share of the prepared sets, or of the photographs *live* and the prepared validation set."""
+def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = None, reader: Any = None) -> Feed:
+    """This worker's share of the prepared sets, or of the photographs *live* and the prepared validation set; *reader*
+    as `training_batches` takes it."""
     train = live or config.data.training_set
     assert train is not None, "photographs are trained on as a live set"
     tally = Tally(live.config) if live else None
@@ -86,6 +90,7 @@ def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = N
             flip=config.data.flip,
             record_tasks=record_tasks(config) if live else 1,
             tally=tally,
+            reader=reader,
             **place,
         )
 

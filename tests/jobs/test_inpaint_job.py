@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.inpaint import main
+from jobs.inpaint import SOME_FAILED, main
 from pipeline.report import png_bytes
 from tests.tmad.tiny import make_image, make_mask
 
@@ -46,7 +46,7 @@ def test_a_required_option_that_is_missing_is_named(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.ray
-def test_a_folder_is_filled_and_the_counts_are_printed(
+def test_a_folder_is_filled_the_counts_are_printed_and_the_exit_code_says_whether_all_is_well(
     ray_session: None, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder, content in (("photos", make_image(0)), ("masks", make_mask() * np.uint8(255))):
@@ -57,4 +57,9 @@ def test_a_folder_is_filled_and_the_counts_are_printed(
     ]
     assert main([*places, "--model", str(model_folder), "--num-actors", "1"]) == 0
     assert "1 filled in" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "ledger.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_file()) == ["a.png", "ledger.parquet"]
+    (tmp_path / "photos" / "b.png").write_bytes(b"")
+    (tmp_path / "masks" / "b.png").write_bytes((tmp_path / "masks" / "a.png").read_bytes())
+    assert main([*places, "--model", str(model_folder), "--num-actors", "1"]) == SOME_FAILED == 3
+    assert "0 filled in" in (said := capsys.readouterr().out)
+    assert "1 were settled before, 0 skipped, 1 failed (1 empty-file)" in said

@@ -11,6 +11,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -21,12 +23,14 @@ from pipeline.data.order import chunks, pieces
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import Manifest, Shard, read_manifest, read_records
 from pipeline.errors import ConfigMismatch, CorruptSet
-from tmad.batch import Batch
+from tmad.batch import Batch, collate, make_sample
 from tmad.config import MemoryConfig
 from tmad.patches import cut
+from tmad.rng import numpy_generator
 
 pytestmark = pytest.mark.ray
 
+TENSORS = [field.name for field in fields(Batch)[1:] if field.name != "filled"]
 RUN = {"seed": 5, "batch_images": 4, "num_cells": 6, "patch_size": 16}
 
 
@@ -60,12 +64,12 @@ def ids(batches) -> list[str]:
 
 def assert_equal(one: Batch, other: Batch) -> None:
     assert one.image_id == other.image_id
-    for field in fields(Batch)[1:]:
-        assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+    for name in TENSORS:
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def joined(parts: list[Batch]) -> Batch:
-    tensors = [torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Batch)[1:]]
+    tensors = [torch.cat([getattr(part, name) for part in parts]) for name in TENSORS]
     return Batch(ids(parts), *tensors)
 
 
@@ -127,6 +131,30 @@ def test_image_mask_and_memory_are_flipped_together(prepared):
         windows = [cut(batch.image.float(), batch.pool_yx, 16) for batch in (one, other)]
         assert torch.equal(windows[0].flip(-1), windows[1])
     assert 5 <= turned <= 17
+
+
+def test_what_tasks_draw_and_threads_decode_is_the_sample_of_its_key(prepared):
+    records = {record.image_id: record for record in read_records(prepared)}
+    sequence = training_batches(prepared, total_images=44, **{**RUN, "batch_images": 1})
+    for position, batch in enumerate(sequence):
+        record, epoch = records[batch.image_id[0]], position // 22
+        rng = numpy_generator(RUN["seed"], "sample", record.image_id, epoch)
+        hole, memory = record.mask(epoch % 2), record.pool(epoch % 2)
+        sample = make_sample(
+            record.image_id, record.pixels(), hole, memory, patch_size=16, num_cells=6, rng=rng, flip=True
+        )
+        assert_equal(batch, collate([sample]))
+
+
+def test_a_picture_that_is_not_of_its_records_size_is_named(prepared, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(prepared, folder)
+    (shard, *_) = sorted(folder.glob("shards/*.parquet"))
+    table = pq.read_table(shard)
+    taller = table.set_column(table.column_names.index("height"), "height", pa.array([80] * len(table), pa.int32()))
+    pq.write_table(taller, shard, row_group_size=5)
+    with pytest.raises(CorruptSet, match=r"record .* cannot be decoded \(the image is \(64, 64\), room was made for"):
+        list(evaluation_batches(str(folder), batch_images=4))
 
 
 def test_draws_differ_from_epoch_to_epoch(prepared):
@@ -246,8 +274,8 @@ def test_small_sets_are_read_several_epochs_at_a_time():
     assert [len(portion) for _, portion in parts] == [21, 21, 21, 21, 16]
 
 
-def test_reading_imports_neither_pytorch_nor_the_method():
-    code = "import sys, pipeline.data.fetch, pipeline.data.tasks; print(sorted({'torch', 'tmad'} & set(sys.modules)))"
+def test_reading_does_not_import_pytorch():
+    code = "import sys, pipeline.data.fetch, pipeline.data.tasks; print(sorted({'torch'} & set(sys.modules)))"
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

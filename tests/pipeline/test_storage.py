@@ -6,6 +6,7 @@ import os
 import uuid
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 
 from pipeline import storage
@@ -124,3 +125,14 @@ def test_trouble_of_storage_is_reported_without_credentials(tmp_path, monkeypatc
         storage.write_atomic(str(tmp_path / "x" / "y"), b"")
     assert "PermissionError: ***" in str(caught.value)
     assert "hidden-token-1" not in repr(caught.value.__cause__)
+
+
+def test_an_object_that_stands_for_a_folder_is_no_file(bucket: str) -> None:
+    place = f"{bucket}/run/model"
+    # As Ray does before it uploads a checkpoint.
+    pyarrow.fs.S3FileSystem(endpoint_override=os.environ["AWS_ENDPOINT_URL"]).create_dir(place.removeprefix("s3://"))
+    storage.write_atomic(f"{place}/config.json", b"{}")
+    assert storage.list_files(place) == ["config.json"]
+    assert storage.list_files(bucket) == ["run/model/config.json"]
+    assert storage.file_sizes(bucket) == {"run/model/config.json": 2}
+    assert [path.name for path in storage.local_copy(place).iterdir()] == ["config.json"]

@@ -8,8 +8,8 @@ import torch
 
 from tests.tmad.tiny import MODEL, make_batch, make_image, make_mask
 from tmad.batch import Sample, collate, make_sample
+from tmad.draws import hole_cells
 from tmad.memory import select_pool
-from tmad.patches import hole_cells
 from tmad.rng import numpy_generator
 
 

@@ -23,7 +23,7 @@ from tmad.images import (
     decode_jpeg,
     decode_mask,
     decode_rgb,
-    restore_mode,
+    paste,
     scale,
     scaled_size,
     to_mask,
@@ -171,31 +171,57 @@ def test_a_mask_is_white_for_the_hole():
     assert to_mask(Image.fromarray(np.array([[0, 65535]], np.uint16))).tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
-def test_a_result_in_its_originals_mode_keeps_untouched_pixels_to_the_last_bit(mode):
-    original = Image.fromarray(noise(16, 16, 4)).convert(mode)
-    assert restore_mode(to_rgb(original), original).mode == mode
-    assert np.array_equal(np.asarray(restore_mode(to_rgb(original), original)), np.asarray(original))
+def whole(image: Image.Image, value: int = 77, weight: int = 255):
+    """A fill over the right half of the image."""
+    height, width = image.height, image.width // 2
+    rgb = np.full((height, width, 3), value, np.uint8)
+    return (0, image.width - width), rgb, np.full((height, width), weight, np.uint8)
 
 
-def test_other_modes_come_back_as_documented():
-    palette = Image.fromarray(noise(8, 8, 3)).quantize(16)
-    see_through = palette.copy()
-    see_through.info["transparency"] = 0
-    modes = {
-        "1": Image.fromarray(np.eye(8) > 0),
-        "I;16": Image.fromarray(np.full((8, 8), 1000, np.uint16)),
-        "P": palette,
-        "CMYK": Image.new("CMYK", (8, 8)),
-    }
-    found = {mode: restore_mode(to_rgb(image), image).mode for mode, image in modes.items()}
-    assert found == {"1": "L", "I;16": "L", "P": "RGB", "CMYK": "RGB"}
-    assert restore_mode(to_rgb(see_through), see_through).getchannel("A").getextrema() == (0, 255)
+IN_MODES = {
+    "1": Image.fromarray(np.eye(8) > 0),
+    "L": Image.fromarray(noise(8, 8)),
+    "LA": Image.fromarray(noise(8, 8, 4)).convert("LA"),
+    "I;16": Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1001),
+    "I": Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8) * 1001),
+    "F": Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)),
+    "P": Image.fromarray(noise(8, 8, 3)).quantize(16),
+    "RGB": Image.fromarray(noise(8, 8, 3)),
+    "RGBA": Image.fromarray(noise(8, 8, 4)),
+    "CMYK": Image.merge("CMYK", [Image.fromarray(noise(8, 8))] * 4),
+    "YCbCr": Image.fromarray(noise(8, 8, 3)).convert("YCbCr"),
+}
 
 
-def test_a_result_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"must be \(4, 6, 3\) uint8 like its original, got \(6, 4, 3\)"):
-        restore_mode(noise(6, 4, 3), Image.new("RGB", (6, 4)))
+@pytest.mark.parametrize("mode", IN_MODES)
+def test_what_a_fill_does_not_cover_keeps_its_values_and_its_depth(mode):
+    original = IN_MODES[mode]
+    result = paste(original, [whole(original)])
+    assert result.mode == {"1": "L", "P": "RGB"}.get(mode, mode)
+    before, after = (np.asarray(image.convert("RGB") if mode in ("1", "P") else image) for image in (original, result))
+    if mode == "1":
+        after = np.asarray(result.convert("RGB"))
+    assert np.array_equal(before[:, :4], after[:, :4])
+    colours = to_rgb(result)[:, 4:]
+    assert np.abs(colours.astype(int) - 77).max() <= (2 if mode in ("CMYK", "YCbCr") else 0)
+    if mode.endswith("A"):
+        assert np.array_equal(before[..., -1], after[..., -1])
+
+
+def test_a_fill_that_is_shown_in_part_is_blended_and_where_nothing_is_shown_nothing_changes():
+    for mode in ("RGB", "I;16", "F"):
+        original = IN_MODES[mode]
+        assert np.array_equal(np.asarray(paste(original, [whole(original, weight=0)])), np.asarray(original))
+        half = to_rgb(paste(original, [whole(original, value=200, weight=128)]))[:, 4:].astype(float)
+        assert np.abs(half - (to_rgb(original)[:, 4:] * (127 / 255) + 200 * (128 / 255))).max() <= 1.5
+
+
+def test_a_transparent_palette_becomes_alpha():
+    see_through = IN_MODES["P"].copy()
+    see_through.info["transparency"] = int(np.asarray(see_through)[0, 0])
+    result = paste(see_through, [whole(see_through)])
+    assert result.mode == "RGBA"
+    assert result.getpixel((0, 0))[3] == 0
 
 
 def test_a_crop_of_the_scaled_image_is_cut_from_it():

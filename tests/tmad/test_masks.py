@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tmad.draws import hole_cells
 from tmad.masks import MASKS, MAX_TRIES, Brush, BrushOrRectangle, Irregular, Rectangle, draw_mask
-from tmad.patches import hole_cells
 from tmad.rng import numpy_generator
 
 DRAWS = 400

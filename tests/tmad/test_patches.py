@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tmad.tiny import make_mask
-from tmad.patches import cell_corners, cut, cut_windows, draw_cells, hole_cells, tile
+from tmad.draws import draw_cells, hole_cells
+from tmad.patches import cell_corners, cut, cut_windows, tile
 
 
 def tile_twin(image: Tensor, patches: Tensor, cells: Tensor) -> Tensor:

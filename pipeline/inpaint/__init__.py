@@ -1,0 +1,1 @@
+"""Batch inpainting: a collection of images and their holes in, filled images and a ledger out, on Ray."""

@@ -1,0 +1,155 @@
+"""What a batch inpainting job is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from pipeline.data.own_masks import Colour
+from pipeline.storage import absolute
+from tmad.config import STRICT, PositiveFloat, PositiveInt
+from tmad.files import Kind
+from tmad.images import MAX_PIXELS
+from tmad.inpaint import CONTEXT, LIMIT, Policy
+
+MaskFrom = Literal["paired", "alpha", "colour", "column", "boxes", "one"]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HolesConfig:
+    """Where the holes come from."""
+
+    mask_from: MaskFrom = "paired"
+    """`paired`: a mask for each image in masks; `alpha`: the transparent part of the image; `colour`: where the image
+    has mask_colour; `column`: mask_column of a Parquet input; `boxes`: a JSON file, masks; `one`: one mask file, masks,
+    for all images."""
+    masks: str | None = None
+    """Folder, tar files, Parquet, list or URI of the masks; with boxes the JSON file, with one the mask file."""
+    mask_hole: Colour = "white"
+    """Which colour of a mask is the hole."""
+    mask_suffix: str = ""
+    """What a mask's name has behind its image's: `_mask` pairs a/b.jpg with a/b_mask.png. Several masks of one image
+    are joined: those whose names differ in their ending, and all in a folder a/b/."""
+    mask_pattern: str | None = None
+    """In place of the suffix: a regular expression for a mask's whole path without ending, whose first group is that of
+    its image: `(.+)_mask\\d*`."""
+    mask_column: str | None = None
+    """Column of a Parquet input with the masks."""
+    mask_colour: Annotated[str, Field(pattern="^#?[0-9a-fA-F]{6}$")] | None = None
+    """Colour of the hole in the image itself, as #ff00ff."""
+    mask_tolerance: NonNegativeInt = 0
+    """Grey levels by which each channel may differ from mask_colour; JPEG needs some 40."""
+    dilate: NonNegativeInt = 0
+    """Grow the holes by so many pixels."""
+    without_hole: Literal["skip", "copy"] = "skip"
+    """What is done with images that have no mask, or none with a hole in it: `copy` writes them as they are."""
+    refuse_inverted: bool = False
+    """Refuse masks that look inverted (most of the image and of its border is hole) instead of noting it."""
+
+    def __post_init__(self) -> None:
+        needs = {"masks": ("paired", "boxes", "one"), "mask_column": ("column",), "mask_colour": ("colour",)}
+        for name, kinds in needs.items():
+            given = getattr(self, name) is not None
+            if given != (self.mask_from in kinds):
+                what = "does not use" if given else "needs"
+                raise ValueError(f"mask_from={self.mask_from} {what} {name}; it goes with {' or '.join(kinds)}")
+        named = [name for name in ("mask_suffix", "mask_pattern") if getattr(self, name)]
+        if len(named) == 2 or (named and self.mask_from != "paired"):
+            raise ValueError("mask_suffix or mask_pattern, one of them, goes with mask_from=paired")
+        if self.mask_hole != "white" and self.mask_from in ("alpha", "colour", "boxes"):
+            raise ValueError(
+                f"mask_hole does not go with mask_from={self.mask_from}, which says itself what the hole is"
+            )
+        if self.mask_tolerance and self.mask_from != "colour":
+            raise ValueError("mask_tolerance goes with mask_from=colour")
+        if self.mask_pattern is not None:
+            try:
+                groups = re.compile(self.mask_pattern).groups
+            except re.error as error:
+                raise ValueError(f"mask_pattern is no regular expression: {error}") from None
+            if groups < 1:
+                raise ValueError(f"mask_pattern needs a group for the image's path, got {self.mask_pattern!r}")
+
+    @property
+    def masks_may_lie_among_images(self) -> bool:
+        """Whether a mask is told from an image by its name."""
+        return self.mask_from == "paired" and bool(self.mask_suffix or self.mask_pattern)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class InpaintConfig(HolesConfig):
+    """A batch inpainting job."""
+
+    input: str
+    """Images: a folder, tar files, Parquet or a list, by path or URI. On several machines: where all of them see it."""
+    output: str
+    """Folder or URI of the results, with the same tree and names, and of ledger.parquet."""
+    model: str
+    """Model folder, checkpoint, run folder, URI, or models:/name@alias."""
+    root: str | None = None
+    """Where the images of a list lie; none = the list's folder."""
+    image_column: str | None = None
+    """Column of a Parquet input with the encoded images; none = image, image_bytes, bytes or jpg."""
+    key_column: str | None = None
+    """Column of a Parquet input with the names of the results; none = FILE#ROW."""
+    coarse_from: str | None = None
+    """Results of another method for the same images, named like them: retrieval and PSNet refine these, and the coarse
+    network is not asked."""
+    format: Kind = "same"
+    """`same`: each result in its image's format; `png`: all as PNG, ending .png."""
+    policy: Policy = "crop"
+    """What the coarse network sees: `crop`, each group of holes with context around it; `resize`, the whole picture
+    reduced to limit; `original`, the whole picture. Texture is made at full size always."""
+    context: NonNegativeInt = CONTEXT
+    """Pixels around a hole that crop shows the networks."""
+    limit: PositiveInt = LIMIT
+    """Longest side, in pixels, that the coarse network is shown at full size; larger parts are reduced to it. Bounds
+    memory, except with original."""
+    feather: NonNegativeInt = 0
+    """Pixels around the hole over which the result passes into the picture; these change, too."""
+    in_place: bool = False
+    """Allow an output that is the input, whose files are then replaced, or that lies in it."""
+    retry_failed: bool = False
+    """Try inputs again that the ledger says have failed; otherwise they are left as they are."""
+    tracking_uri: str | None = None
+    """MLflow for a models:/ reference and for the record of this job; none = MLFLOW_TRACKING_URI, and no record without
+    it; `none` in words = no record."""
+    num_actors: PositiveInt | None = None
+    """Copies of the model that work side by side; none = one per GPU, or per CPU."""
+    cpus_per_actor: PositiveFloat = 1.0
+    """CPUs, and threads, of each copy."""
+    use_gpu: bool = False
+    """Give each copy a GPU."""
+    cells_per_chunk: PositiveInt = 256
+    """Hole cells synthesized at once: bounds the memory of large holes."""
+    images_per_task: PositiveInt = 16
+    """Images that one call works through: so much is repeated when a copy is lost."""
+    seed: int = 0
+    """Keys the choice of the texture memory; the same seed gives the same bytes."""
+    max_pixels: PositiveInt = MAX_PIXELS
+    """Images of more pixels are refused before they are decoded."""
+    claim_expiry_s: PositiveFloat = 60.0
+    """Seconds without a sign of life after which another job may take the output over."""
+
+    def with_absolute_places(self) -> InpaintConfig:
+        """The same for any process, whatever its working directory."""
+        names = ("input", "output", "masks", "root", "coarse_from")
+        places: dict[str, Any] = {name: absolute(place) for name in names if (place := getattr(self, name))}
+        return replace(self, **places)
+
+    def identity(self, model_digest: str) -> str:
+        """16 hex digits that stand for all that decides the bytes of a result, beside image and mask."""
+        loose = {
+            *("input", "output", "model", "root", "image_column", "in_place", "retry_failed", "tracking_uri"),
+            *("num_actors", "cpus_per_actor", "images_per_task", "max_pixels", "claim_expiry_s", "masks", "key_column"),
+        }
+        decides: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in loose}
+        text = json.dumps([model_digest, decides], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

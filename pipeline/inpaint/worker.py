@@ -1,0 +1,268 @@
+"""What one copy of the model does: read ahead, fill, write behind, and put a task's rows into the ledger."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from PIL import Image
+
+from pipeline.data.claim import Claim
+from pipeline.data.collection import OUTAGES
+from pipeline.data.own_masks import stem_of
+from pipeline.data.sources.ahead import read_ahead
+from pipeline.data.sources.base import Source
+from pipeline.data.sources.tree import ImageTree
+from pipeline.errors import MissingInput, StorageFailed
+from pipeline.inpaint.config import InpaintConfig
+from pipeline.inpaint.holes import NO_HOLE, Holes
+from pipeline.inpaint.ledger import PARTS, Row, encode, to_table
+from pipeline.storage import absolute, is_remote, join, write_atomic
+from tmad.checkpoint import load_model
+from tmad.files import ENDINGS, ImageFile, allow_pixels, fill_file, open_file
+from tmad.holes import MaskPolarityWarning, UnusableInput, polarity_notes
+from tmad.images import SUFFIXES, UnreadableImage, decode_image
+from tmad.inpaint import Inpainter
+
+WRITERS = 4
+"""Results on their way to storage at once."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all copies share; picklable."""
+
+    config: InpaintConfig
+    """With absolute places."""
+    source: Source
+    holes: Holes
+    coarse: Source | None
+    """Results of another method."""
+    coarse_names: dict[str, str]
+    """Their keys by stem."""
+    claim: Claim
+    token: str
+    """Tells the files of this run's tasks from those of earlier ones."""
+    model: str
+    model_digest: str
+    identity: str
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    file: ImageFile
+    hole: np.ndarray
+    donor: Image.Image | None
+
+
+@dataclass(frozen=True)
+class _Copied:
+    row: Row
+    data: bytes
+
+
+class InpaintWorker:
+    """An actor of Ray Data: holds the model, works through a task a call, returns its rows of the ledger."""
+
+    def __init__(self, model_files: Any, job: Job) -> None:
+        """*model_files*: the artifact's files by name, or a reference to them, so that no node needs the place they
+        came from."""
+        import torch
+
+        config = job.config
+        # What it says stands in the ledger.
+        warnings.filterwarnings("ignore", category=MaskPolarityWarning)
+        torch.set_num_threads(max(1, int(config.cpus_per_actor)))
+        allow_pixels(config.max_pixels)
+        files = ray.get(model_files) if isinstance(model_files, ray.ObjectRef) else model_files
+        with tempfile.TemporaryDirectory(prefix="tmad-model-") as folder:
+            for name, content in files.items():
+                Path(folder, name).write_bytes(content)
+            model = load_model(folder, device="cuda" if config.use_gpu else "cpu")
+        self.inpainter = Inpainter(
+            model,
+            policy=config.policy,
+            context=config.context,
+            limit=config.limit,
+            feather=config.feather,
+            cells_per_chunk=config.cells_per_chunk,
+            seed=config.seed,
+            keep_candidates=False,
+        )
+        self.job = job
+
+    def __call__(self, block: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        """Tasks as JSON in, a table of rows for each out."""
+        for text in block["task"]:
+            yield self.work(json.loads(text))
+
+    def work(self, task: dict[str, Any]) -> pa.Table:
+        """Fill the images `keys` of task number `number`; what is wrong with one of them is its row. An outage of
+        storage ends the task."""
+        rows: list[Row] = []
+        written: deque[tuple[Row, Future[float] | None]] = deque()
+        with ThreadPoolExecutor(1, "load") as loading, ThreadPoolExecutor(WRITERS, "write") as writing:
+
+            def load(key: str, read: Callable[[], bytes]) -> tuple[str, Future[tuple[_Loaded | _Copied | Row, float]]]:
+                return key, loading.submit(self._timed_load, key, read)
+
+            ahead = (load(key, read) for key, read in read_ahead(self.job.source, task["keys"]))
+            coming = next(ahead, None)
+            while coming is not None:
+                (key, future), coming = coming, next(ahead, None)
+                row, data = self._finish(key, *future.result())
+                sent = writing.submit(self._write, row, data) if data is not None else None
+                written.append((row, sent))
+                while len(written) > WRITERS:
+                    rows.append(self._settle(*written.popleft()))
+            rows += [self._settle(*one) for one in written]
+        table = to_table(rows)
+        self.job.claim.write(f"{PARTS}/{self.job.token}-{task['number']:07d}.parquet", encode(table))
+        return table
+
+    def _timed_load(self, key: str, read: Callable[[], bytes]) -> tuple[_Loaded | _Copied | Row, float]:
+        began = time.monotonic()
+        return self._guarded(key, lambda: self._load(key, read)), time.monotonic() - began
+
+    def _load(self, key: str, read: Callable[[], bytes]) -> _Loaded | _Copied:
+        job, config = self.job, self.job.config
+        self._check_name(key)
+        data = read()
+        try:
+            file = open_file(data, max_pixels=config.max_pixels)
+            hole = job.holes.of(key, file, max_pixels=config.max_pixels)
+        except UnreadableImage as error:
+            if error.reason in NO_HOLE and config.without_hole == "copy":
+                facts = {"reason": error.reason, "detail": "copied as it is"}
+                return _Copied(self._row(key, "skipped", output=key, bytes=len(data), **facts), data)
+            raise
+        notes = polarity_notes(hole, "")
+        if notes and config.refuse_inverted:
+            raise UnreadableImage("inverted-mask", notes[0])
+        donor = None
+        if job.coarse is not None:
+            name = job.coarse_names.get(stem_of(key))
+            if name is None:
+                raise UnreadableImage("no-coarse", f"no result named {stem_of(key)}.* in {config.coarse_from}")
+            donor = decode_image(job.coarse.read(name), max_pixels=config.max_pixels)
+        return _Loaded(file, hole, donor)
+
+    def _finish(self, key: str, loaded: _Loaded | _Copied | Row, seconds: float) -> tuple[Row, bytes | None]:
+        began = time.monotonic()
+        if isinstance(loaded, Row):
+            return replace(loaded, seconds=seconds), None
+        if isinstance(loaded, _Copied):
+            return replace(loaded.row, seconds=seconds), loaded.data
+        filled = self._guarded(key, lambda: self._fill(key, loaded))
+        spent = seconds + time.monotonic() - began
+        if isinstance(filled, Row):
+            return replace(filled, seconds=spent), None
+        row, data = filled
+        return replace(row, seconds=spent), data
+
+    def _fill(self, key: str, loaded: _Loaded) -> tuple[Row, bytes]:
+        config, file = self.job.config, loaded.file
+        filled = fill_file(
+            self.inpainter,
+            file,
+            loaded.hole,
+            image_id=key,
+            filled=loaded.donor,
+            opaque=config.mask_from == "alpha",
+            kind=config.format,
+        )
+        row = self._row(
+            key,
+            "done",
+            output=output_key(key, config, file.format),
+            detail="; ".join(dict.fromkeys(filled.notes)) or None,
+            hole_fraction=filled.result.hole_fraction,
+            height=file.image.height,
+            width=file.image.width,
+            bytes=len(filled.data),
+        )
+        return row, filled.data
+
+    def _write(self, row: Row, data: bytes) -> float:
+        began = time.monotonic()
+        assert row.output is not None
+        write_atomic(join(self.job.config.output, row.output), data)
+        return time.monotonic() - began
+
+    def _settle(self, row: Row, sent: Future[float] | None) -> Row:
+        if sent is None:
+            return row
+        seconds = self._guarded(row.input, sent.result)
+        return seconds if isinstance(seconds, Row) else replace(row, seconds=(row.seconds or 0) + seconds)
+
+    def _guarded(self, key: str, call: Callable[[], Any]) -> Any:
+        """What *call* returns, or the row that says why it could not."""
+        try:
+            return call()
+        except UnreadableImage as error:
+            reason, detail = error.reason, error.detail
+            status = "skipped" if reason in NO_HOLE else "failed"
+            return self._row(key, status, reason=reason, detail=detail)
+        except UnusableInput as error:
+            return self._row(key, "failed", reason=error.reason, detail=str(error))
+        except (StorageFailed, MissingInput) as error:
+            if error.details.get("kind") in OUTAGES:
+                raise
+            reason = "missing" if isinstance(error, MissingInput) else "storage"
+            return self._row(key, "failed", reason=reason, detail=str(error))
+        except MemoryError as error:
+            return self._row(key, "failed", reason="memory", detail=str(error) or "not enough memory")
+        except Exception as error:
+            log.exception("unexpected error in %s", key)
+            return self._row(key, "failed", reason="unexpected", detail=f"{type(error).__name__}: {error}")
+
+    def _row(self, key: str, status: Any, **facts: Any) -> Row:
+        job = self.job
+        mask = job.holes.named(key) or None
+        identity: dict[str, Any] = {"model": job.model, "model_digest": job.model_digest, "identity": job.identity}
+        return Row(input=key, status=status, when=time.time(), mask=mask, **identity, **facts)
+
+    def _check_name(self, key: str) -> None:
+        """Refuse names that lead out of a folder, by themselves or through a link."""
+        config = self.job.config
+        try:
+            join(config.output, key)
+        except ValueError as error:
+            raise UnreadableImage("unsafe-name", str(error)) from None
+        if any(part.startswith(".") for part in key.split("/")):
+            # Results are found again by a listing, which hidden files are not in.
+            raise UnreadableImage("unsafe-name", f"a part of the name is hidden: {key!r}")
+        places = {"output": config.output} | (
+            {"input": self.job.source.uri} if isinstance(self.job.source, ImageTree) else {}
+        )
+        for what, folder in places.items():
+            if not is_remote(folder) and (link := _link_below(absolute(folder), key)):
+                raise UnreadableImage("link", f"{link} in the {what} is a symbolic link")
+
+
+def output_key(key: str, config: InpaintConfig, file_format: str) -> str:
+    """The key of an image's result."""
+    if config.format == "png":
+        return stem_of(key) + ".png"
+    return key if key.lower().endswith(SUFFIXES) else key + ENDINGS.get(file_format, "")
+
+
+def _link_below(folder: str, key: str) -> str | None:
+    parts = key.split("/")
+    paths = ["/".join(parts[: count + 1]) for count in range(len(parts))]
+    return next((path for path in paths if os.path.islink(os.path.join(folder, path))), None)

@@ -1,0 +1,526 @@
+"""The batch job: every input is accounted for, only what is missing is done, results are those of the model alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import storage
+from pipeline.errors import CorruptSource, MissingInput, ModelNotFound, StorageFailed
+from pipeline.inpaint import run
+from pipeline.inpaint.config import InpaintConfig
+from pipeline.inpaint.run import Summary, inpaint_all
+from pipeline.inpaint.worker import InpaintWorker, Job
+from pipeline.report import png_bytes
+from pipeline.tracking import mlflow_client
+from tests.tmad.tiny import make_image, make_mask
+from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model, model_digest
+from tmad.files import fill_file, open_file
+from tmad.inpaint import Inpainter
+
+MASK = png_bytes(make_mask() * np.uint8(255))
+PHOTO = png_bytes(make_image(0))
+
+
+def fill_here(job: Job, keys: list[str], folder: Path) -> Iterator[pa.Table]:
+    """What the actors do, in this process."""
+    worker = InpaintWorker({name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}, job)
+    for number in range(0, len(keys), 3):
+        yield worker.work({"number": number, "keys": keys[number : number + 3]})
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_fill_all", fill_here)
+
+
+def ledger(out: object) -> dict[str, dict]:
+    rows = pq.read_table(pa.BufferReader(storage.read_bytes(f"{out}/ledger.parquet"))).to_pylist()
+    assert len(rows) == len({row["input"] for row in rows}), "one row an input"
+    return {row["input"]: row for row in rows}
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Everything but the ledger."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != "ledger.parquet")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for key, content in files.items():
+        path = folder / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def jpeg(array: np.ndarray, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def job(tmp_path: Path, model_folder: Path) -> Callable[..., InpaintConfig]:
+    def make(
+        images: dict[str, bytes] | None, masks: dict[str, bytes] | None = None, /, **changes: object
+    ) -> InpaintConfig:
+        places: dict[str, object] = {"input": tmp_path / "images"}
+        if images is not None:
+            write(tmp_path / "images", images)
+        if masks is not None:
+            places["masks"] = write(tmp_path / "masks", masks)
+        settings = {**places, "output": tmp_path / "out", "model": model_folder, **changes}
+        return InpaintConfig(**{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()})
+
+    return make
+
+
+GOOD_AND_BAD = {
+    "a/one.png": PHOTO,
+    "b/two.jpg": jpeg(make_image(1), quality=85),
+    "truncated.png": PHOTO[: len(PHOTO) // 2],
+    "empty.png": b"",
+    "text.jpg": b"this is no image",
+    "without.png": PHOTO,
+    "inverted.png": PHOTO,
+    "small.png": PHOTO,
+    "all.png": PHOTO,
+    "badmask.png": PHOTO,
+    "nohole.png": PHOTO,
+}
+THEIR_MASKS = {
+    "a/one.png": MASK,
+    "b/two.png": MASK,
+    "truncated.png": MASK,
+    "empty.png": MASK,
+    "text.png": MASK,
+    "inverted.png": png_bytes((1 - make_mask()) * np.uint8(255)),
+    "small.png": png_bytes(make_mask()[:50] * np.uint8(255)),
+    "all.png": png_bytes(np.full((64, 64), 255, np.uint8)),
+    "badmask.png": MASK[:40],
+    "nohole.png": png_bytes(np.zeros((64, 64), np.uint8)),
+}
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore:.*may be inverted")
+def test_every_input_is_accounted_for_and_a_second_call_does_only_what_is_missing(
+    ray_session: None, job, tmp_path, model_folder
+) -> None:
+    config = job(GOOD_AND_BAD, THEIR_MASKS, num_actors=2, cpus_per_actor=0.5, images_per_task=2)
+    out = tmp_path / "out"
+    first = inpaint_all(config)
+    assert (first.done, first.kept, first.skipped, first.failed) == (3, 0, 2, 6)
+    rows = ledger(out)
+    assert {key: (row["status"], row["reason"]) for key, row in rows.items()} == {
+        "a/one.png": ("done", None),
+        "b/two.jpg": ("done", None),
+        "inverted.png": ("done", None),
+        "without.png": ("skipped", "no-mask"),
+        "nohole.png": ("skipped", "no-hole"),
+        "truncated.png": ("failed", rows["truncated.png"]["reason"]),
+        "empty.png": ("failed", "empty-file"),
+        "text.jpg": ("failed", "not-an-image"),
+        "small.png": ("failed", "mask-size"),
+        "all.png": ("failed", "full-mask"),
+        "badmask.png": ("failed", rows["badmask.png"]["reason"]),
+    }
+    assert rows["truncated.png"]["reason"] in ("truncated", "damaged")
+    assert rows["badmask.png"]["reason"].startswith("mask-")
+    assert "may be inverted" in rows["inverted.png"]["detail"]
+    one = rows["a/one.png"]
+    assert (one["model_digest"], one["model"], one["mask"]) == (
+        model_digest(model_folder),
+        str(model_folder),
+        "a/one.png",
+    )
+    assert one["hole_fraction"] == pytest.approx(make_mask().mean())
+    assert (one["height"], one["width"], one["bytes"]) == (64, 64, (out / "a" / "one.png").stat().st_size)
+    assert one["seconds"] > 0
+    found = results(out)
+    assert set(found) == {"a/one.png", "b/two.jpg", "inverted.png"}
+    own = Inpainter.load(model_folder)
+    for key in found:
+        hole = open_mask(THEIR_MASKS[key.replace(".jpg", ".png")])
+        assert fill_file(own, open_file(GOOD_AND_BAD[key]), hole, image_id=key).data == found[key]
+
+    written = (out / "a" / "one.png").stat().st_mtime_ns
+    (out / "b" / "two.jpg").unlink()
+    second = inpaint_all(config)
+    assert (second.done, second.kept, second.skipped, second.failed) == (1, 9, 2, 6)
+    assert (out / "a" / "one.png").stat().st_mtime_ns == written
+    assert results(out) == found
+    assert {key: row["status"] for key, row in ledger(out).items()} == {k: r["status"] for k, r in rows.items()}
+    assert ledger(out)["a/one.png"] == one
+
+
+def open_mask(data: bytes) -> np.ndarray:
+    return (np.asarray(Image.open(io.BytesIO(data))) > 127).astype(np.uint8)
+
+
+def test_failed_inputs_are_tried_again_only_if_asked_and_new_masks_are_found(here, job, tmp_path) -> None:
+    images = {"a.png": PHOTO, "b.png": b"", "c.png": PHOTO}
+    config = job(images, {"a.png": MASK, "b.png": MASK})
+    assert inpaint_all(config).failed == 1
+    write(tmp_path / "images", {"b.png": PHOTO})
+    again = inpaint_all(config)
+    assert (again.done, again.kept, again.failed, again.skipped) == (0, 2, 1, 1)
+    write(tmp_path / "masks", {"c.png": MASK})
+    assert inpaint_all(config).done == 1
+    retried = inpaint_all(replace(config, retry_failed=True))
+    assert (retried.done, retried.kept, retried.failed) == (1, 2, 0)
+
+
+def test_another_model_or_setting_does_everything_again_and_workers_and_tasks_do_not(here, job, tmp_path) -> None:
+    config = job({"a.png": PHOTO}, {"a.png": MASK})
+    assert inpaint_all(config).done == 1
+    assert inpaint_all(replace(config, images_per_task=3, num_actors=1, max_pixels=10**6)).done == 0
+    before = results(tmp_path / "out")
+    assert inpaint_all(replace(config, seed=1)).done == 1
+    assert results(tmp_path / "out") != before
+    assert inpaint_all(replace(config, dilate=3)).done == 1
+
+
+def test_a_result_does_not_depend_on_the_batch_it_fell_into(here, job, tmp_path, monkeypatch) -> None:
+    images = {f"{n}.png": png_bytes(make_image(n, 64 + 16 * n)) for n in range(5)}
+    masks = {f"{n}.png": png_bytes(make_mask(64 + 16 * n) * np.uint8(255)) for n in range(5)}
+    inpaint_all(job(images, masks))
+    together = results(tmp_path / "out")
+    monkeypatch.setattr(
+        run, "_fill_all", lambda job, keys, folder: (t for key in reversed(keys) for t in fill_here(job, [key], folder))
+    )
+    inpaint_all(job(None, masks, output=tmp_path / "alone"))
+    assert results(tmp_path / "alone") == together
+
+
+@pytest.mark.parametrize("layout", ["tar", "parquet", "list", "s3"])
+def test_images_and_masks_come_from_everywhere_with_one_result(here, job, layout, tmp_path, request) -> None:
+    images = {"x/a.png": PHOTO, "b.jpg": jpeg(make_image(1))}
+    masks = {"x/a.png": MASK, "b.png": MASK}
+    inpaint_all(job(images, masks))
+    expected = results(tmp_path / "out")
+    places: dict[str, object] = {"output": tmp_path / "other"}
+    if layout == "tar":
+        for name, files in (("i", images), ("m", masks)):
+            with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+                for key, data in files.items():
+                    member = tarfile.TarInfo(key)
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+        places |= {"input": tmp_path / "i.tar", "masks": tmp_path / "m.tar"}
+    elif layout == "parquet":
+        table = {"jpg": list(images.values()), "name": list(images), "hole": list(masks.values())}
+        pq.write_table(pa.table(table), tmp_path / "t.parquet")
+        places |= {"input": tmp_path / "t.parquet", "key_column": "name", "mask_from": "column", "mask_column": "hole"}
+    elif layout == "list":
+        (tmp_path / "list.txt").write_text("x/a.png\nb.jpg\n")
+        places |= {"input": tmp_path / "list.txt", "root": tmp_path / "images", "masks": tmp_path / "masks"}
+    else:
+        bucket = request.getfixturevalue("bucket")
+        for folder, files in (("i", images), ("m", masks)):
+            for key, data in files.items():
+                storage.write_atomic(f"{bucket}/{folder}/{key}", data)
+        places = {"input": f"{bucket}/i", "masks": f"{bucket}/m", "output": f"{bucket}/out"}
+    config = job(None, None, **places)
+    assert inpaint_all(config).done == 2
+    out = config.output
+    files = [key for key in storage.list_files(out) if key != "ledger.parquet"]
+    assert {key: storage.read_bytes(storage.join(out, key)) for key in files} == expected
+    assert inpaint_all(config).kept == 2
+
+
+def test_rows_of_a_table_without_names_get_an_ending(here, job, tmp_path) -> None:
+    pq.write_table(pa.table({"jpg": [PHOTO, jpeg(make_image(1))], "hole": [MASK, MASK]}), tmp_path / "t.parquet")
+    inpaint_all(job(None, None, input=tmp_path / "t.parquet", mask_from="column", mask_column="hole"))
+    assert set(results(tmp_path / "out")) == {"t.parquet#0.png", "t.parquet#1.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("names", "settings"),
+    [
+        (["a_mask.png", "sub/b_mask.png"], {"mask_suffix": "_mask"}),
+        (["a.hole7.png", "sub/b.hole12.png"], {"mask_pattern": r"(.+)\.hole\d+"}),
+        (["a/0.png", "sub/b/0.png"], {}),
+    ],
+)
+@pytest.mark.parametrize("among", [False, True])
+def test_masks_are_paired_by_suffix_pattern_or_folder_also_among_the_images(
+    here, job, tmp_path, names, settings, among
+) -> None:
+    masks = dict.fromkeys(names, MASK)
+    images = {"a.png": PHOTO, "sub/b.jpg": jpeg(make_image(1))}
+    if not among:
+        summary = inpaint_all(job(images, masks, **settings))
+        assert (summary.done, summary.skipped, summary.failed) == (2, 0, 0)
+    elif settings:
+        config = job({**images, **masks}, None, masks=tmp_path / "images", **settings)
+        summary = inpaint_all(config)
+        assert (summary.done, summary.skipped, summary.failed) == (2, 0, 0)
+        assert set(results(tmp_path / "out")) == set(images)
+    else:
+        with pytest.raises(ValueError, match="with mask_suffix or mask_pattern they are told apart"):
+            inpaint_all(job({**images, **masks}, None, masks=tmp_path / "images"))
+
+
+def test_several_masks_of_one_image_are_joined(here, job, tmp_path) -> None:
+    left, right = (png_bytes(make_mask(left=x, width=8) * np.uint8(255)) for x in (4, 40))
+    inpaint_all(job({"a.png": PHOTO}, {"a/0.png": left, "a/1.png": right}))
+    row = ledger(tmp_path / "out")["a.png"]
+    assert row["mask"] == "a/0.png, a/1.png"
+    assert row["hole_fraction"] == pytest.approx(2 * 8 * 30 / 64**2)
+
+
+def changed(tmp_path: Path, key: str, before: np.ndarray) -> np.ndarray:
+    after = np.asarray(Image.open(tmp_path / "out" / key).convert("RGB"))
+    return (after != before).any(axis=2)
+
+
+def test_the_hole_is_what_is_transparent_coloured_boxed_or_the_one_mask(here, job, tmp_path) -> None:
+    rgb, mask = make_image(0), make_mask()
+    painted = np.where(mask[..., None] > 0, np.array([255, 0, 255], np.uint8), rgb)
+    rgba = np.dstack([rgb, (1 - mask) * np.uint8(255)])
+    boxes = {"images": [{"id": 7, "file_name": "a.png"}], "annotations": [{"image_id": 7, "bbox": [12, 20, 30, 30]}]}
+    write(tmp_path, {"coco.json": json.dumps(boxes).encode(), "plain.json": b'{"a.png": [[12.4, 20.2, 29, 29.5]]}'})
+    write(tmp_path, {"one.png": png_bytes((1 - mask) * np.uint8(255))})
+    cases: list[tuple[np.ndarray, dict[str, object]]] = [
+        (rgba, {"mask_from": "alpha"}),
+        (painted, {"mask_from": "colour", "mask_colour": "#ff00ff"}),
+        (rgb, {"mask_from": "boxes", "masks": tmp_path / "coco.json"}),
+        (rgb, {"mask_from": "boxes", "masks": tmp_path / "plain.json"}),
+        (rgb, {"mask_from": "one", "masks": tmp_path / "one.png", "mask_hole": "black"}),
+    ]
+    for image, settings in cases:
+        summary = inpaint_all(job({"a.png": png_bytes(image)}, None, **settings))
+        assert summary.done == 1, settings
+        assert ledger(tmp_path / "out")["a.png"]["hole_fraction"] == pytest.approx(mask.mean()), settings
+        found = changed(tmp_path, "a.png", image[..., :3])
+        assert not found[mask == 0].any()
+        assert found[mask > 0].mean() > 0.9
+        (tmp_path / "out" / "a.png").unlink()
+
+
+def test_growing_and_feathering_reach_so_far_and_no_further(here, job, tmp_path) -> None:
+    inpaint_all(job({"a.png": PHOTO}, {"a.png": MASK}, dilate=3, feather=2))
+    found = changed(tmp_path, "a.png", make_image(0))
+    assert not found[:15].any()
+    assert not found[:, :7].any()
+    assert found[17:53, 9:45].mean() > 0.9
+
+
+def test_images_without_a_hole_are_skipped_or_copied_by_choice(here, job, tmp_path) -> None:
+    images = {"none.jpg": jpeg(make_image(1)), "empty.png": PHOTO, "full.png": PHOTO}
+    masks = {"empty.png": png_bytes(np.zeros((64, 64), np.uint8)), "full.png": MASK}
+    config = job(images, masks)
+    assert inpaint_all(config).skipped == 2
+    assert set(results(tmp_path / "out")) == {"full.png"}
+    assert inpaint_all(replace(config, without_hole="copy")).skipped == 2
+    found = results(tmp_path / "out")
+    assert found["none.jpg"] == images["none.jpg"]
+    assert found["empty.png"] == PHOTO
+    assert inpaint_all(replace(config, without_hole="copy")).kept == 3
+
+
+def test_masks_that_look_inverted_are_refused_if_asked(here, job, tmp_path) -> None:
+    inverted = png_bytes((1 - make_mask()) * np.uint8(255))
+    config = job({"a.png": PHOTO}, {"a.png": inverted}, refuse_inverted=True)
+    assert inpaint_all(config).reasons == {"inverted-mask": 1}
+    assert inpaint_all(replace(config, mask_hole="black")).done == 1
+
+
+def test_another_methods_results_are_refined(here, job, tmp_path, model_folder) -> None:
+    donor = make_image(5)
+    write(tmp_path / "lama", {"a.jpg.png": b"", "a.png": png_bytes(donor)})
+    config = job({"a.png": PHOTO, "b.png": PHOTO}, {"a.png": MASK, "b.png": MASK}, coarse_from=tmp_path / "lama")
+    summary = inpaint_all(config)
+    assert (summary.done, summary.reasons) == (1, {"no-coarse": 1})
+    inpainter = Inpainter(load_model(model_folder), policy="crop")
+    own = inpainter(make_image(0), make_mask(), image_id="a.png", filled=donor).output
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a.png")), own)
+
+
+def tar_with(tmp_path: Path, names: list[str]) -> Path:
+    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(PHOTO)
+            archive.addfile(member, io.BytesIO(PHOTO))
+    return tmp_path / "evil.tar"
+
+
+def test_names_that_lead_out_of_the_output_are_refused_and_nothing_is_written_there(here, job, tmp_path) -> None:
+    names = ["../outside.png", "a/../../up.png", "ok.png", "back\\slash.png", "a//b.png"]
+    write(tmp_path, {"one.png": MASK})
+    config = job(None, None, input=tar_with(tmp_path, names), mask_from="one", masks=tmp_path / "one.png")
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    summary = inpaint_all(config)
+    # Hidden parts, which `..` is one of, are not looked at inside archives; the others are refused.
+    assert summary.done == 1
+    assert summary.failed == summary.reasons["unsafe-name"] == 2
+    after = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in after} == {"ok.png", "ledger.parquet"}
+
+
+def test_a_key_column_cannot_lead_out_of_the_output(here, job, tmp_path) -> None:
+    names = ["../evil.png", "/etc/evil.png", "fine.png"]
+    pq.write_table(pa.table({"jpg": [PHOTO] * 3, "name": names, "hole": [MASK] * 3}), tmp_path / "t.parquet")
+    settings = {"key_column": "name", "mask_from": "column", "mask_column": "hole"}
+    summary = inpaint_all(job(None, None, input=tmp_path / "t.parquet", **settings))
+    assert (summary.done, summary.reasons) == (1, {"unsafe-name": 2})
+    assert set(results(tmp_path / "out")) == {"fine.png"}
+
+
+def test_links_in_the_input_and_the_output_are_not_followed(here, job, tmp_path) -> None:
+    config = job({"a.png": PHOTO, "sub/b.png": PHOTO}, {"a.png": MASK, "sub/b.png": MASK, "link.png": MASK})
+    write(tmp_path, {"secret.png": PHOTO, "elsewhere/x.txt": b""})
+    os.symlink(tmp_path / "secret.png", tmp_path / "images" / "link.png")
+    (tmp_path / "out").mkdir()
+    os.symlink(tmp_path / "elsewhere", tmp_path / "out" / "sub")
+    summary = inpaint_all(config)
+    assert (summary.done, summary.reasons) == (1, {"link": 2})
+    assert set(results(tmp_path / "elsewhere")) == {"x.txt"}
+
+
+def test_bombs_and_absurd_sizes_are_refused_by_their_header(here, job) -> None:
+    from tests.tmad.test_images import bomb_png
+
+    images = {"bomb.png": bomb_png(60_000, 60_000), "large.png": png_bytes(make_image(0, 128)), "a.png": PHOTO}
+    masks = {**dict.fromkeys(images, MASK), "a.png": bomb_png(30_000, 30_000)}
+    summary = inpaint_all(job(images, masks, max_pixels=100 * 100))
+    assert summary.reasons == {"too-large": 2, "mask-too-large": 1}
+
+
+def test_results_of_one_name_are_refused_where_all_become_png(here, job, tmp_path) -> None:
+    images = {"a.jpg": jpeg(make_image(1)), "a.png": PHOTO, "b.jpg": jpeg(make_image(2))}
+    config = job(images, {"a.png": MASK, "b.png": MASK}, format="png")
+    assert inpaint_all(config).reasons == {"same-name": 2}
+    after = np.asarray(Image.open(tmp_path / "out" / "b.png"))
+    before = np.asarray(Image.open(io.BytesIO(images["b.jpg"])))
+    assert np.array_equal(after[make_mask() == 0], before[make_mask() == 0])
+    assert inpaint_all(replace(config, format="same")).done == 3
+
+
+@pytest.mark.parametrize("output", ["images", "images/filled", "masks"])
+def test_an_output_among_the_inputs_is_refused(here, job, tmp_path, output) -> None:
+    config = job({"a.png": PHOTO}, {"a.png": MASK}, output=tmp_path / output)
+    with pytest.raises(ValueError, match="results would be taken for what belongs there"):
+        inpaint_all(config)
+
+
+@pytest.mark.parametrize("output", ["images", "images/filled"])
+def test_an_output_in_the_input_works_if_asked_for_and_again(here, job, tmp_path, output) -> None:
+    config = job({"a.png": PHOTO, "b.png": PHOTO}, {"a.png": MASK}, output=tmp_path / output, in_place=True)
+    assert inpaint_all(config).done == 1
+    first = results(tmp_path / output)
+    again = inpaint_all(config)
+    assert (again.done, again.kept, again.skipped) == (0, 1, 1)
+    assert results(tmp_path / output) == first
+
+
+def test_missing_places_and_models_are_named_before_ray_starts(job, tmp_path) -> None:
+    config = job({"a.png": PHOTO}, {"a.png": MASK})
+    for changes, error, said in (
+        ({"input": str(tmp_path / "no")}, MissingInput, "there is no folder"),
+        ({"masks": str(tmp_path / "no")}, MissingInput, "there is no folder"),
+        ({"model": str(tmp_path / "no")}, ModelNotFound, "no model at"),
+        ({"mask_suffix": "_m"}, MissingInput, r"no image has a mask in .*looked for 'a_m'"),
+        ({"mask_from": "boxes", "masks": str(tmp_path / "masks/a.png")}, CorruptSource, "is not JSON"),
+    ):
+        with pytest.raises(error, match=said):
+            inpaint_all(replace(config, **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mask_from": "alpha"}, "mask_from=alpha does not use masks"),
+        ({"masks": None}, "mask_from=paired needs masks"),
+        ({"mask_from": "colour", "masks": None}, "needs mask_colour"),
+        ({"mask_suffix": "a", "mask_pattern": "(.*)"}, "one of them"),
+        ({"mask_pattern": "("}, "no regular expression"),
+        ({"mask_pattern": ".*"}, "needs a group"),
+        ({"mask_from": "boxes", "mask_hole": "black"}, "mask_hole does not go with"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        InpaintConfig(**{"input": "i", "output": "o", "model": "m", "masks": "x", **settings})
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", '{"a": [[1, 2, 3]]}', '{"a": [[0, 0, -1, 5]]}', '{"images": [], "annotations": [{}]}']
+)
+def test_a_damaged_list_of_boxes_is_refused_by_name(here, job, tmp_path, content) -> None:
+    write(tmp_path, {"boxes.json": content.encode()})
+    with pytest.raises(CorruptSource, match=r"boxes\.json"):
+        inpaint_all(job({"a.png": PHOTO}, None, mask_from="boxes", masks=tmp_path / "boxes.json"))
+
+
+def test_an_outage_of_storage_ends_the_job_and_its_end_lets_the_next_one_finish(here, job, faulty, bucket) -> None:
+    for number in range(7):
+        storage.write_atomic(f"{bucket}/i/{number}.png", PHOTO)
+    storage.write_atomic(f"{bucket}/one.png", MASK)
+    places = {"input": f"{bucket}/i", "output": f"{bucket}/out", "mask_from": "one", "masks": f"{bucket}/one.png"}
+    config = job(None, None, **places)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMAD_STORAGE_ATTEMPTS", "2")
+        faulty.answer("InternalError", method="GET", target=r"/i/5\.png")
+        with pytest.raises(StorageFailed, match=r"InternalError|reach|attempts"):
+            inpaint_all(config)
+    faulty.heal()
+    summary = inpaint_all(config)
+    assert summary.done + summary.kept == 7
+    assert summary.kept >= 3
+    assert summary.failed == 0
+
+
+def test_passing_faults_of_storage_show_in_nothing(here, job, faulty, bucket, tmp_path) -> None:
+    images = {f"{number}.png": png_bytes(make_image(number)) for number in range(6)}
+    write(tmp_path, {"one.png": MASK})
+    inpaint_all(job(images, None, mask_from="one", masks=tmp_path / "one.png"))
+    for key, data in images.items():
+        storage.write_atomic(f"{bucket}/i/{key}", data)
+    faulty.answer("SlowDown", method="GET", target="/i/1", times=2)
+    faulty.truncate(100, target="/i/2", times=1)
+    faulty.reset(method="PUT", target="/out/3", times=1)
+    faulty.swallow(method="PUT", target="/out/4", times=1)
+    settings = {"mask_from": "one", "masks": tmp_path / "one.png", "input": f"{bucket}/i", "output": f"{bucket}/out"}
+    assert inpaint_all(job(None, None, **settings)).done == 6
+    assert faulty.unspent() == 0
+    found = {key: storage.read_bytes(f"{bucket}/out/{key}") for key in images}
+    assert found == results(tmp_path / "out")
+
+
+def test_mlflow_gets_the_summary_the_ledger_and_pictures(here, job, tracking_uri, monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    images = {"a.png": PHOTO, "b.jpg": jpeg(make_image(1)), "c.png": b""}
+    inpaint_all(job(images, dict.fromkeys(("a.png", "b.png", "c.png"), MASK), tracking_uri=tracking_uri))
+    client = mlflow_client(tracking_uri)
+    found = client.search_runs([client.get_experiment_by_name(run.EXPERIMENT).experiment_id])[0]
+    assert found.info.status == "FINISHED"
+    assert (found.data.metrics["done"], found.data.metrics["failed"]) == (2, 1)
+    assert found.data.metrics["reason/empty-file"] == 1
+    assert found.data.params["policy"] == "crop"
+    names = {item.path for item in client.list_artifacts(found.info.run_id)}
+    assert {"ledger.parquet", "samples"} <= names
+    assert len(client.list_artifacts(found.info.run_id, "samples")) == 2
+
+
+def test_a_summary_counts_each_input_once(here, job) -> None:
+    summary = inpaint_all(job(GOOD_AND_BAD, THEIR_MASKS))
+    assert isinstance(summary, Summary)
+    assert summary.done + summary.kept + summary.skipped + summary.failed == len(GOOD_AND_BAD)
+    assert summary.megapixels == pytest.approx(3 * 64 * 64 / 1e6)
+    assert sum(summary.reasons.values()) == summary.skipped + summary.failed

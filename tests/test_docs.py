@@ -1,0 +1,108 @@
+"""The documents say what is: links, commands, generated pages, the list of errors, the names of metrics."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from pipeline import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(path: str) -> Any:
+    """A script of the project as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check = script("docs/check.py")
+generate = script("docs/reference/generate.py")
+dashboard = script("infra/observability/dashboard.py")
+
+
+def test_the_generated_pages_are_those_of_the_code() -> None:
+    stale = [path.name for path, text in generate.pages().items() if not path.exists() or path.read_text() != text]
+    assert stale == [], "run `make docs`"
+
+
+def test_every_setting_has_a_meaning_and_stands_on_the_page() -> None:
+    page = (ROOT / "docs" / "reference" / "configuration.md").read_text()
+    for job, kind in generate.JOBS.items():
+        for name, _, _, meaning in generate.settings(kind):
+            assert meaning, f"{job}: {name} has no docstring"
+            assert f"| `{generate.option(name)}` |" in page
+
+
+def test_every_variable_of_ours_stands_on_the_page() -> None:
+    sources = [path.read_text() for part in ("tmad", "pipeline", "infra") for path in (ROOT / part).rglob("*.py")]
+    named = {name for text in sources for name in re.findall(r'"(TMAD_[A-Z_]+)"', text)}
+    assert named <= generate.VARIABLES.keys()
+    assert "TMAD_LOG" in named
+
+
+def test_links_and_commands_of_all_documents_are_right() -> None:
+    assert list(check.broken_links()) == []
+    assert list(check.refused_commands()) == []
+    assert len(list(check.job_commands())) > 30
+
+
+def test_those_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = tmp_path / "wrong.md"
+    wrong.write_text(
+        "# One heading\n[a](nowhere.md) [b](#one-heading) [c](#another)\n\n"
+        "    python jobs/prepare.py --source a --out b --crop-sise 64\n    python jobs/prepare.py --source a --out b\n"
+    )
+    monkeypatch.setattr(check, "DOCUMENTS", [wrong])
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    assert list(check.broken_links()) == ["wrong.md: nowhere.md", "wrong.md: #another: no such heading"]
+    [refused] = check.refused_commands()
+    assert "--crop-sise" in refused
+
+
+def test_the_quickstart_has_every_job_in_what_is_run() -> None:
+    run = check.runnable(ROOT / "docs" / "quickstart.md")
+    assert re.findall(r"^python jobs/(\w+)\.py", run, re.M) == [
+        *("prepare", "prepare", "train_places", "train_places", "evaluate", "inpaint")
+    ]
+
+
+def test_every_kind_of_error_has_its_place_in_troubleshooting() -> None:
+    kinds = {
+        name
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, errors.TMADError) and kind is not errors.TMADError
+    }
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert set(re.findall(r"^### (\w+)$", page, re.M)) == kinds
+
+
+def test_the_dashboard_is_written_by_its_script_and_shows_metrics_that_are_exported() -> None:
+    assert dashboard.FILE.read_text() == dashboard.text()
+    sources = [path.read_text() for part in ("tmad", "pipeline") for path in (ROOT / part).rglob("*.py")]
+    groups = {group for text in sources for group in re.findall(r'["{](\w+)/[\w{]', text)} | {
+        "training",
+        "events_total",
+    }
+    shown = set(re.findall(r"ray_tmad_(\w+)", json.dumps(dashboard.dashboard())))
+    assert shown <= groups
+    told = set(re.findall(r"ray_tmad_(\w+)", (ROOT / "docs" / "operate.md").read_text()))
+    assert shown - {"data"} <= told
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "images").glob("*.svg")), ids=lambda path: path.stem)
+def test_pictures_are_well_formed_say_what_they_show_and_fetch_nothing(path: Path) -> None:
+    root = ElementTree.parse(path).getroot()
+    assert root.get("aria-label")
+    assert root.get("viewBox")
+    assert not re.search(r"(?:href|src|url)\s*[=(]\s*[\"']?(?!#)", path.read_text().replace("xmlns", ""))

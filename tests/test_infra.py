@@ -1,0 +1,223 @@
+"""What `infra/` holds is what its readers accept: published schemas, linters, and the project's own rules."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+INFRA = ROOT / "infra"
+SCHEMAS = ROOT / "tests" / "schemas"
+CLUSTER = INFRA / "kubernetes" / "cluster.yaml"
+CLOUDS = sorted((INFRA / "clouds").glob("*.yaml"))
+SCRIPTS = [*INFRA.rglob("*.sh"), ROOT / ".ci" / "run"]
+
+
+def kubernetes(schema: Any) -> Any:
+    """*schema* of a CRD as Kubernetes means it: fields that are not there are errors, some texts may be numbers."""
+    if isinstance(schema, list):
+        return [kubernetes(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {key: kubernetes(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        strict.setdefault("additionalProperties", False)
+    if schema.get("x-kubernetes-int-or-string"):
+        strict.pop("type", None)
+    return strict
+
+
+def custom_resource(name: str) -> Any:
+    return kubernetes(json.loads((SCHEMAS / f"{name}.json").read_text()))
+
+
+def errors(value: Any, schema: Any) -> list[str]:
+    found = jsonschema.Draft202012Validator(schema).iter_errors(value)
+    return [f"{'.'.join(map(str, one.absolute_path))}: {one.message}" for one in found]
+
+
+def ray_schema() -> Any:
+    return json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+
+
+def compose() -> dict[str, Any]:
+    """The compose file with the values of compose.env, as Docker would fill them in."""
+    text = (INFRA / "compose.yaml").read_text()
+    values = dict(re.findall(r"^(\w+)=(.*)$", (INFRA / "compose.env").read_text(), re.M))
+    filled = re.sub(r"\$\{(\w+)(?::\?)?\}", lambda match: values[match.group(1)], text)
+    content: dict[str, Any] = yaml.safe_load(filled)
+    return content
+
+
+def merged(target: Any, patch: Any) -> Any:
+    """A JSON merge patch (RFC 7386)."""
+    if not isinstance(patch, dict) or not isinstance(target, dict):
+        return patch
+    return {**target, **{name: merged(target.get(name), value) for name, value in patch.items()}}
+
+
+def containers(cluster: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(group, pod, container) of a RayCluster."""
+    spec = cluster["spec"]
+    for name, group in [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec["workerGroupSpecs"])]:
+        pod = group["template"]["spec"]
+        yield name, pod, pod["containers"][0]
+
+
+def test_the_cluster_fits_kuberays_definition() -> None:
+    assert errors(yaml.safe_load(CLUSTER.read_text())["spec"], custom_resource("raycluster")) == []
+
+
+def test_the_cluster_with_a_fault_tolerant_head_does_too() -> None:
+    patch = yaml.safe_load((INFRA / "kubernetes" / "fault-tolerant-head.yaml").read_text())
+    patched = merged(yaml.safe_load(CLUSTER.read_text()), patch)
+    assert patched["spec"]["gcsFaultToleranceOptions"]["redisAddress"]
+    assert errors(patched["spec"], custom_resource("raycluster")) == []
+
+
+def test_the_job_fits_kuberays_definition_and_names_the_cluster() -> None:
+    job = yaml.safe_load((INFRA / "kubernetes" / "job.yaml").read_text())
+    assert errors(job["spec"], custom_resource("rayjob")) == []
+    assert job["spec"]["clusterSelector"]["ray.io/cluster"] == yaml.safe_load(CLUSTER.read_text())["metadata"]["name"]
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "spec.autoscalerOption",
+        "spec.headGroupSpec.template.spec.containers.0.img",
+        "spec.workerGroupSpecs.0.minReplica",
+    ],
+)
+def test_a_misspelled_field_is_found(path: str) -> None:
+    cluster = copy.deepcopy(yaml.safe_load(CLUSTER.read_text()))
+    *parents, name = path.split(".")
+    place: Any = cluster
+    for parent in parents:
+        place = place[int(parent) if parent.isdigit() else parent]
+    place[name] = "1"
+    assert any(f"'{name}' was unexpected" in one for one in errors(cluster["spec"], custom_resource("raycluster")))
+
+
+def test_the_cluster_keeps_what_its_comments_promise() -> None:
+    cluster = yaml.safe_load(CLUSTER.read_text())
+    assert cluster["spec"]["rayVersion"] == metadata.version("ray")
+    assert cluster["spec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert len({container["image"] for _, _, container in containers(cluster)}) == 1
+    units = {"Gi": 2**30, "G": 10**9}
+    for name, pod, container in containers(cluster):
+        assert container["resources"]["requests"] == container["resources"]["limits"], name
+        assert pod["securityContext"]["runAsNonRoot"], name
+        shared = next(one for one in pod["volumes"] if one["name"] == "shared-memory")["emptyDir"]
+        assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"], name
+        shm, memory = (
+            int(text[:-2]) * units[text[-2:]]
+            for text in (shared["sizeLimit"], container["resources"]["limits"]["memory"])
+        )
+        assert shm < memory / 2, name
+        group = next((one for one in cluster["spec"]["workerGroupSpecs"] if one["groupName"] == name), None)
+        if group:
+            assert int(group["rayStartParams"]["object-store-memory"]) < shm, name
+
+
+def test_no_manifest_holds_a_secret() -> None:
+    for path in INFRA.rglob("*.yaml"):
+        for name, value in re.findall(
+            r"^\s*-?\s*\"?([\w-]*(?:PASSWORD|TOKEN|SECRET\w*))\"?: *(\S.*)$", path.read_text(), re.M
+        ):
+            assert value.startswith(('"${', "${")), f"{path.name}: {name}"
+        assert yaml.safe_load(path.read_text()).get("kind") != "Secret", path.name
+
+
+def test_the_compose_file_fits_its_specification() -> None:
+    schema = json.loads((SCHEMAS / "compose.json").read_text())
+    validator = jsonschema.Draft7Validator(schema)
+    assert [one.message for one in validator.iter_errors(compose())] == []
+    wrong = compose()
+    wrong["services"]["storage"]["healthchek"] = {}
+    assert any("healthchek" in one.message for one in validator.iter_errors(wrong))
+
+
+def test_the_containers_wait_for_services_that_say_when_they_are_ready() -> None:
+    services = compose()["services"]
+    for name, service in services.items():
+        for needed, how in service.get("depends_on", {}).items():
+            if how["condition"] == "service_healthy":
+                assert "healthcheck" in services[needed], f"{name} waits for {needed}"
+    assert all(port.startswith("127.0.0.1:") for one in services.values() for port in one.get("ports", []))
+    assert all(
+        re.search(r":[^:]*\d", one["image"]) for one in services.values() if not one["image"].startswith("tmad:")
+    )
+
+
+@pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.stem)
+def test_a_cluster_file_fits_rays_schema(path: Path) -> None:
+    cluster = yaml.safe_load(path.read_text())
+    assert errors(cluster, ray_schema()) == []
+    nodes = cluster["available_node_types"]
+    assert nodes[cluster["head_node_type"]]["resources"] == {"CPU": 0}
+    assert errors({**cluster, "worker_nodes": {}}, ray_schema()) != []
+    for name, node in nodes.items():
+        if name != cluster["head_node_type"]:
+            assert re.search(r"spot|preemptible", json.dumps(node["node_config"]), re.I), f"{name} is no spot node"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_pass_shellcheck(path: Path) -> None:
+    run = subprocess.run([tool("shellcheck"), str(path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+def test_the_dockerfile_passes_hadolint(tmp_path: Path) -> None:
+    run = subprocess.run([tool("hadolint"), "--no-color", str(INFRA / "Dockerfile")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    broken = tmp_path / "Dockerfile"
+    broken.write_text("FROM python:latest\nRUN cd /x && pip install torch\n")
+    assert subprocess.run([tool("hadolint"), str(broken)], capture_output=True).returncode != 0
+
+
+def test_the_image_has_no_root_and_no_build_tools_and_copies_only_what_it_needs() -> None:
+    text = (INFRA / "Dockerfile").read_text()
+    stages = re.findall(r"^FROM (\S+) AS (\w+)$", text, re.M)
+    assert [name for _, name in stages] == ["build", "run"]
+    last = text[text.index(" AS run") :]
+    assert re.search(r"^USER 1000", last, re.M)
+    assert "pip install" not in last
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M) for name in line.split()}
+    allowed = set(re.findall(r"^!(.+)$", (INFRA / "Dockerfile.dockerignore").read_text(), re.M))
+    assert copied == allowed
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_what_a_user_must_change_is_marked() -> None:
+    """A manifest with an example's value in it says so in that line or the one before."""
+    example = re.compile(r"example\.|s3://bucket|us-(?:west|east|central)")
+    for path in [*INFRA.rglob("*.yaml"), *INFRA.rglob("*.sh"), INFRA / "compose.env"]:
+        lines = path.read_text().splitlines()
+        for number, line in enumerate(lines):
+            if example.search(line) and not line.lstrip().startswith("#") and path.name != "compose.yaml":
+                around = "\n".join(lines[max(0, number - 4) : number + 1])
+                assert "CHANGE ME" in around, f"{path.name}:{number + 1}: {line}"
+
+
+def tool(name: str) -> str:
+    """The linter that the development packages bring."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed; `make setup` brings it")
+    return found

@@ -1,0 +1,77 @@
+"""What is random about one image in a training step, drawn before its pixels are needed: mirroring, cells, weights.
+
+NumPy alone, so that processes which only read need not load PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One image's hole and memory as the step will see them, and its draws."""
+
+    mirrored: bool
+    """Whether left and right are exchanged; mask and memory are already, the image is still to be."""
+    mask: np.ndarray
+    """(H, W) uint8, {0, 1}, 1 = hole."""
+    pool_yx: np.ndarray
+    """(N_pool, 2) int16, corners of the memory windows."""
+    cells: np.ndarray
+    """(N_ps,) int32, raster indices of the cells to synthesize."""
+    mix: np.ndarray
+    """(N_ps + 1,) float32 in [0, 1): interpolation weights of the gradient penalty, one a cell and one for the
+    image."""
+
+
+def draw(
+    mask: np.ndarray,
+    pool_yx: np.ndarray,
+    *,
+    patch_size: int,
+    num_cells: int,
+    rng: np.random.Generator,
+    flip: bool = False,
+) -> Draws:
+    """Draw left-right mirroring (where *flip* allows it), cells and penalty weights. Deterministic in *rng*.
+
+    *mask* (H, W) {0, 1}, sides multiples of patch_size; *pool_yx* (N_pool, 2).
+    """
+    mirrored = flip and bool(rng.random() < 0.5)
+    if mirrored:
+        mask = np.ascontiguousarray(mask[:, ::-1])
+        pool_yx = pool_yx.copy()
+        pool_yx[:, 1] = mask.shape[1] - patch_size - pool_yx[:, 1]
+    cells = draw_cells(mask, patch_size=patch_size, num=num_cells, rng=rng)
+    return Draws(mirrored, mask, pool_yx, cells, rng.random(num_cells + 1, dtype=np.float32))
+
+
+def hole_cells(mask: np.ndarray, patch_size: int) -> np.ndarray:
+    """Raster indices, ascending int32, of the cells with at least one hole pixel (Sec. III-A, the patches p_s).
+
+    *mask* (H, W), {0, 1}, 1 = hole. Raises `ValueError` if a side is no multiple of patch_size.
+    """
+    if mask.shape[0] % patch_size or mask.shape[1] % patch_size:
+        raise ValueError(f"both sides must be multiples of patch_size ({patch_size}), got {mask.shape}")
+    rows, columns = mask.shape[0] // patch_size, mask.shape[1] // patch_size
+    if patch_size % 8 == 0:
+        # Eight pixels at a time.
+        mask = np.ascontiguousarray(mask, np.uint8).view(np.uint64)
+    bands = np.bitwise_or.reduce(mask.reshape(rows, patch_size, -1), axis=1)
+    return np.flatnonzero(bands.reshape(rows * columns, -1).any(1)).astype(np.int32)
+
+
+def draw_cells(mask: np.ndarray, *, patch_size: int, num: int, rng: np.random.Generator) -> np.ndarray:
+    """Exactly *num* cells of one image for a training step (Sec. IV, N_ps), as raster indices, int32.
+
+    At random among the hole cells where there are more; where there are fewer, all of them followed by random valid
+    cells. More than the grid has: the draw is repeated from its start. Deterministic in *rng*.
+    """
+    holes = hole_cells(mask, patch_size)
+    valid = np.ones((mask.shape[0] // patch_size) * (mask.shape[1] // patch_size), bool)
+    valid[holes] = False
+    order = np.concatenate([rng.permutation(holes), rng.permutation(np.flatnonzero(valid).astype(np.int32))])
+    return order[:num] if num <= order.size else np.resize(order, num)

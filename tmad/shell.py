@@ -1,0 +1,123 @@
+"""`tmad inpaint PHOTO MASK -o RESULT`: one file, without Ray, started in the time that PyTorch takes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+DESCRIPTION = """
+Fill the hole of one picture. The mask is a picture of the same size, white = hole (--hole black turns it round);
+`alpha` in its place takes the transparent part of PHOTO. The result has PHOTO's format and metadata if RESULT has its
+ending, and is PNG if RESULT ends in .png.
+
+Folders, tar files, tables and URIs in place of PHOTO and MASK are the batch job: tmad inpaint --help
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of one picture."""
+    made = argparse.ArgumentParser(
+        prog="tmad inpaint", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("photo", metavar="PHOTO", type=Path, help="image file")
+    made.add_argument("mask", metavar="MASK", help="mask file, or `alpha`")
+    made.add_argument("-o", "--output", metavar="RESULT", type=Path, required=True, help="file to write")
+    made.add_argument(
+        "-m",
+        "--model",
+        default=os.environ.get("TMAD_MODEL"),
+        help="model folder, run folder, URI or models:/name@alias; default: TMAD_MODEL",
+    )
+    made.add_argument("--hole", choices=("white", "black"), default="white", help="colour of the hole in the mask")
+    made.add_argument("--dilate", metavar="PX", type=int, default=0, help="grow the hole by so many pixels")
+    made.add_argument("--feather", metavar="PX", type=int, default=0, help="pass into the picture over so many pixels")
+    made.add_argument(
+        "--policy", choices=("crop", "resize", "original"), default="crop", help="what the coarse network sees"
+    )
+    made.add_argument("--coarse-from", metavar="FILE", type=Path, help="another method's result, to be refined")
+    made.add_argument("--seed", type=int, default=0, help="keys the choice of the texture memory")
+    made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument("--max-pixels", metavar="N", type=int, default=None, help="refuse larger pictures")
+    return made
+
+
+def inpaint_one(argv: Sequence[str], *, find_model: Callable[[str], Path]) -> int:
+    """Fill one file; returns the exit code. *find_model* is asked for a model that is no folder here.
+
+    Raises `ValueError` with one line that says what cannot be used and why.
+    """
+    options = parser().parse_args(argv)
+    if options.model is None:
+        raise ValueError("no model: name one with --model, or set TMAD_MODEL")
+    if options.dilate < 0 or options.feather < 0:
+        raise ValueError("--dilate and --feather must not be negative")
+    for path in (options.photo, Path(options.mask)):
+        if not path.is_file() and str(path) != "alpha":
+            raise ValueError(f"there is no file {path}")
+    import numpy as np
+
+    from tmad.files import allow_pixels, fill_file, open_file
+    from tmad.holes import dilate, hole_mask
+    from tmad.images import MAX_PIXELS, UnreadableImage, decode_image
+    from tmad.inpaint import Inpainter
+
+    began = time.monotonic()
+    warnings.simplefilter("ignore", UserWarning)  # what they say stands in the result's notes
+    max_pixels = options.max_pixels or MAX_PIXELS
+    allow_pixels(max_pixels)
+    folder = Path(options.model)
+    inpainter = Inpainter.load(
+        folder if folder.is_dir() else find_model(options.model),
+        device=options.device,
+        policy=options.policy,
+        feather=options.feather,
+        seed=options.seed,
+    )
+    try:
+        file = open_file(options.photo.read_bytes(), max_pixels=max_pixels)
+        if options.mask == "alpha":
+            if not file.image.has_transparency_data:
+                raise ValueError(f"{options.photo} has no transparency to take for the hole")
+            hole = (np.asarray(file.image.convert("RGBA").getchannel("A")) < 128).astype(np.uint8)
+        else:
+            mask = decode_image(Path(options.mask).read_bytes(), max_pixels=max_pixels)
+            hole, _ = hole_mask(mask)
+            hole = hole if options.hole == "white" else 1 - hole
+        donor = decode_image(options.coarse_from.read_bytes()) if options.coarse_from else None
+        filled = fill_file(
+            inpainter,
+            file,
+            dilate(hole, options.dilate),
+            image_id=options.photo.name,
+            filled=donor,
+            opaque=options.mask == "alpha",
+            kind="png" if options.output.suffix.lower() == ".png" and file.format != "PNG" else "same",
+        )
+    except UnreadableImage as error:
+        raise ValueError(f"{options.photo}, {options.mask}: {error}") from error
+    _write(options.output, filled.data)
+    for note in filled.notes:
+        print(f"note: {note}", file=sys.stderr)
+    share = filled.result.hole_fraction
+    print(f"{options.output}: {share:.2%} of {options.photo} filled in {time.monotonic() - began:.1f} s")
+    return 0
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Wholly or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
