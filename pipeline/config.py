@@ -35,7 +35,13 @@ from tmad.config import (
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 ValidationMeasure = Literal[
-    "psnr_hole", "l1_hole_pct", "ssim_full", "coarse_psnr_hole", "coarse_l1_hole_pct", "coarse_ssim_full"
+    "psnr_hole",
+    "l1_hole_pct",
+    "ssim_full",
+    "swd_hole_truthscaled",
+    "coarse_psnr_hole",
+    "coarse_l1_hole_pct",
+    "coarse_ssim_full",
 ]
 """What `train.validate` measures."""
 
@@ -149,7 +155,9 @@ class WorkersConfig:
     """With data.images.source, so many tasks make records for each worker at once; none = as many as the CPUs that
     training leaves free, 16 at most."""
     use_gpu: bool = False
-    """Give each a GPU."""
+    """Give each a GPU, or the share `gpus_per_worker` of one."""
+    gpus_per_worker: PositiveFloat = 1.0
+    """GPUs of each with `use_gpu`; below 1, runs of one worker share a GPU and its memory."""
     threads: PositiveInt | None = None
     """Threads of PyTorch's CPU operations in each; none = `cpus_per_worker`, rounded down."""
     max_failures: NonNegativeInt = 8
@@ -194,7 +202,10 @@ class TrackingConfig:
     registered_name: str = "tmad"
     """Name in the model registry."""
     alias: str = "champion"
-    """Alias that the new version gets: `models:/<registered_name>@<alias>`."""
+    """Alias that the first version of a name gets, `models:/<registered_name>@<alias>`; later ones have to earn it
+    (jobs/promote.py)."""
+    parent_run: str | None = None
+    """Id of the MLflow run that this one is nested in, a sweep's."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -125,3 +125,11 @@ class Interrupted(TMADError):
 
 class TrainingFailed(TMADError):
     """Training stopped before its end; `details["checkpoint"]` names the last good one, if there is any."""
+
+
+class SweepFailed(TMADError):
+    """A trial of a sweep failed for good, or none came to its end."""
+
+
+class NotPromoted(TMADError):
+    """A version of a model stays without the alias; the message has the reason, `details["reasons"]` all of them."""

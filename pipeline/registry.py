@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 def register_model(
     folder: Path | str, *, tracking_uri: str, run_id: str, name: str = "tmad", alias: str | None = "champion"
 ) -> int:
-    """Store the model artifact in *folder* as a new version of *name*, point *alias* at it, return the version.
+    """Store the model artifact in *folder* as a new version of *name*, and return the version.
+
+    *alias* is given to it if no version has it yet: once there is a champion, a newer version has to be measurably
+    better (`pipeline.promote`).
 
     The stored model runs through `mlflow.pyfunc.load_model("models:/<name>@<alias>")` wherever this package is
     installed; signature: `image` (-1, -1, -1, 3) and `mask` (-1, -1, -1), both uint8, to (-1, -1, -1, 3) uint8. The
@@ -63,10 +66,19 @@ def register_model(
             tags={"model_digest": digest},
         )
         version = int(created.version)
-    if alias is not None:
+    if alias is not None and alias not in client.get_registered_model(name).aliases:
         client.set_registered_model_alias(name, alias, str(version))
     log.info("model %s is version %d of %r at %s", digest, version, name, storage.redact(tracking_uri))
     return version
+
+
+def reference(tracking_uri: str, name: str, version: int, alias: str) -> dict[str, Any]:
+    """How *version* of *name* is loaded: by *alias* if it has it, else by number. `{"name", "version", "alias",
+    "uri"}`."""
+    held = mlflow_client(tracking_uri).get_registered_model(name).aliases.get(alias)
+    has_it = held is not None and int(held) == version
+    uri = f"models:/{name}@{alias}" if has_it else f"models:/{name}/{version}"
+    return {"name": name, "version": version, "alias": alias if has_it else None, "uri": uri}
 
 
 def write_pyfunc_model(folder: Path, target: Path, *, digest: str) -> None:

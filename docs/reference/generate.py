@@ -22,6 +22,9 @@ from pipeline.demo.run import DemoConfig
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.presets import PRESETS
+from pipeline.promote import PromoteConfig
+from pipeline.sweep.ablate import AblateConfig
+from pipeline.sweep.config import SweepConfig
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "docs" / "reference"
@@ -29,6 +32,9 @@ FOLDER = ROOT / "docs" / "reference"
 JOBS: dict[str, type] = {
     "train_places": RunConfig,
     "prepare": PrepareConfig,
+    "sweep": SweepConfig,
+    "ablate": AblateConfig,
+    "promote": PromoteConfig,
     "evaluate": EvaluateConfig,
     "inpaint": InpaintConfig,
     "demo": DemoConfig,

@@ -54,6 +54,7 @@ def training_batches(
     tally: Tally | None = None,
     reader: Any = None,
     results: Results | None = None,
+    pool_size: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of every global batch of *batch_images*, from *start_images* until *total_images* are reached.
 
@@ -65,9 +66,11 @@ def training_batches(
     *start_images* sees what an unbroken one would have seen from there. ceil((total_images - start_images) /
     batch_images) batches, all of them full, the same number on every rank. Masks: variant epoch mod K.
 
-    *num_cells* is N_ps; *results* are somebody's, which go into the batches. Raises `ValueError` if *batch_images* does
-    not divide by *world_size*, `ConfigMismatch` if the set was prepared for another *patch_size*, and what
-    `read_manifest` raises; `CorruptSet` while iterating, and for a live set what `live_tables` raises.
+    *num_cells* is N_ps; *results* are somebody's, which go into the batches; *pool_size* takes so many windows of each
+    image's memory, its first ones, none = all: they are the memory that a smaller one would be. Raises `ValueError`
+    if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the set was prepared for another
+    *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating, and for a live set what `live_tables`
+    raises.
     """
     mine = _share(batch_images, rank, world_size)
     steps = max(0, -(-(total_images - start_images) // batch_images))
@@ -96,7 +99,7 @@ def training_batches(
             whole = {**place, "rank": 0, "world_size": 1}
             read = partial(draw_after, read=partial(read_portion, folder=folder, **whole), **draws)
             tables = shared_tables(reader, portions, read, seed=seed, ahead=max(_READS_AHEAD, world_size), **place)
-    return _decoded(_regrouped(tables, mine), decode_threads, prefetch_batches, results)
+    return _decoded(_regrouped(tables, mine), decode_threads, prefetch_batches, results, pool_size)
 
 
 def evaluation_batches(
@@ -110,6 +113,7 @@ def evaluation_batches(
     decode_threads: int = 2,
     prefetch_batches: int = 2,
     results: Results | None = None,
+    pool_size: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of the first *limit* records in their stored order, the first mask of each, nothing flipped.
 
@@ -135,7 +139,7 @@ def evaluation_batches(
     )
     drawn = partial(with_draws, seed=0, patch_size=manifest.patch_size, num_cells=num_cells, flip=False)
     tables = (drawn(pa.Table.from_pylist(group, schema=ROWS)) for group in _grouped(rows, mine))
-    return _decoded(tables, decode_threads, prefetch_batches, results)
+    return _decoded(tables, decode_threads, prefetch_batches, results, pool_size)
 
 
 def _open_set(manifest_uri: str, patch_size: int | None) -> tuple[Manifest, str]:
@@ -185,14 +189,16 @@ def _regrouped(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
         yield rest
 
 
-def _decoded(tables: Iterable[pa.Table], threads: int, ahead: int, results: Results | None) -> Iterator[Batch]:
+def _decoded(
+    tables: Iterable[pa.Table], threads: int, ahead: int, results: Results | None, pool_size: int | None
+) -> Iterator[Batch]:
     """Decode *ahead* batches before they are asked for, each in one thread: threads that share a batch wait for the
     interpreter lock more than they decode."""
     pending: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         for table in tables:
-            pending.append(pool.submit(_batch, table, results))
+            pending.append(pool.submit(_batch, table, results, pool_size))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
@@ -201,8 +207,9 @@ def _decoded(tables: Iterable[pa.Table], threads: int, ahead: int, results: Resu
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _batch(table: pa.Table, results: Results | None) -> Batch:
-    """The batch of rows that `fetch.with_draws` gave, with somebody's *results* if there are any."""
+def _batch(table: pa.Table, results: Results | None, pool_size: int | None) -> Batch:
+    """The batch of rows that `fetch.with_draws` gave, with somebody's *results* if there are any, and the first
+    *pool_size* windows of each memory."""
     size = len(table)
     height, width = (table[name][0].as_py() for name in ("height", "width"))
     # Images are decoded to where the batch will have them.
@@ -223,12 +230,13 @@ def _batch(table: pa.Table, results: Results | None) -> Batch:
         if results and filled is not None:
             result = results.read(image_id, height, width)
             filled[place] = mirror(result) if mirrored else result
+    pools = matrix(table["pool_yx"]).reshape(size, -1, 2)[:, :pool_size]
     masks = np.unpackbits(matrix(table["mask"]), axis=1, count=height * width)
     return Batch(
         image_id=table["image_id"].to_pylist(),
         image=torch.from_numpy(images).permute(0, 3, 1, 2),
         mask=torch.from_numpy(masks.reshape(size, 1, height, width)),
-        pool_yx=torch.from_numpy(matrix(table["pool_yx"]).reshape(size, -1, 2).astype(np.int64)),
+        pool_yx=torch.from_numpy(pools.astype(np.int64)),
         cells=torch.from_numpy(matrix(table["cells"]).astype(np.int64)),
         mix=torch.from_numpy(matrix(table["mix"]).copy()),
         filled=None if filled is None else torch.from_numpy(filled).permute(0, 3, 1, 2),

@@ -72,7 +72,7 @@ def measure(config: RunConfig, *, crop_size: int) -> Footprint:
     phase: Phase = "joint" if config.schedule.joint_images else "coarse"
 
     def step(images: int) -> Callable[[], object]:
-        batch = _batch(config, side=side, images=images, cells=cells)
+        batch = noise_batch(config, side=side, images=images, cells=cells)
         return lambda: state.step(batch, phase, global_batch=images, progress=0.0)
 
     step(1)()  # Adam's moments come into being
@@ -114,7 +114,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-def _batch(config: RunConfig, *, side: int, images: int, cells: int) -> Batch:
+def noise_batch(config: RunConfig, *, side: int, images: int, cells: int) -> Batch:
     """Noise with a hole over a quarter of each image: memory does not depend on content."""
     model, rng = config.model, numpy_generator("footprint")
     mask = np.zeros((side, side), dtype=np.uint8)

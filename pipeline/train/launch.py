@@ -13,7 +13,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ray.train import (
     LoggingConfig,
     ScalingConfig,
     TrainingFailedError,
+    UserCallback,
     WorkerGroupError,
 )
 from ray.train import RunConfig as RayRunConfig
@@ -39,7 +40,7 @@ from pipeline.environment import code_state, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.models import MLFLOW_SCHEMES
 from pipeline.pretrained import resolve_perceptual
-from pipeline.registry import register_model
+from pipeline.registry import reference, register_model
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
 from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
@@ -67,8 +68,9 @@ loop in a thread of its own, where glibc would map and unmap every tensor: a ste
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> dict[str, Any]:
-    """Train, keep and register a model; returns the content of `finished.json`.
+def train(config: RunConfig, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
+    """Train, keep and register a model; returns the content of `finished.json`. *callbacks* are told of each
+    checkpoint, with the measures of the validation before it.
 
     Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
     `TrainingFailed` with the cause and the newest checkpoint, `Interrupted` when it was told to stop,
@@ -111,7 +113,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     }
     try:
         with relayed_logs() as relay, sigterm_stops(relay, config.workers.stop_grace_s):
-            summary = _fit(folder, config, {**job, "relay": relay})
+            summary = _fit(folder, config, {**job, "relay": relay}, callbacks)
         wait_for_tracking(tracking_uri, config.tracking.wait_s)
         Tracker(tracking_uri, run_id).catch_up(metrics)
         finished = _finish(folder, config, summary, tracking_uri, run_id)
@@ -186,11 +188,12 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
             f"data.{which} was prepared for patch_size {manifest.patch_size}, model.patch_size is {model.patch_size}: "
             f"its memory points at other windows; prepare {uri} again or change the model"
         )
-    memory = asdict(model.memory)
-    if manifest.settings["memory"] != memory:
+    memory, prepared = asdict(model.memory), manifest.settings["memory"]
+    # Of a larger memory the first windows are taken: they are those that a smaller one would have.
+    if {**prepared, "pool_size": 0} != {**memory, "pool_size": 0} or prepared["pool_size"] < memory["pool_size"]:
         raise ValueError(
-            f"data.{which} was prepared with memory {manifest.settings['memory']}, model.memory is {memory}; "
-            f"prepare {uri} again or change the model"
+            f"data.{which} was prepared with memory {prepared}, model.memory is {memory}; a set serves its own "
+            f"memory.pool_size and smaller ones: prepare {uri} again or change the model"
         )
     if manifest.crop_size % model.size_multiple:
         remedy = f"prepare {uri} with another crop_size" if place else "set another data.images.crop_size"
@@ -264,7 +267,7 @@ def resources(config: RunConfig) -> dict[str, float]:
     """What the cluster must have."""
     workers = config.workers
     cpus = {"CPU": workers.fewest * workers.cpus_per_worker + CPUS_FOR_DATA}
-    return {**cpus, "GPU": float(workers.fewest)} if workers.use_gpu else cpus
+    return {**cpus, "GPU": workers.fewest * workers.gpus_per_worker} if workers.use_gpu else cpus
 
 
 def _open_tracking(
@@ -285,6 +288,8 @@ def _open_tracking(
     code = code_state()
     tags = {"git_commit": str(code["commit"]), "git_dirty": str(code["dirty"]), "config_digest": digest(config)}
     tags |= {f"data_{which}": one.digest for which, one in sets.items()}
+    if config.tracking.parent_run is not None:
+        tags["mlflow.parentRunId"] = config.tracking.parent_run
     if initial is not None:
         tags |= {"init_digest": initial["digest"], "init_model": initial["model_digest"]}
     run_id = Tracker.create(tracking_uri, config.tracking.experiment, config.name, asdict(config), tags)
@@ -295,9 +300,9 @@ def _open_tracking(
     return run_id
 
 
-def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
+def _fit(folder: str, config: RunConfig, job: dict[str, Any], callbacks: Sequence[UserCallback]) -> dict[str, Any]:
     workers = config.workers
-    each = {"CPU": workers.cpus_per_worker, **({"GPU": 1.0} if workers.use_gpu else {})}
+    each = {"CPU": workers.cpus_per_worker, **({"GPU": workers.gpus_per_worker} if workers.use_gpu else {})}
     # Type checkers are shown the older classes behind these names, which lack some of the arguments.
     failures: dict[str, Any] = {
         "max_failures": workers.max_failures,
@@ -306,6 +311,7 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
     # Arguments that Ray's annotation of the class leaves out. Its own notes on each checkpoint and worker group say the
     # same as ours.
     more: dict[str, Any] = {
+        "callbacks": list(callbacks),
         "logging_config": LoggingConfig(log_level="WARNING"),
         "worker_runtime_env": {"env_vars": KEEP_FREED_PAGES},
     }
@@ -339,7 +345,7 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any]) -> dict[str, Any]:
     if "interrupted" in summary:
         raise Interrupted(f"{summary['interrupted']}; {_how_to_go_on(folder)}")
     if "failed" in summary:
-        raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}")
+        raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}", not_finite=True)
     return summary
 
 
@@ -354,7 +360,7 @@ def _finish(
     if config.tracking.register and tracking_uri is not None and run_id is not None:
         name, alias = config.tracking.registered_name, config.tracking.alias
         version = register_model(artifact, tracking_uri=tracking_uri, run_id=run_id, name=name, alias=alias)
-        registered = {"name": name, "version": version, "alias": alias, "uri": f"models:/{name}@{alias}"}
+        registered = reference(tracking_uri, name, version, alias)
     finished = {
         **summary,
         "best": best_kept(storage.join(folder, "best"), config.schedule.best_measure),

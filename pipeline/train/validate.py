@@ -15,9 +15,16 @@ from tmad.images import to_model, to_uint8
 from tmad.metrics import measure
 from tmad.model import TMAD
 from tmad.step import Phase
+from tmad.swd import SMALLEST_LEVEL, SlicedWasserstein
 
 MEASURES = ("l1_hole_pct", "psnr_hole", "ssim_full")
 """Of `tmad.metrics`, for the result and, with `coarse_` before the name, for the coarse result."""
+
+TEXTURE = "swd_hole_truthscaled"
+"""Of `tmad.swd`, for the result: what a smooth fill loses while its distortion is the best."""
+
+TEXTURE_PATCHES = 2048
+"""Of each level: what the workers hand to each other stays below 50 MB."""
 
 NUM_PICTURES = 4
 
@@ -37,12 +44,18 @@ def validate(
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
     images = 0
     rows: list[tuple[str, dict[str, np.ndarray]]] = []
+    texture: SlicedWasserstein | None = None
     for batch in batches:
         images += len(batch)
         pictures = _run(model, phase, batch.to(context.device))
         truth, masks = _pixels(batch.image), batch.mask[:, 0].numpy()
+        side = min(truth.shape[1:3])
+        if texture is None and phase == "joint" and side >= SMALLEST_LEVEL:
+            texture = SlicedWasserstein(side=side, max_patches=TEXTURE_PATCHES)
         for index, image_id in enumerate(batch.image_id):
             cells = {kind: pictures[kind][index] for kind in kinds}
+            if texture is not None:
+                texture.add(image_id, cells["result"], truth[index], masks[index])
             values = [
                 value for kind in kinds for value in measure(cells[kind], truth[index], masks[index], MEASURES).values()
             ]
@@ -59,7 +72,22 @@ def validate(
         for name, (value, count) in zip(names, total[:-1].view(-1, 2), strict=True)
         if count > 0
     }
+    means |= _texture(texture, phase, context)
     return {**means, "val/images": float(total[-1].round())}, picture_grid(rows) if rows else None
+
+
+def _texture(own: SlicedWasserstein | None, phase: Phase, context: TrainContext) -> dict[str, float]:
+    """The distance over the images of all workers; nothing where no image has patches in its hole."""
+    if phase == "coarse":
+        return {}
+    collected = [one for one in context.everyones((own.side, own.state()) if own else None) if one is not None]
+    if not collected:
+        return {}
+    whole = SlicedWasserstein(side=collected[0][0], max_patches=TEXTURE_PATCHES)
+    for _, state in collected:
+        whole.merge(state)
+    value = whole.values()[TEXTURE]
+    return {} if value is None else {f"val/{TEXTURE}": value}
 
 
 def _run(model: TMAD, phase: Phase, batch: Batch) -> dict[str, np.ndarray]:

@@ -72,6 +72,8 @@ def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = N
     assert train is not None, "photographs are trained on as a live set"
     tally = Tally(live.config) if live else None
     place: dict[str, Any] = {"rank": context.rank, "world_size": context.world_size}
+    # A set may have been prepared with a larger memory.
+    place["pool_size"] = config.model.memory.pool_size
     if config.data.results is not None:
         place["results"] = Results(config.data.results)
     schedule = config.schedule

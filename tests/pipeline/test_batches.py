@@ -188,6 +188,16 @@ def test_evaluation_sees_the_first_records_as_they_are_stored(prepared):
     assert_equal(joined(list(evaluation_batches(prepared, batch_images=4, limit=10))), whole)
 
 
+def test_a_smaller_memory_is_the_first_windows_of_the_prepared_one(prepared):
+    whole = next(training_batches(prepared, total_images=4, **RUN))
+    part = next(training_batches(prepared, total_images=4, pool_size=5, **RUN))
+    assert whole.pool_yx.shape[1] == 12
+    assert torch.equal(part.pool_yx, whole.pool_yx[:, :5])
+    assert torch.equal(part.cells, whole.cells), "nothing else differs"
+    first = next(evaluation_batches(prepared, batch_images=4, pool_size=5))
+    assert first.pool_yx.shape[1] == 5
+
+
 def test_a_wrong_share_rank_or_patch_size_is_refused(prepared):
     with pytest.raises(ValueError, match=r"must be a multiple of their number \(3\), got 4"):
         next(training_batches(prepared, total_images=8, world_size=3, **RUN))

@@ -26,9 +26,12 @@ from pipeline.train.loop import (
     stretch_at,
     train_loop,
 )
+from pipeline.train.validate import validate
 from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed, run_in
 from tests.tmad.tiny import Features, make_batch
+from tmad.batch import Batch
 from tmad.checkpoint import load_model, load_state
+from tmad.model import TMAD
 from tmad.step import NonFiniteLoss, OneWorker, TrainingState
 
 
@@ -284,3 +287,37 @@ def test_the_progress_line_says_phase_images_losses_rate_wait_and_time_left() ->
 )
 def test_durations_read_easily(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_texture_of_a_validation_is_that_of_all_workers_images_together() -> None:
+    model, size = TMAD(CONFIG.model, seed=1), 4
+    whole = make_batch(999, size=size)
+
+    class Half(LocalContext):
+        """One of two workers; what the other one gives is known beforehand."""
+
+        def __init__(self, others: list[Any]) -> None:
+            super().__init__(Path(), workers=OneWorker())
+            self.given: list[Any] = []
+            self._others = others
+
+        def everyones(self, value: Any) -> list[Any]:
+            self.given.append(value)
+            return [value, *self._others]
+
+    def share(rows: slice) -> Batch:
+        return Batch(
+            whole.image_id[rows], *(getattr(whole, name)[rows] for name in ("image", "mask", "pool_yx", "cells", "mix"))
+        )
+
+    second = Half([])
+    validate(model, "joint", [share(slice(2, size))], second)
+    together, _ = validate(model, "joint", [share(slice(0, 2))], Half(second.given))
+    alone, _ = validate(model, "joint", [whole], LocalContext(Path(), workers=OneWorker()))
+    # A pixel may be rounded otherwise in a batch of another size.
+    expected = pytest.approx(alone["val/swd_hole_truthscaled"], rel=1e-3)
+    assert together["val/swd_hole_truthscaled"] == expected
+    half, _ = validate(model, "joint", [share(slice(0, 2))], LocalContext(Path(), workers=OneWorker()))
+    assert half["val/swd_hole_truthscaled"] != expected
+    coarse, _ = validate(model, "coarse", [whole], LocalContext(Path(), workers=OneWorker()))
+    assert "val/swd_hole_truthscaled" not in coarse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import MissingInput
-from pipeline.registry import model_signature, register_model
+from pipeline.registry import model_signature, reference, register_model
 from pipeline.tracking import Tracker, mlflow_client
 from tests.tmad.tiny import make_image, make_mask
 from tmad.checkpoint import load_model, model_digest
@@ -87,6 +88,35 @@ def test_another_process_gets_the_same_pixels_and_clear_errors_for_wrong_input(
     assert "(-1, -1, -1, 3)" in said["BATCH"]
     assert "mask" in said["MISSING"]
     assert said["RAY"] == "False"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_command_line_of_mlflow_fills_a_hole_from_json(
+    model_folder: Path, tracking_uri: str, tmp_path: Path
+) -> None:
+    register(model_folder, tracking_uri)
+    image, mask = make_image(1, side=48), make_mask(48)
+    question = {"inputs": {"image": image[None].tolist(), "mask": mask[None].tolist()}}
+    (tmp_path / "in.json").write_text(json.dumps(question))
+    command = [sys.executable, "-m", "mlflow", "models", "predict", "-m", "models:/tests@champion"]
+    command += ["--env-manager", "local", "-i", "in.json", "-o", "out.json", "-t", "json"]
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    answer = np.array(json.loads((tmp_path / "out.json").read_text())["predictions"], dtype=np.uint8)
+    expected = Inpainter(load_model(model_folder))(image, mask, image_id="0").output
+    assert np.array_equal(answer[0], expected)
+
+
+def test_a_newer_version_does_not_take_the_alias(model_folder: Path, tracking_uri: str) -> None:
+    assert [register(model_folder, tracking_uri)[0] for _ in range(2)] == [1, 2]
+    champion = mlflow_client(tracking_uri).get_model_version_by_alias("tests", "champion")
+    assert int(champion.version) == 1
+    assert reference(tracking_uri, "tests", 1, "champion")["uri"] == "models:/tests@champion"
+    assert reference(tracking_uri, "tests", 2, "champion") == {
+        "name": "tests", "version": 2, "alias": None, "uri": "models:/tests/2"
+    }  # fmt: skip
 
 
 def test_a_version_carries_digest_run_and_alias(model_folder: Path, tracking_uri: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,3 +164,17 @@ def test_the_pool_is_a_function_of_mask_and_generator(rule: str) -> None:
     mask = make_mask()
     assert pool(mask, rule, seed=3).tolist() == pool(mask, rule, seed=3).tolist()
     assert pool(mask, rule, seed=3).tolist() != pool(mask, rule, seed=4).tolist()
+
+
+@pytest.mark.parametrize("rule", ["clean", "fewest"])
+@pytest.mark.parametrize("hole", [12, 40], ids=["many-clean-windows", "few-clean-windows"])
+def test_the_first_windows_of_a_larger_memory_are_a_smaller_memory(rule: str, hole: int) -> None:
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[4 : 4 + hole, 4 : 4 + hole] = 1
+    counts = window_hole_counts(mask, patch_size=16, stride=8)
+    options: dict[str, Any] = {"patch_size": 16, "stride": 8, "rule": rule}
+    large = select_pool(mask, pool_size=24, rng=np.random.default_rng(1), **options)
+    small = select_pool(mask, pool_size=6, rng=np.random.default_rng(2), **options)
+    # Other windows, as chance has it, with as many hole pixels.
+    found, expected = (sorted(counts[y // 8, x // 8] for y, x in pool) for pool in (large[:6], small))
+    assert found == expected

@@ -1,0 +1,2 @@
+"""Searching the settings of training with Ray Tune: many runs of `pipeline.train`, compared by measures that do not
+move."""

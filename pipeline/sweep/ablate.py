@@ -1,0 +1,256 @@
+"""An ablation of the paper: its variants trained alike, and the paper's table or figure beside ours.
+
+A variant is trained with several seeds where that is asked for: what seeds differ in is what no single figure shows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+import numpy as np
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from pipeline import storage
+from pipeline.config import RunConfig
+from pipeline.data.claim import claim_folder
+from pipeline.data.schema import read_records
+from pipeline.errors import SweepFailed
+from pipeline.models import load_any_model
+from pipeline.presets import PRESETS
+from pipeline.report import Picture, Report
+from pipeline.side_by_side import spread_pictures
+from pipeline.sweep.config import SweepConfig
+from pipeline.sweep.launch import Finished, finish, resolve, run_trials, sweep_folder, told
+from pipeline.sweep.results import Trial, as_dict
+from pipeline.sweep.space import Point
+from pipeline.sweep.studies import STUDIES, Study
+from pipeline.sweep.summary import measured
+from pipeline.sweep.trial import trial_folder
+from tmad.config import STRICT, PositiveInt
+from tmad.inpaint import Inpainter, UnusableInput
+from tmad.metrics import MEASURES, Summary, measure
+from tmad.swd import SMALLEST_LEVEL, SlicedWasserstein
+
+REPORT_FILE = "report.html"
+
+SHOWN = ("l1_hole_pct", "psnr_hole", "ssim_full", "tv_l1_hole_pct", "swd_hole_truthscaled")
+"""Measures of the table. The paper's TV has no formula and stands in a column of its own; FID needs its network."""
+
+log = logging.getLogger(__name__)
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
+class AblateConfig:
+    """One ablation."""
+
+    study: Literal["candidates", "relativistic", "blending", "mask_size"] = "candidates"
+    """`candidates`: Table IV; `relativistic`: Fig. 7; `blending`: Fig. 8; `mask_size`: Fig. 9."""
+    name: str = "ablation"
+    """The folder below run.runs is <name>-<study>. The same command with the same name goes on."""
+    seeds: PositiveInt = 1
+    """Each variant is trained with so many seeds, run.seed and those after it."""
+    init_from: str | None = None
+    """Model, checkpoint or run whose coarse network all variants start from; none = the coarse phase of `run` is run
+    once, before them."""
+    max_concurrent: PositiveInt | None = None
+    """Runs side by side; none = as many as the cluster has room for."""
+    num_pictures: PositiveInt = 6
+    """Validation images that are shown."""
+    run: RunConfig = RunConfig()
+    """The run that every variant is, but for what the study varies."""
+
+
+ABLATE_PRESETS = {
+    name: (lambda make=make: AblateConfig(run=replace(make(), name=None))) for name, make in PRESETS.items()
+}
+"""The presets of training, as the `run` of an ablation."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a variant, or a hole's size."""
+
+    label: str
+    measures: dict[str, float | None]
+    """Means over seeds."""
+    spread: dict[str, float]
+    """Largest minus smallest of the seeds; empty with one seed."""
+    pictures: list[tuple[str, dict[str, Picture]]]
+
+
+def as_sweep(config: AblateConfig) -> tuple[SweepConfig, list[Point], list[str]]:
+    """The sweep without search that trains the variants, its points, and the variant's label of each."""
+    study = STUDIES[config.study]
+    runs = [
+        (label, {**point, "seed": config.run.seed + number})
+        for number in range(config.seeds)
+        for label, point in study.variants.items()
+    ]
+    points = [point for _, point in runs]
+    sweep = SweepConfig(
+        name=f"{config.name}-{config.study}",
+        # Nothing is drawn from it: the points are given.
+        space=(f"seed={config.run.seed},{config.run.seed + 1 + config.seeds}",),
+        trials=len(points),
+        stop_early=False,
+        objectives=("psnr_hole", "swd_hole_truthscaled"),
+        max_concurrent=config.max_concurrent,
+        init_from=config.init_from,
+        num_pictures=config.num_pictures,
+        run=config.run,
+    )
+    return resolve(sweep), points, [label for label, _ in runs]
+
+
+def ablate(config: AblateConfig) -> tuple[Finished, str]:
+    """Train and measure every variant; writes report.html and summary.json. Returns the runs, and the table as text.
+
+    Raises what `launch.sweep` raises.
+    """
+    study = STUDIES[config.study]
+    sweep, points, labels = as_sweep(config)
+    folder = sweep_folder(sweep)
+    with claim_folder(folder):
+        done = run_trials(sweep, {}, points, kind=f"ablation {config.study}")
+        if done.summary:
+            log.info("ablation %s is finished: %s; nothing to do", sweep.name, storage.redact(folder))
+            return done, str(done.summary["table"])
+        if any(trial.status != "finished" for trial in done.trials) or len(done.trials) < len(points):
+            raise SweepFailed(f"not every variant came to its end; {told(done.trials)}")
+        models = [(label, trial_folder(folder, trial.name)) for label, trial in zip(labels, done.trials, strict=True)]
+        if study.hole_sides:
+            rows = [_at_size(models[0][1], sweep, side) for side in study.hole_sides]
+        else:
+            rows = [_variant(label, [m for one, m in models if one == label], sweep) for label in study.variants]
+        text = table(rows, study)
+        _report(config, study, rows, done.trials, sweep).write(storage.join(folder, REPORT_FILE))
+        summary = {
+            "study": config.study,
+            "rows": [{"label": row.label, "measures": row.measures, "spread": row.spread} for row in rows],
+            "paper": {label: dict(values) for label, values in study.paper.items()},
+            "trials": [as_dict(one) for one in done.trials],
+            "config": json.loads(json.dumps(asdict(config))),
+            "table": text,
+        }
+        finish(sweep, done, summary, (REPORT_FILE,))
+    return replace(done, summary=summary), text
+
+
+def table(rows: Sequence[Row], study: Study) -> str:
+    """Ours and the paper's, as text."""
+    header, body = _cells(rows, study)
+    texts = [header, *[["–" if cell is None else str(cell) for cell in row] for row in body]]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in texts
+    )
+
+
+def _cells(rows: Sequence[Row], study: Study) -> tuple[list[str], list[list[object]]]:
+    columns = list(dict.fromkeys(name for values in study.paper.values() for name in values))
+    header = ["", *SHOWN, *(f"paper: {name}" for name in columns)]
+    body: list[list[object]] = []
+    for row in rows:
+        cells: list[object] = [row.label]
+        for name in SHOWN:
+            value = row.measures.get(name)
+            spread = f" ±{row.spread[name] / 2:.2g}" if name in row.spread else ""
+            cells.append(None if value is None else f"{value:.4g}{spread}")
+        body.append([*cells, *(study.paper.get(row.label, {}).get(name) for name in columns)])
+    return header, body
+
+
+def _variant(label: str, models: Sequence[str], sweep: SweepConfig) -> Row:
+    results = [measured(model, sweep, storage.join(model, "evaluation"), limit=None) for model in models]
+    values = [result.means["tmad"] for result in results]
+    means: dict[str, float | None] = {}
+    spread: dict[str, float] = {}
+    for name in SHOWN:
+        found = [float(one[name]) for one in values if one.get(name) is not None]  # type: ignore[arg-type]
+        means[name] = sum(found) / len(found) if found else None
+        if len(found) > 1:
+            spread[name] = max(found) - min(found)
+    return Row(label, means, spread, spread_pictures(results[0]))
+
+
+def _at_size(model: str, sweep: SweepConfig, share: float) -> Row:
+    """The same images with a square hole in the middle, *share* of their side."""
+    inpainter, means = Inpainter(load_any_model(model)), Summary()
+    texture: SlicedWasserstein | None = None
+    pictures: list[tuple[str, dict[str, Picture]]] = []
+    for record in read_records(sweep.run.data.val):
+        truth = record.pixels()
+        mask = centred_hole(truth.shape[0], truth.shape[1], share)
+        try:
+            result = np.asarray(inpainter(truth, mask, image_id=record.image_id).output)
+        except UnusableInput as error:
+            log.warning("left out: %s", error)
+            continue
+        means.add(measure(result, truth, mask, [name for name in SHOWN if MEASURES[name].function]))
+        if texture is None and min(mask.shape) >= SMALLEST_LEVEL:
+            texture = SlicedWasserstein(side=min(mask.shape))
+        if texture is not None:
+            texture.add(record.image_id, result, truth, mask)
+        if len(pictures) < sweep.num_pictures:
+            given = np.where(mask[..., None] > 0, np.uint8(255), truth)
+            pictures.append((record.image_id, {"input": given, "result": result, "truth": truth}))
+    values = {**means.means(), **(texture.values() if texture else {})}
+    return Row(f"hole of {share:.3g} of the side", {name: values.get(name) for name in SHOWN}, {}, pictures)
+
+
+def centred_hole(height: int, width: int, share: float) -> np.ndarray:
+    """A mask (height, width) uint8 with a square hole in the middle, *share* of the short side."""
+    side = round(share * min(height, width))
+    top, left = (height - side) // 2, (width - side) // 2
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[top : top + side, left : left + side] = 1
+    return mask
+
+
+def _report(
+    config: AblateConfig, study: Study, rows: Sequence[Row], trials: Sequence[Trial], sweep: SweepConfig
+) -> Report:
+    schedule = sweep.run.schedule
+    report = Report(study.title, f"What the paper concludes: {study.claim}")
+    header, body = _cells(rows, study)
+    report.table(header, body)
+    scale = (
+        f"Ours: {schedule.coarse_images:,} images coarse network alone, shared by all variants, then "
+        f"{schedule.joint_images:,} images jointly ({schedule.batch_images} a step), {config.seeds} "
+        f"{'seed' if config.seeds == 1 else 'seeds (mean ± half the range)'}. "
+    )
+    if study.paper:
+        scale += "The paper: Places365, millions of images a run. Compare the order of the lines, not the figures. "
+    if config.seeds == 1:
+        scale += (
+            "With one seed a difference between lines may be chance: --seeds 3 shows how much the same line varies."
+        )
+    report.text(scale)
+    report.heading("The same holes")
+    report.pictures(_pictures(rows, study))
+    report.heading("Runs")
+    report.table(
+        ["run", "settings", "images", "seconds"],
+        [[one.name, ", ".join(f"{name} {value}" for name, value in one.point.items()), one.images, round(one.seconds)]
+         for one in trials],
+    )  # fmt: skip
+    return report
+
+
+def _pictures(rows: Sequence[Row], study: Study) -> list[tuple[str, Mapping[str, Picture]]]:
+    if study.hole_sides:
+        return [
+            (f"{caption}, {row.label}", cells)
+            for row in rows
+            for caption, cells in row.pictures[: 1 + len(row.pictures) // 3]
+        ]
+    found: list[tuple[str, Mapping[str, Picture]]] = []
+    for shown in zip(*(row.pictures for row in rows), strict=True):
+        caption, first = shown[0]
+        results = {row.label: cells["result"] for row, (_, cells) in zip(rows, shown, strict=True)}
+        found.append((caption, {"input": first["input"], **results, "truth": first["truth"]}))
+    return found

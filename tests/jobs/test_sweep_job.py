@@ -1,0 +1,166 @@
+"""`jobs/sweep.py` as a program: a sweep that is killed and goes on, a trial that always fails, what a dry run tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import from_json
+from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.presets import smoke
+from pipeline.tracking import mlflow_client, read_json_lines
+from tests.conftest import RAY_ENVIRONMENT, ROOT, make_photo
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with prepared sets of 32-pixel crops: ten for training, four for validation."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("sweep")
+    model = smoke().model
+    for which, count in (("train", 10), ("val", 4)):
+        photos = folder / "photos" / which
+        photos.mkdir(parents=True)
+        for number in range(count):
+            seed = number + (100 if which == "val" else 0)
+            Image.fromarray(make_photo(seed, 40, 48)).save(photos / f"{number}.png")
+        prepare(
+            PrepareConfig(
+                source=str(photos),
+                out=str(folder / which),
+                crop_size=32,
+                patch_size=model.patch_size,
+                memory=model.memory,
+                images_per_shard=4,
+                row_group_rows=2,
+            )
+        )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _prepared_in_this_process(ray_session: None) -> None:
+    """Preparation needs Ray; the sweeps start their own, with a dashboard."""
+
+
+def command(place: Path, name: str, *more: str) -> list[str]:
+    return [
+        sys.executable, str(ROOT / "jobs" / "sweep.py"), "--preset", "smoke", "--name", name,
+        "--run.runs", str(place / "runs"), "--run.data.train", str(place / "train"),
+        "--run.data.val", str(place / "val"), "--run.workers.num-workers", "1",
+        "--run.schedule.validate-every-images", "4", "--reduction", "2", "--max-concurrent", "2", *more,
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, **RAY_ENVIRONMENT, "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True)
+
+
+def begun(folder: Path) -> dict[str, int]:
+    """Images of the newest checkpoint of each trial."""
+    newest: dict[str, int] = {}
+    for path in folder.glob("trials/*/checkpoints/images_*"):
+        trial = path.parts[-3]
+        newest[trial] = max(newest.get(trial, 0), int(path.name.split("_")[1]))
+    return newest
+
+
+def test_eight_trials_killed_in_the_middle_go_on_and_end_in_a_winner_that_can_be_trained(place: Path) -> None:
+    folder = place / "runs" / "killed"
+    arguments = ("killed", "--trials", "8")
+    with (place / "first.log").open("w") as log:
+        first = subprocess.Popen(command(place, *arguments), env=environment(), stderr=log, stdout=log)
+        deadline = time.monotonic() + 600
+        while len(begun(folder)) < 3 and time.monotonic() < deadline and first.poll() is None:
+            time.sleep(0.1)
+        time.sleep(6)  # Tune writes its records every 5 s
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    before = begun(folder)
+    assert 3 <= len(before) < 8, (place / "first.log").read_text()
+    told = {name: (folder / "trials" / name / "metrics.jsonl").read_bytes() for name in before}
+
+    second = run(place, *arguments)
+    assert second.returncode == 0, second.stderr
+    assert "sweep killed was begun before: going on with it" in second.stderr
+    assert "run coarse is finished" in second.stderr, "the coarse phase is not repeated"
+    after = begun(folder)
+    assert len(after) == 8
+    assert before.keys() <= after.keys(), "the trials of before are those of now"
+    for name, lines in told.items():
+        assert (folder / "trials" / name / "metrics.jsonl").read_bytes().startswith(lines), "no trial began anew"
+
+    summary = json.loads((folder / "summary.json").read_text())
+    statuses = [trial["status"] for trial in summary["trials"]]
+    assert set(statuses) == {"finished", "stopped early"}
+    assert all(trial["images"] < 16 for trial in summary["trials"] if trial["status"] == "stopped early")
+    best = max(
+        (one for one in summary["trials"] if one["status"] == "finished"), key=lambda one: one["measures"]["psnr_hole"]
+    )
+    assert summary["winner"]["number"] == best["number"]
+    preset = from_json((folder / "winner.json").read_text())
+    assert preset.loss.weight_l1 == best["point"]["loss.weight_l1"]
+    assert preset.schedule == smoke().schedule.__class__(**{**vars(smoke().schedule), "validate_every_images": 4})
+    page = (folder / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert "http" not in page.split("<style>")[0]
+
+    client = mlflow_client(f"sqlite:///{place}/runs/mlflow.db")
+    parent = json.loads((folder / "tracking.json").read_text())["run_id"]
+    assert client.get_run(parent).info.status == "FINISHED"
+    experiment = client.get_run(parent).info.experiment_id
+    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert len(nested) == 9, "eight trials and the coarse phase"
+    by_status = {one.data.tags.get("trial_status"): one.info.status for one in nested}
+    assert by_status == {None: "FINISHED", "finished": "FINISHED", "stopped early": "KILLED"}
+
+    third = run(place, *arguments)
+    assert third.returncode == 0
+    assert "sweep killed is finished" in third.stderr
+    other = run(place, *arguments, "--seed", "1")
+    assert other.returncode == 1
+    assert "begun with other settings (seed: 0 -> 1)" in other.stderr
+
+
+def test_a_trial_that_always_fails_ends_the_sweep_with_its_error(place: Path) -> None:
+    # The coarse network is shared, so that none of another width fits.
+    ended = run(place, "failing", "--trials", "4", "--space", "model.coarse.base_width=8,12", "--max-concurrent", "1")
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "trial 1 (" in last
+    assert "failed: WeightsMismatch: init_from: " in last
+    assert "does not fit" in last
+    assert not (place / "runs" / "failing" / "summary.json").exists()
+
+
+def test_a_dry_run_tells_trials_resources_and_hours_and_leaves_nothing(place: Path) -> None:
+    ended = run(place, "dry", "--trials", "9", "--dry-run", "--images-per-s", "0.01")
+    assert ended.returncode == 0, ended.stderr
+    assert "9 by random, 2 side by side; 16 images each, validated every 4" in ended.stderr
+    assert "one coarse phase of 8 images, shared by all trials" in ended.stderr
+    assert "1.5 CPU a trial with its data" in ended.stderr
+    # 8 images coarse and nine times 16 by two at once, at 0.01 images a second.
+    assert "at most 2.2 hours" in ended.stderr
+    assert not (place / "runs" / "dry").exists()
+
+
+def test_a_wrong_measure_is_one_line_with_the_valid_names(place: Path) -> None:
+    ended = run(place, "wrong", "--objectives", "psnr")
+    assert ended.returncode != 0
+    assert "psnr_hole, l1_hole_pct, ssim_full, swd_hole_truthscaled" in " ".join(ended.stderr.split())
+    assert not read_json_lines(str(place / "runs" / "wrong" / "metrics.jsonl"))
