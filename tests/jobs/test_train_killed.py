@@ -1,7 +1,8 @@
 """A training on a cluster of three nodes that loses workers, nodes and its driver, and ends as if nothing had been.
 
-The nodes are raylets of their own on this machine; what is killed is killed with SIGKILL. `TMAD_SOAK_S=300` goes on for
-so many seconds with faults in random order at random moments, from `TMAD_SOAK_SEED` on, and prints what each one cost.
+The nodes are raylets of their own on this machine; what is killed is killed with SIGKILL. This takes minutes, so it is
+run with `TMAD_SOAK_S=300` alone, which goes on for so many seconds with faults in random order at random moments, from
+`TMAD_SOAK_SEED` on, and prints what each one cost.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from pipeline.tracking import read_json_lines
 from tests.conftest import RAY_ENVIRONMENT, ROOT
 from tests.jobs.processes import Job, small_sets, training_workers
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-
 SOAK_S = float(os.environ.get("TMAD_SOAK_S", 0))
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800 + SOAK_S),
+    pytest.mark.skipif(not SOAK_S, reason="takes minutes: set TMAD_SOAK_S"),
+]
 
 BATCH, CHECKPOINT = 4, 20
 SCHEDULE = {"coarse-images": 40, "joint-images": 160, "batch-images": BATCH, "checkpoint-every-images": CHECKPOINT}
@@ -253,8 +259,6 @@ def test_with_a_machine_less_a_run_goes_on_with_fewer_workers_from_its_newest_ch
         assert finished["validation"][name] == pytest.approx(value, rel=1e-3), name
 
 
-@pytest.mark.skipif(not SOAK_S, reason="TMAD_SOAK_S is not set")
-@pytest.mark.timeout(SOAK_S + 900)
 def test_faults_at_random_moments_change_nothing(
     place: Path, nodes: Nodes, unbroken: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,5 @@
 """The way of a user with a cluster: `ray start`, `ray job submit` from another folder, everything on S3 and in MLflow,
-whose server is away for a while."""
+whose server is away for a while. It takes minutes, so it is run where `TMAD_SOAK_S` is set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from pipeline.tracking import mlflow_client, read_json_lines
 from tests.conftest import ROOT
 from tests.jobs.processes import Job, small_sets
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not os.environ.get("TMAD_SOAK_S"), reason="takes minutes: set TMAD_SOAK_S"),
+]
 
 EVERY = 4
 SCHEDULE = {"coarse-images": 20, "joint-images": 140, "checkpoint-every-images": 20, "log-every-images": EVERY}
