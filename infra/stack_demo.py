@@ -49,7 +49,7 @@ JOBS: dict[str, list[str]] = {
 }
 """What is submitted, in this order."""
 
-RESULTS = ("train/manifest.json", "runs/stack-demo/finished.json", "evaluation/report.html", "filled/ledger.jsonl")
+RESULTS = ("train/manifest.json", "runs/stack-demo/finished.json", "evaluation/report.html", "filled/ledger.parquet")
 """What has to lie in the bucket at the end."""
 
 
