@@ -11,7 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from infra.stack_demo import RESULTS
 from pipeline import errors
+from pipeline.data.schema import MANIFEST_NAME
+from pipeline.inpaint.ledger import LEDGER
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +76,11 @@ def test_those_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(check.broken_links()) == ["wrong.md: nowhere.md", "wrong.md: #another: no such heading"]
     [refused] = check.refused_commands()
     assert "--crop-sise" in refused
+
+
+def test_what_the_stacks_demo_looks_for_is_what_the_jobs_write() -> None:
+    assert f"filled/{LEDGER}" in RESULTS
+    assert f"train/{MANIFEST_NAME}" in RESULTS
 
 
 def test_the_quickstart_has_every_job_in_what_is_run() -> None:
