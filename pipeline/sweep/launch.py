@@ -246,8 +246,9 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     # The newer output prints a table whatever `verbose` says.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # A trial's traceback, at each attempt; its error is told in a line, by us.
     for noisy in ("ray.tune", "ray.train"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     require(resources(config.run))
     concurrent = room(config, ray.cluster_resources())
     trainable: Any = tune.with_resources(run_trial, {"CPU": DRIVER_CPUS})
