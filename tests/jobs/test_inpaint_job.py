@@ -35,7 +35,7 @@ def test_a_missing_folder_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, str(SCRIPT), *PLACES], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1
     assert len(run.stderr.strip().splitlines()) == 1
-    assert "there is no folder photos" in run.stderr
+    assert f"there is no folder {tmp_path}/photos" in run.stderr
 
 
 def test_a_required_option_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
