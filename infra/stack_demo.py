@@ -38,7 +38,7 @@ JOBS: dict[str, list[str]] = {
     "train": [
         *("train_places.py", "--preset", "smoke", "--name", "stack-demo", "--runs", f"{PLACE}/runs"),
         *("--data.train", f"{PLACE}/train", "--data.val", f"{PLACE}/val"),
-        # More than half of a node each, so that they are on two of them and gradients cross between hosts.
+        # More than half of a node each, so that Ray places them on two of them.
         *("--workers.cpus-per-worker", "2", "--workers.threads", "1"),
     ],
     "evaluate": ["evaluate.py", "--model", MODEL, "--data", f"{PLACE}/val", "--out", f"{PLACE}/evaluation"],

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from jobs.prepare import main
 from pipeline import storage
@@ -17,6 +15,7 @@ from pipeline.cli import run_job
 from pipeline.data.batches import training_batches
 from pipeline.data.schema import read_manifest
 from pipeline.tracking import Tracker, mlflow_client
+from tests.pipeline.test_batches import assert_equal
 from tests.s3 import forget_clients
 
 SECRET = "wJalrXUtnFEMI/K7MDENG/recognisable"
@@ -79,9 +78,7 @@ def test_a_set_made_and_read_through_faults_is_the_one_made_and_read_without(fau
     assert faulty_cluster.unspent() == 0
     assert len(calm) == len(stormy) == 4
     for one, other in zip(calm, stormy, strict=True):
-        assert one.image_id == other.image_id
-        for field in dataclasses.fields(one)[1:]:
-            assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+        assert_equal(one, other)
 
 
 @pytest.mark.ray
