@@ -154,7 +154,10 @@ def files_of(out: str) -> int:
     return sum(not key.startswith("ledger") for key in storage.file_sizes(out)) if storage.exists(out) else 0
 
 
-@pytest.mark.parametrize("where", ["local", "s3"])
+@pytest.mark.parametrize(
+    "where",
+    ["local", pytest.param("s3", marks=pytest.mark.skipif(not SOAK_S, reason="takes minutes: set TMAD_SOAK_S"))],
+)
 def test_whatever_is_killed_nothing_is_lost_and_nothing_differs(where, start, expected, tmp_path, request) -> None:
     faulty = request.getfixturevalue("faulty") if where == "s3" else None
     place = f"{request.getfixturevalue('bucket')}" if where == "s3" else str(tmp_path / "whole")

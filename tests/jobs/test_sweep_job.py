@@ -81,6 +81,7 @@ def begun(folder: Path) -> dict[str, int]:
     return newest
 
 
+@pytest.mark.skipif("TMAD_SOAK_S" not in os.environ, reason="takes minutes: set TMAD_SOAK_S")
 def test_eight_trials_killed_in_the_middle_go_on_and_end_in_a_winner_that_can_be_trained(place: Path) -> None:
     folder = place / "runs" / "killed"
     arguments = ("killed", "--trials", "8")
