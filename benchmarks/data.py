@@ -240,8 +240,8 @@ def training_input(report: Report, options: DataOptions, prepared: Path, photogr
 class Samples(Dataset[Sample]):
     """What a training sample is made of, for DataLoader."""
 
-    def __init__(self, records: Sequence[Record], total: int) -> None:
-        self.records, self.total = records, total
+    def __init__(self, records: Sequence[Record], total: int, *, patch_size: int = PATCH, cells: int = CELLS) -> None:
+        self.records, self.total, self.patch_size, self.cells = records, total, patch_size, cells
 
     def __len__(self) -> int:
         return self.total
@@ -255,8 +255,8 @@ class Samples(Dataset[Sample]):
             record.pixels(),
             record.mask(variant),
             record.pool(variant),
-            patch_size=PATCH,
-            num_cells=CELLS,
+            patch_size=self.patch_size,
+            num_cells=self.cells,
             rng=numpy_generator(0, "sample", record.image_id, epoch),
             flip=True,
         )

@@ -161,7 +161,7 @@ def train_loop(
         notice = context.notice()
         if over or (healthy and (save_due or notice is not None)):
             tracker.flush()
-            checkpoint = _save(state, config, context, course)
+            checkpoint = _save(state, config, context, course, tracker)
             save_due = rolled_back = False
         if notice is not None and not over:
             _obey(notice, checkpoint, images, context)
@@ -303,7 +303,7 @@ def _restore(state: TrainingState, context: TrainContext, tracker: Tracker) -> t
     return found.name, course
 
 
-def _save(state: TrainingState, config: RunConfig, context: TrainContext, course: Course) -> str:
+def _save(state: TrainingState, config: RunConfig, context: TrainContext, course: Course, tracker: Tracker) -> str:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tmad-checkpoint-") as temporary:
         folder = Path(temporary) if context.rank == 0 else None
@@ -313,7 +313,9 @@ def _save(state: TrainingState, config: RunConfig, context: TrainContext, course
             seal(folder)
         metrics = {"images": float(state.images_seen), **course.validation}
         name = context.keep(folder, checkpoint_name(state.images_seen), metrics)
-    log.info("checkpoint %s kept (%.1f s)", name, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    tracker.metrics({"system/checkpoint_s": seconds}, state.images_seen)
+    log.info("checkpoint %s kept (%.1f s)", name, seconds)
     return name
 
 
