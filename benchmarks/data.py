@@ -10,11 +10,13 @@ import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -190,7 +192,7 @@ def training_input(report: Report, options: DataOptions, prepared: Path, photogr
     )
     live = share(opened, opened.manifest())
 
-    def ours(train: str | LiveSet) -> None:
+    def ours(train: str | LiveSet) -> Iterator[int]:
         batches = training_batches(
             train,
             seed=0,
@@ -201,10 +203,9 @@ def training_input(report: Report, options: DataOptions, prepared: Path, photogr
             decode_threads=processors(),
             record_tasks=processors(),
         )
-        for _ in batches:
-            pass
+        return map(len, batches)
 
-    def loader() -> None:
+    def loader() -> Iterator[int]:
         batches = DataLoader(
             Samples(records, total),
             batch_size=BATCH,
@@ -212,29 +213,61 @@ def training_input(report: Report, options: DataOptions, prepared: Path, photogr
             collate_fn=collate,
             multiprocessing_context="fork",
         )
-        for _ in batches:
-            pass
+        return map(len, batches)
 
     with ThreadPoolExecutor(processors()) as pool:
 
-        def decode(function: Callable[[bytes], object]) -> None:
-            for _ in pool.map(function, (record.image for record in itertools.islice(itertools.cycle(records), total))):
-                pass
+        def decode(function: Callable[[bytes], object]) -> Iterator[int]:
+            files = (record.image for record in itertools.islice(itertools.cycle(records), total))
+            return (1 for _ in pool.map(function, files))
 
-        calls: dict[str, Callable[[], object]] = {
+        forms: dict[str, Callable[[], Iterator[int]]] = {
             BARE: lambda: decode(lambda data: to_rgb(decode_image(data))),
             OWN: lambda: decode(decode_rgb),
             "training input": partial(ours, str(prepared)),
             "from photographs": partial(ours, live),
             "DataLoader": loader,
         }
+        runs: dict[str, list[Run]] = {name: [] for name in forms}
+        calls = {name: partial(go_through, form, runs[name]) for name, form in forms.items()}
         timings = interleave(calls, options, warm=True)
+    rows = []
+    for name, some in runs.items():
+        rates, starts = [run.rate for run in some], [run.first_s for run in some]
+        beside = median(run.rate / bare.rate for run, bare in zip(some, runs[BARE], strict=True))
+        whole = f"{total / timings[name].median_s:.0f}"
+        spread = f"{(max(rates) - min(rates)) / median(rates):.0%}"
+        rows.append([name, f"{median(rates):.0f}", f"{beside:.2f}", spread, f"{median(starts):.2f}", whole])
+    header = ["form", "images/s", "of the bare loop", "spread", "s to the first", "images/s with that"]
     note = (
-        f"{total} samples of {CROP} pixels in batches of {BATCH}; the bare loop only decodes. DataLoader makes the "
-        "same samples from records held in memory, and starts its processes in each call; ours reads shards and "
-        "starts its tasks. From photographs, ours also does what preparation does, for one hole."
+        f"{total} samples of {CROP} pixels in batches of {BATCH}; images/s from the first batch on. The bare loop only "
+        "decodes. DataLoader makes the same samples from records held in memory, and starts its processes in each "
+        "call; ours reads shards and starts its tasks. From photographs, ours also does what preparation does, for one "
+        "hole."
     )
-    report.add(table(f"Training input, {processors()} threads or processes", timings, total, note), {}, timings)
+    title = f"Training input, {processors()} threads or processes"
+    figures = {"runs": {name: [vars(run) for run in some] for name, some in runs.items()}}
+    report.add(Table(title, header, rows, note), figures, timings)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way through all samples."""
+
+    first_s: float
+    """Until the first came."""
+    rate: float
+    """Images/s from there on."""
+
+
+def go_through(form: Callable[[], Iterator[int]], runs: list[Run]) -> None:
+    """Go through all that *form* gives, numbers of images, and note how that went."""
+    began = time.perf_counter()
+    counts = form()
+    next(counts)
+    first = time.perf_counter()
+    images = sum(counts)
+    runs.append(Run(first - began, images / (time.perf_counter() - first)))
 
 
 class Samples(Dataset[Sample]):
