@@ -90,7 +90,7 @@ def _measure(
         source = f"s3://photographs/{place}-{images}"
         root = None
         if kind.in_tar:
-            write_atomic(f"{source}/data.tar", as_tar(tree, "data"))
+            write_atomic(f"{source}/data.tar", as_tar(sorted(tree.iterdir()), "data"))
             names = "\n".join(f"/{file.name} 1" for file in sorted(tree.iterdir()))
             write_atomic(f"{source}/list.txt", names.encode())
             source, root = f"{source}/list.txt", f"{source}/data.tar/data"

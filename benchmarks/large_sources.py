@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -78,18 +79,18 @@ def write_list(file: Path, count: int, *, there: str) -> Path:
     return file
 
 
-def as_tar(tree: Path, below: str = ".") -> bytes:
-    """The files of a folder as a tar file's bytes, in the folder *below*."""
+def as_tar(files: Iterable[Path], below: str = ".") -> bytes:
+    """These files as a tar file's bytes, in the folder *below*."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for file in sorted(tree.iterdir()):
+        for file in files:
             archive.add(file, arcname=f"{below}/{file.name}")
     return buffer.getvalue()
 
 
-def as_parquet(tree: Path) -> bytes:
-    """The files of a folder as a Parquet file's bytes: columns `name` and `image`, 64 rows a row group."""
-    rows = [{"name": file.name, "image": file.read_bytes()} for file in sorted(tree.iterdir())]
+def as_parquet(files: Iterable[Path]) -> bytes:
+    """These files as a Parquet file's bytes: columns `name` and `image`, 64 rows a row group."""
+    rows = [{"name": file.name, "image": file.read_bytes()} for file in files]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer, row_group_size=64)
     return buffer.getvalue()
