@@ -59,7 +59,7 @@ class JobOptions(Options):
     """Options of this benchmark."""
 
     steps: int = 24
-    """Timed steps at the default widths; of the smallest networks ten times as many."""
+    """Timed steps at the default widths, after as many that are not; of the smallest networks ten times as many."""
     batch: int = 2
     """Images of a step on each worker."""
     workers: tuple[int, ...] = (1, 2)
@@ -71,7 +71,7 @@ class Run:
     """One run of either kind."""
 
     images_per_s: float
-    """From the end of the first interval to that of the last: all that happens in between is in it."""
+    """From the end of the steps that are not timed to the end: all that happens in between is in it."""
     start_s: float
     """From the call to the first step, as if that had taken as long as the others."""
 
@@ -118,9 +118,9 @@ def _prepare(config: RunConfig, folder: Path, widths: str) -> dict[str, str]:
 def _configuration(
     config: RunConfig, sets: Mapping[str, str], folder: Path, steps: int, options: JobOptions
 ) -> RunConfig:
-    """*steps* after a first interval as long as each of the others; nothing but training in between."""
-    interval = _interval(steps) * options.batch
-    total = (steps + _interval(steps)) * options.batch
+    """*steps*, and as many before them: Ray starts processes while the first are trained."""
+    interval = max(1, steps // 6) * options.batch
+    total = 2 * steps * options.batch
     schedule = ScheduleConfig(
         coarse_images=0,
         joint_images=total,
@@ -140,11 +140,6 @@ def _configuration(
         perceptual=replace(config.perceptual, features="off"),
         tracking=replace(config.tracking, uri="none", register=False),
     )
-
-
-def _interval(steps: int) -> int:
-    """Steps between two lines of the log."""
-    return max(1, steps // 6)
 
 
 def _on(config: RunConfig, workers: int) -> RunConfig:
@@ -196,7 +191,7 @@ def _compare(widths: str, config: RunConfig, steps: int, report: Report, options
         "s to the first step",
     ]
     note = (
-        f"Crops of {CROP} pixels, {options.batch} images a worker and step, {steps} timed steps, one thread a worker, "
+        f"Crops of {CROP} pixels, {options.batch} images a worker and step, {steps} timed steps after as many others, one thread a worker, "
         f"{len(os.sched_getaffinity(0))} processors, {rounds} rounds in turn. Readers of data run beside the workers "
         "on the same processors. Ray itself runs already."
     )
@@ -231,8 +226,10 @@ def _job(config: RunConfig, number: int) -> Run:
 
 def _run(began: float, ends: Sequence[tuple[int, float]]) -> Run:
     """From the number of images and the time at the end of each interval."""
-    (first, first_s), (last, last_s) = ends[0], ends[-1]
-    rate = (last - first) / (last_s - first_s)
+    last, last_s = ends[-1]
+    warm, warm_s = next((images, end_s) for images, end_s in ends if images >= last / 2)
+    first, first_s = ends[0]
+    rate = (last - warm) / (last_s - warm_s)
     return Run(rate, first_s - began - first / rate)
 
 

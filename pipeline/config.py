@@ -160,6 +160,14 @@ class WorkersConfig:
     """GPUs of each with `use_gpu`; below 1, runs of one worker share a GPU and its memory."""
     threads: PositiveInt | None = None
     """Threads of PyTorch's CPU operations in each; none = `cpus_per_worker`, rounded down."""
+    compile: bool = False
+    """Have PyTorch compile the coarse network, PSNet and VGG-19 when a worker starts, which takes a minute or more and
+    wants a C++ compiler (CPU) or Triton (GPU). Results differ in the last bits."""
+    channels_last: bool = False
+    """Keep the colours of a pixel beside each other in the networks' weights and activations. Results differ in the
+    last bits."""
+    tf32: bool = True
+    """On GPUs, let convolutions and matrix products that stay in float32 round their factors to TF32."""
     max_failures: NonNegativeInt = 8
     """Worker failures after which the run stops; before, it goes on from its newest checkpoint."""
     controller_failure_limit: NonNegativeInt = 10

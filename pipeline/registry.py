@@ -23,13 +23,24 @@ ARTIFACT_PATH = "model"
 REQUIREMENTS = ("torch", "numpy", "pillow", "pydantic", "safetensors")
 """What the stored model imports besides `tmad` itself."""
 
+EXAMPLE_SIDE = 64
+"""Of the example that is stored with a model, in pixels."""
+
 log = logging.getLogger(__name__)
 
 
 def register_model(
-    folder: Path | str, *, tracking_uri: str, run_id: str, name: str = "tmad", alias: str | None = "champion"
+    folder: Path | str,
+    *,
+    tracking_uri: str,
+    run_id: str,
+    name: str = "tmad",
+    alias: str | None = "champion",
+    card: str | None = None,
 ) -> int:
     """Store the model artifact in *folder* as a new version of *name*, and return the version.
+
+    *card* (`model_card`) becomes the version's description.
 
     *alias* is given to it if no version has it yet: once there is a champion, a newer version has to be measurably
     better (`pipeline.promote`).
@@ -64,6 +75,7 @@ def register_model(
             source=f"{client.get_run(run_id).info.artifact_uri}/{ARTIFACT_PATH}",
             run_id=run_id,
             tags={"model_digest": digest},
+            description=card,
         )
         version = int(created.version)
     if alias is not None and alias not in client.get_registered_model(name).aliases:
@@ -84,10 +96,8 @@ def reference(tracking_uri: str, name: str, version: int, alias: str) -> dict[st
 def write_pyfunc_model(folder: Path, target: Path, *, digest: str) -> None:
     """Write the artifact in *folder* as an MLflow pyfunc model to the new folder *target*; no server is involved."""
     with warnings.catch_warnings():
-        # MLflow 3.17 warns about its own chat classes, and that a signature without an example may be wrong.
-        warnings.filterwarnings(
-            "ignore", ".*(Any type hint is inferred as|input example was not provided)", UserWarning
-        )
+        # MLflow 3.17 warns about its own chat classes.
+        warnings.filterwarnings("ignore", ".*Any type hint is inferred as", UserWarning)
         import mlflow.pyfunc
 
         mlflow.pyfunc.save_model(
@@ -95,6 +105,7 @@ def write_pyfunc_model(folder: Path, target: Path, *, digest: str) -> None:
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={ARTIFACT: str(folder.absolute())},
             signature=model_signature(),
+            input_example=input_example(),
             pip_requirements=[f"{package}=={metadata.version(package)}" for package in REQUIREMENTS],
             metadata={"model_digest": digest},
         )
@@ -111,6 +122,17 @@ def model_signature() -> Any:
         inputs=Schema([TensorSpec(uint8, (-1, -1, -1, 3), "image"), TensorSpec(uint8, (-1, -1, -1), "mask")]),
         outputs=Schema([TensorSpec(uint8, (-1, -1, -1, 3))]),
     )
+
+
+def input_example() -> dict[str, Any]:
+    """One small picture with a hole, as the stored model takes it: a ramp of grey values."""
+    import numpy as np
+
+    ramp = np.linspace(0, 255, EXAMPLE_SIDE, dtype=np.uint8)
+    image = np.broadcast_to(ramp[:, None], (1, EXAMPLE_SIDE, EXAMPLE_SIDE, 3)).copy()
+    mask = np.zeros(image.shape[:3], np.uint8)
+    mask[:, EXAMPLE_SIDE // 4 : EXAMPLE_SIDE // 2, EXAMPLE_SIDE // 4 : EXAMPLE_SIDE // 2] = 255
+    return {"image": image, "mask": mask}
 
 
 def _version_with(client: Any, name: str, run_id: str, digest: str) -> int | None:

@@ -108,6 +108,19 @@ class TrainingState:
             ),
         }
 
+    def use_channels_last(self) -> None:
+        """Lay the networks' weights out with channels last, which activations and gradients follow; the values stay."""
+        for network in (*self._networks().values(), *([self.perceptual] if self.perceptual is not None else [])):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def compile(self) -> None:
+        """Have PyTorch compile the networks through which one backward goes, at their first call: coarse network, PSNet
+        and feature network. Not the discriminators, whose penalty is differentiated twice, which compiled code refuses,
+        nor the averaged model. Weights keep their names."""
+        for network in (self.model.coarse, self.model.psnet, self.perceptual):
+            if network is not None:
+                network.compile()
+
     def step(
         self,
         batch: Batch,

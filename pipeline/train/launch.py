@@ -38,6 +38,7 @@ from pipeline.data.schema import Manifest, read_manifest
 from pipeline.data.shared import start_reader
 from pipeline.environment import code_state, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
+from pipeline.model_card import CARD_FILE, model_card
 from pipeline.models import MLFLOW_SCHEMES
 from pipeline.pretrained import resolve_perceptual
 from pipeline.registry import reference, register_model
@@ -116,7 +117,7 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = ()) -> dict[str
             summary = _fit(folder, config, {**job, "relay": relay}, callbacks)
         wait_for_tracking(tracking_uri, config.tracking.wait_s)
         Tracker(tracking_uri, run_id).catch_up(metrics)
-        finished = _finish(folder, config, summary, tracking_uri, run_id)
+        finished = _finish(folder, config, summary, sets, tracking_uri, run_id)
     except BaseException as error:
         told_to_end = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
         Tracker(tracking_uri, run_id).finish("KILLED" if told_to_end else "FAILED")
@@ -350,17 +351,26 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any], callbacks: Sequenc
 
 
 def _finish(
-    folder: str, config: RunConfig, summary: dict[str, Any], tracking_uri: str | None, run_id: str | None
+    folder: str,
+    config: RunConfig,
+    summary: dict[str, Any],
+    sets: Mapping[str, Manifest],
+    tracking_uri: str | None,
+    run_id: str | None,
 ) -> dict[str, Any]:
-    """Put the model beside the checkpoints, register it, and write `finished.json`, last of all."""
+    """Put the model and its card beside the checkpoints, register it, and write `finished.json`, last of all."""
     model_uri = storage.join(folder, "model")
     artifact = storage.local_copy(storage.join(folder, "checkpoints", summary["checkpoint"], "model"))
     storage.upload_folder(artifact, model_uri)
+    named = config.tracking.registered_name
+    card = model_card(config, summary, name=named, model_digest=model_digest(artifact), sets=sets, code=code_state())
+    storage.write_atomic(storage.join(model_uri, CARD_FILE), card.encode())
+    Tracker(tracking_uri, run_id).artifact(card.encode(), f"model_card/{CARD_FILE}")
     registered: dict[str, Any] | None = None
     if config.tracking.register and tracking_uri is not None and run_id is not None:
-        name, alias = config.tracking.registered_name, config.tracking.alias
-        version = register_model(artifact, tracking_uri=tracking_uri, run_id=run_id, name=name, alias=alias)
-        registered = reference(tracking_uri, name, version, alias)
+        alias = config.tracking.alias
+        version = register_model(artifact, tracking_uri=tracking_uri, run_id=run_id, name=named, alias=alias, card=card)
+        registered = reference(tracking_uri, named, version, alias)
     finished = {
         **summary,
         "best": best_kept(storage.join(folder, "best"), config.schedule.best_measure),

@@ -104,6 +104,10 @@ def train_loop(
     """
     schedule = config.schedule
     state = TrainingState(config.training, seed=config.seed, device=context.device, perceptual=perceptual)
+    if config.workers.channels_last:
+        state.use_channels_last()
+    if config.workers.compile:
+        state.compile()
     checkpoint, course = _restore(state, context, tracker)
     if checkpoint is None and initial is not None:
         state.start_from(initial.read())
@@ -190,6 +194,7 @@ class Meter:
         self._images = 0
         self._waited_s = 0.0
         self._trained_s = 0.0
+        self._began, self._began_busy_s = time.perf_counter(), time.process_time()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -226,6 +231,8 @@ class Meter:
         waited_s, trained_s = means[-1].tolist()
         metrics["rate/images_per_s"] = self._images / max(trained_s, 1e-9)
         metrics["rate/data_wait_share"] = waited_s / max(trained_s, 1e-9)
+        busy_s = time.process_time() - self._began_busy_s
+        metrics["system/processors"] = busy_s / max(time.perf_counter() - self._began, 1e-9)
         self._clear()
         return metrics | _memory(context.device)
 

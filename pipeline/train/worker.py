@@ -40,6 +40,8 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     context = RayContext(job["checkpoints"], job["relay"])
     _set_up_logging(config, context, job["relay"])
     torch.set_num_threads(config.threads)
+    if context.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.workers.tf32
     first = context.rank == 0
     tracker = Tracker(
         job["tracking_uri"] if first else None,

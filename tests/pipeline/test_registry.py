@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import MissingInput
-from pipeline.registry import model_signature, reference, register_model
+from pipeline.registry import model_signature, reference, register_model, write_pyfunc_model
 from pipeline.tracking import Tracker, mlflow_client
 from tests.tmad.tiny import make_image, make_mask
 from tmad.checkpoint import load_model, model_digest
@@ -153,3 +153,16 @@ def test_the_signature_is_uint8_of_any_size() -> None:
         "image": (np.dtype(np.uint8), (-1, -1, -1, 3)),
         "mask": (np.dtype(np.uint8), (-1, -1, -1)),
     }
+
+
+def test_a_stored_model_brings_an_example_that_it_takes(model_folder: Path, tmp_path: Path) -> None:
+    import mlflow.pyfunc
+
+    write_pyfunc_model(model_folder, tmp_path / "stored", digest="0" * 16)
+    stored = mlflow.pyfunc.load_model(str(tmp_path / "stored"))
+    example = {name: np.asarray(value, np.uint8) for name, value in stored.input_example.items()}
+    filled = stored.predict(example)
+    valid = example["mask"] == 0
+    assert 0 < valid.mean() < 1
+    assert np.array_equal(filled[valid], example["image"][valid])
+    assert not np.array_equal(filled, example["image"])

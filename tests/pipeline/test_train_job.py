@@ -94,7 +94,9 @@ def test_two_workers_train_both_phases_and_register_the_model(place: Path, finis
     assert finished["best"]["value"] == value
     assert load_any_model(finished["best"]["model"]).config == smoke().model
     steps = [row["step"] for row in rows]
-    assert steps == [8, 8, 16, 16, 24, 24]
+    assert steps == [8, 8, 8, 16, 16, 16, 24, 24, 24], "of training, of validation, of the checkpoint"
+    assert all(row["system/checkpoint_s"] > 0 for row in rows[2::3])
+    assert all(0 < row["system/processors"] < 64 for row in rows[::3])
     assert from_json((run / "config.json").read_text()).schedule == smoke().schedule
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"]
@@ -110,6 +112,22 @@ def test_two_workers_train_both_phases_and_register_the_model(place: Path, finis
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["schedule.joint_images"] == "16"
     assert {"loss/gan_patch", "val/psnr_hole", "rate/images_per_s"} <= tracked.data.metrics.keys()
+
+
+def test_the_models_card_says_what_it_has_seen_and_goes_with_it_everywhere(
+    place: Path, finished: dict[str, Any]
+) -> None:
+    card = (place / "runs" / "whole" / "model" / "README.md").read_text()
+    digests = json.loads((place / "runs" / "whole" / "environment.json").read_text())["data_digests"]
+    for part in (finished["model_digest"], finished["config_digest"], *digests.values(), "`box`"):
+        assert part in card
+    for name, value in finished["validation"].items():
+        assert f"| `{name}` | {value:.4g} |" in card
+    assert "perceptual loss left out: not the paper's method" in card
+    client = mlflow_client(finished["tracking_uri"])
+    assert client.get_model_version_by_alias("tmad-smoke", "champion").description == card
+    kept = client.list_artifacts(finished["mlflow_run_id"], "model_card")
+    assert [file.path for file in kept] == ["model_card/README.md"]
 
 
 def test_the_same_command_again_says_finished_and_does_nothing(

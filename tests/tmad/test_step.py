@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -517,6 +518,45 @@ def test_bfloat16_keeps_losses_in_single_precision_and_near_those_of_it() -> Non
         if name.startswith(("loss/", "penalty/")):
             assert float(value) == pytest.approx(float(exact[name]), rel=0.03), name
     assert {parameter.dtype for parameter in state.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "change",
+    [
+        "use_channels_last",
+        pytest.param(
+            "compile",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.timeout(600),
+                pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+            ],
+        ),
+    ],
+)
+def test_compiled_networks_and_another_layout_compute_the_same_but_for_rounding(change: str) -> None:
+    plain, other = make_state(), make_state()
+    names = other.tensors().keys()
+    torch._dynamo.reset()
+    getattr(other, change)()
+    for phase in ("coarse", "joint", "joint"):
+        expected, found = step(plain, phase), step(other, phase)
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            assert float(value) == pytest.approx(float(expected[name]), rel=2e-3, abs=1e-4), name
+    assert {name for name in other.tensors() if not name.startswith("adam/")} == names
+    if change == "compile":
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "coarse network, PSNet, features"
+        torch._dynamo.reset()
+    else:
+        kernels = [one for one in other.model.psnet.parameters() if one.ndim == 4 and min(one.shape[1:]) > 1]
+        assert kernels
+        assert not any(one.is_contiguous() for one in kernels)
+    restored = make_state()
+    restored.restore(other.tensors(), other.counters())
+    for name, value in restored.tensors().items():
+        assert torch.equal(value, other.tensors()[name]), name
 
 
 # Bad steps
