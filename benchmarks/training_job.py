@@ -191,8 +191,9 @@ def _compare(widths: str, config: RunConfig, steps: int, report: Report, options
         "s to the first step",
     ]
     note = (
-        f"Crops of {CROP} pixels, {options.batch} images a worker and step, {steps} timed steps after as many others, one thread a worker, "
-        f"{len(os.sched_getaffinity(0))} processors, {rounds} rounds in turn. Readers of data run beside the workers "
+        f"Crops of {CROP} pixels, {options.batch} images a worker and step, {steps} timed steps after as many others, "
+        f"one thread a worker, {len(os.sched_getaffinity(0))} processors, {rounds} rounds in turn. Readers of data run "
+        "beside the workers "
         "on the same processors. Ray itself runs already."
     )
     figures = {name: [vars(run) for run in samples] for name, samples in runs.items()}
