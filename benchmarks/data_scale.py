@@ -255,7 +255,7 @@ def object_storage(
         f"{images} photographs of 640 x 480 pixels in a bucket of moto's server to a set in another, over HTTP on "
         f"loopback; {workers} processes on both sides, as many as Ray has logical processors, on "
         f"{len(os.sched_getaffinity(0))} real ones, which the server shares. The bare loop fetches with s3fs, decodes, "
-        "crops and encodes. {PACKED} photographs in each tar and Parquet file. Requests: "
+        f"crops and encodes. {PACKED} photographs in each tar and Parquet file. Requests: "
         "of the photographs' bucket for an image, of the set's bucket for a shard of 64. "
         "Processor: milliseconds of all processes but the server, for an image."
     )
@@ -287,7 +287,7 @@ def training_over_s3(
 
     def read(form: str) -> Callable[[], None]:
         uri = local if form == "disk" else made
-        return partial(go_through, lambda: map(len, batches(uri, samples)), runs[form])
+        return partial(go_through, lambda: map(len, batches(uri, samples)), runs[form], samples)
 
     used = traced(lambda: sum(map(len, batches(made, manifest.records))), store)
     groups = sum(-(-shard.rows // manifest.row_group_rows) for shard in manifest.shards)
@@ -303,8 +303,8 @@ def training_over_s3(
         rows.append([form, f"{rate:.0f}", f"{beside:.2f}", f"{first_s:.2f}"])
     requests = ", ".join(f"{count} {kind}" for kind, count in sorted(used.made.requests.items()))
     note = (
-        f"{samples} samples out of {manifest.records} records in {groups} row groups; images/s from the first batch "
-        f"on. One pass from S3: {requests}; {used.made.all_requests / groups:.1f} requests a row group."
+        f"{samples} samples out of {manifest.records} records in {groups} row groups; images/s over the last "
+        f"three quarters. One pass from S3: {requests}; {used.made.all_requests / groups:.1f} requests a row group."
     )
     header = ["form", "images/s", "of disk", "s to the first"]
     report.add(Table("Training input over S3", header, rows, note), {"traffic": dataclasses.asdict(used)}, timings)

@@ -1,4 +1,5 @@
-"""Two gloo workers with half a batch each compute what one does with all of it; without that care they would not."""
+"""Two and four gloo workers with a part of a batch each compute what one does with all of it; without that care they
+would not."""
 
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ from tmad.batch import Batch
 from tmad.step import OneWorker, TrainingState, Workers
 
 GLOBAL_BATCH = 4
-WORLD = 2
 # A rate so small that Adam, which divides by a gradient's size, cannot blow rounding up into a difference of weights; a
 # penalty weight that lets the relativistic terms be seen beside it.
 CONFIG = with_optim(with_loss(gradient_penalty=0.01), lr=1e-7, lr_critics=1e-7)
@@ -49,8 +49,8 @@ class LocalMeans(DistributedWorkers):
         return value
 
 
-def _share(batch: Batch, rank: int) -> Batch:
-    rows = slice(rank * len(batch) // WORLD, (rank + 1) * len(batch) // WORLD)
+def _share(batch: Batch, rank: int, world: int) -> Batch:
+    rows = slice(rank * len(batch) // world, (rank + 1) * len(batch) // world)
     return Batch(
         batch.image_id[rows],
         *(getattr(batch, name)[rows] for name in ("image", "mask", "pool_yx", "cells", "mix")),
@@ -76,7 +76,7 @@ def _weights(state: TrainingState) -> Tensor:
 
 
 def _derivatives_of_a_mean(rank: int) -> list[float]:
-    """For loss_r = (r + 1) m², m = mean over ranks of x_r³, x = (1, 2): m, first and second derivative by x_r."""
+    """For loss_r = (r + 1) m², m = mean over ranks of x_r³, x_r = r + 1: m, first and second derivative by x_r."""
     x = torch.tensor(float(rank + 1), dtype=torch.float64, requires_grad=True)
     mean = DistributedWorkers().mean(x**3)
     (first,) = torch.autograd.grad((rank + 1) * mean**2, x, create_graph=True)
@@ -84,12 +84,12 @@ def _derivatives_of_a_mean(rank: int) -> list[float]:
     return [mean.item(), first.item(), second.item()]
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int, world: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     batches = [make_batch(seed, size=GLOBAL_BATCH) for seed in range(3)]
-    shares = [_share(batch, rank) for batch in batches]
+    shares = [_share(batch, rank, world) for batch in batches]
     result = {
         "right": _joint_step(shares[0], DistributedWorkers()),
         "local means": _joint_step(shares[0], LocalMeans()),
@@ -100,12 +100,12 @@ def _worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes computed."""
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of so many processes computed."""
     folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(_worker, args=(str(folder),), nprocs=WORLD)
-    return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    mp.spawn(_worker, args=(request.param, str(folder)), nprocs=request.param)
+    return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 
 @pytest.fixture(scope="module")
@@ -118,16 +118,18 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def test_two_workers_have_the_losses_of_one(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+def test_several_workers_have_the_losses_of_one(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     names = [name for name in alone["metrics"] if name.startswith(("loss/", "penalty/"))]
     assert {"loss/critic_patch", "loss/gan_patch", "penalty/patch", "penalty/global", "loss/total"} <= set(names)
     for name in names:
-        mean = sum(float(rank["right"]["metrics"][name]) for rank in ranks) / WORLD
+        mean = sum(float(rank["right"]["metrics"][name]) for rank in ranks) / len(ranks)
         assert mean == pytest.approx(float(alone["metrics"][name]), rel=1e-5), name
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["critics", "generator"])
-def test_two_workers_have_the_gradients_of_one(ranks: list[dict[str, Any]], alone: dict[str, Any], which: int) -> None:
+def test_several_workers_have_the_gradients_of_one(
+    ranks: list[dict[str, Any]], alone: dict[str, Any], which: int
+) -> None:
     for rank in ranks:
         assert _relative(rank["right"]["gradients"][which], alone["gradients"][which]) < 2e-5
 
@@ -142,11 +144,12 @@ def test_relativistic_means_of_one_share_would_be_another_gradient(
 
 
 def test_workers_keep_equal_weights_to_the_last_bit(ranks: list[dict[str, Any]]) -> None:
-    assert torch.equal(ranks[0]["right"]["weights"], ranks[1]["right"]["weights"])
-    assert torch.equal(ranks[0]["coarse"], ranks[1]["coarse"])
+    for other in ranks[1:]:
+        assert torch.equal(ranks[0]["right"]["weights"], other["right"]["weights"])
+        assert torch.equal(ranks[0]["coarse"], other["coarse"])
 
 
-def test_several_coarse_steps_of_two_workers_give_the_weights_of_one(ranks: list[dict[str, Any]]) -> None:
+def test_several_coarse_steps_of_several_workers_give_the_weights_of_one(ranks: list[dict[str, Any]]) -> None:
     start = _weights(make_state(CONFIG))
     expected = _coarse_steps([make_batch(seed, size=GLOBAL_BATCH) for seed in range(3)], OneWorker())
     moved = (expected - start).norm()
@@ -155,14 +158,16 @@ def test_several_coarse_steps_of_two_workers_give_the_weights_of_one(ranks: list
 
 
 def test_the_mean_over_workers_is_differentiable_twice(ranks: list[dict[str, Any]]) -> None:
-    # Both workers' losses together are 3 m² with m = (1³ + 2³) / 2, so the first derivatives are f_r = 9 m x_r²; the
-    # second ones are those of f_0 + f_1.
-    m = 4.5
-    for rank, x in enumerate((1.0, 2.0)):
+    # The workers' losses together are s m² with s = 1 + ... + world and m = (1³ + 2³ + ...) / world, so the first
+    # derivatives are f_r = 6 s m x_r² / world; the second ones are those of their sum.
+    world = len(ranks)
+    xs = [float(rank + 1) for rank in range(world)]
+    m, factor = sum(x**3 for x in xs) / world, 6 * sum(xs) / world
+    for rank, x in enumerate(xs):
         mean, first, second = ranks[rank]["mean"]
         assert mean == pytest.approx(m)
-        assert first == pytest.approx(9 * m * x**2)
-        assert second == pytest.approx(67.5 * x**2 + 18 * m * x)
+        assert first == pytest.approx(factor * m * x**2)
+        assert second == pytest.approx(factor * (3 * x**2 / world * sum(y**2 for y in xs) + 2 * m * x))
 
 
 def test_a_checksum_sees_one_bit_and_two_weights_exchanged() -> None:
