@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,6 +42,7 @@ core-hours, requests, bytes and shards of large collections, from per-image figu
 
 Examples:
   python benchmarks/data_scale.py --limit-s 300
+  python benchmarks/data_scale.py --parts s3 --rounds 3
   python benchmarks/data_scale.py --quick
 """
 
@@ -73,6 +75,8 @@ class ScaleOptions(Options):
     """Keys in lists that are planned; the job ends with the first shard, as all but one image are missing."""
     s3_photographs: int = 1024
     """Photographs of 640 x 480 pixels in the bucket."""
+    parts: tuple[Literal["memory", "s3", "cost"], ...] = ("memory", "s3", "cost")
+    """What is measured; cost is computed from the other two as well. Of less than all, the report's name says which."""
     kind_images: int = 1024
     """Images of each kind that the costs are computed from; of the largest kind a sixteenth."""
 
@@ -97,20 +101,26 @@ def main(argv: Sequence[str]) -> int:
     if options.quick:
         options = quick(options)
     share_token()
-    report = Report("data_scale", "The data plane at scale: memory, object storage, cost", options)
+    if "cost" in options.parts and len(set(options.parts)) < 3:
+        raise SystemExit("--parts cost needs memory and s3, from which it is computed")
+    every = {"memory", "s3", "cost"} == set(options.parts)
+    named = "data_scale" if every else "-".join(["data_scale", *options.parts])
+    report = Report(named, "The data plane at scale: memory, object storage, cost", options, script="data_scale")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         maker = Maker(folder / "demo")
-        driver_bytes = memory(report, options, folder, maker)
-        with running(folder) as store:
-            start_ray()
-            store.make_bucket(PHOTOGRAPHS)
-            store.make_bucket(SETS)
-            epoch = object_storage(report, options, store, folder, maker)
-            kinds = measure_kinds(options.kind_images, store, folder, maker, traced)
-            for table, figures in cost_tables(Costs(kinds, epoch, driver_bytes)):
-                report.add(table, figures, {})
-            ray.shutdown()
+        driver_bytes = memory(report, options, folder, maker) if "memory" in options.parts else 0.0
+        if "s3" in options.parts:
+            with running(folder) as store:
+                start_ray()
+                store.make_bucket(PHOTOGRAPHS)
+                store.make_bucket(SETS)
+                epoch = object_storage(report, options, store, folder, maker)
+                if "cost" in options.parts:
+                    kinds = measure_kinds(options.kind_images, store, folder, maker, traced)
+                    for table, figures in cost_tables(Costs(kinds, epoch, driver_bytes)):
+                        report.add(table, figures, {})
+                ray.shutdown()
     report.write()
     return 0
 

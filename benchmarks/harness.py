@@ -194,6 +194,8 @@ class Report:
     name: str
     title: str
     options: Options
+    script: str = ""
+    """That wrote it, if it is not called like the report."""
     tables: list[Table] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     """JSON-serialisable: every sample of every variant, and whatever else was measured."""
@@ -244,7 +246,7 @@ class Report:
         counts = sorted({len(one.wall_s) for one in self.timings})
         lines = {
             "Date": date.today().isoformat(),
-            "Command": " ".join([f"python benchmarks/{self.name}.py", *_as_flags(self.options)]),
+            "Command": " ".join([f"python benchmarks/{self.script or self.name}.py", *_as_flags(self.options)]),
             "Commit": f"{code['commit'] or 'unknown'}{dirty}",
             "Processor": f"{env['cpu']}, {env['cpus_allowed']} logical cores, {env['cpu_capability']}",
             "Versions": f"torch {packages['torch']}, numpy {packages['numpy']}, Python {env['python']}",
