@@ -219,3 +219,22 @@ def test_a_quick_run_of_the_inpainting_job_fills_the_same_on_both_sides(tmp_path
     assert all(
         value["peak_bytes"] >= value["before_bytes"] for value in list(found["Memory of one file"].values())[:-1]
     )
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif("TMAD_SOAK_S" not in os.environ, reason="takes minutes; set TMAD_SOAK_S to run it")
+@pytest.mark.timeout(900)
+def test_a_quick_run_of_the_training_job_compares_both_sides_on_one_and_two_workers(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "training_job.py"
+    command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (figures,) = tmp_path.glob("*-training_job-quick.json")
+    found = json.loads(figures.read_text(encoding="utf-8"))["figures"]
+    runs = found["Training, smallest networks"]["runs"]
+    assert runs.keys() == {f"{side}, {count}" for side in ("job", "plain loop") for count in ("1 worker", "2 workers")}
+    assert all(run["images_per_s"] > 0 and run["start_s"] > 0 for some in runs.values() for run in some)
+    checkpoint = found["A checkpoint, smallest networks"]
+    assert checkpoint["bytes"] > 0
+    assert min(checkpoint["seconds"]) > 0
