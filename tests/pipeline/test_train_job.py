@@ -26,6 +26,7 @@ from pipeline.cluster import require
 from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.data.schema import read_manifest
 from pipeline.errors import CheckpointsDamaged, ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
 from pipeline.models import load_any_model
 from pipeline.presets import smoke
@@ -119,7 +120,8 @@ def test_the_models_card_says_what_it_has_seen_and_goes_with_it_everywhere(
 ) -> None:
     card = (place / "runs" / "whole" / "model" / "README.md").read_text()
     digests = json.loads((place / "runs" / "whole" / "environment.json").read_text())["data_digests"]
-    for part in (finished["model_digest"], finished["config_digest"], *digests.values(), "`box`"):
+    holes = f"`{read_manifest(str(place / 'train')).settings['mask']}`"
+    for part in (finished["model_digest"], finished["config_digest"], *digests.values(), holes):
         assert part in card
     for name, value in finished["validation"].items():
         assert f"| `{name}` | {value:.4g} |" in card
