@@ -61,8 +61,26 @@ def read_portion(
         joined = pa.concat_tables([_row_group(folder, tables, piece["groups"][number]) for number in needed])
         offsets = np.cumsum([0, *(sizes[number] for number in needed)])[:-1]
         index = rows - firsts[owner] + offsets[np.searchsorted(needed, owner)]
-        parts.append(_variant(joined.take(pa.array(index)).combine_chunks(), piece["epoch"]))
+        taken = joined.drop_columns(["image"]).take(pa.array(index)).combine_chunks()
+        parts.append(_variant(taken.append_column("image", _gathered(joined["image"], index)), piece["epoch"]))
     return pa.concat_tables(parts) if parts else ROWS.empty_table()
+
+
+def _gathered(column: pa.ChunkedArray, index: np.ndarray) -> pa.Array:
+    """`column.take(index)` of binary values in a third of the time: Arrow joins all chunks first."""
+    views, owners, firsts, lasts = [], [], [], []
+    for number, chunk in enumerate(column.chunks):
+        _, offsets, data = chunk.buffers()
+        bounds = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        views.append(memoryview(data))
+        owners.append(np.full(len(chunk), number))
+        firsts.append(bounds[:-1])
+        lasts.append(bounds[1:])
+    owner, first, last = (np.concatenate(parts)[index] for parts in (owners, firsts, lasts))
+    places = zip(owner.tolist(), first.tolist(), last.tolist(), strict=True)
+    joined = b"".join([views[number][start:stop] for number, start, stop in places])
+    ends = np.concatenate([[0], np.cumsum(last - first, dtype=np.int64)]).astype(np.int32)
+    return pa.Array.from_buffers(pa.binary(), index.size, [None, pa.py_buffer(ends), pa.py_buffer(joined)])
 
 
 def with_draws(table: pa.Table, *, seed: int, patch_size: int, num_cells: int, flip: bool) -> pa.Table:
@@ -130,4 +148,5 @@ def _variant(table: pa.Table, epoch: int) -> pa.Table:
     mask, pool = pc.list_element(table["masks"], number), pc.list_element(table["pool_yx"], number)
     kept = table.drop_columns(["masks", "pool_yx"])
     kept = kept.append_column("mask", mask).append_column("pool_yx", pool)
-    return kept.append_column("epoch", pa.array(np.full(len(table), epoch, np.int64))).replace_schema_metadata(None)
+    kept = kept.append_column("epoch", pa.array(np.full(len(table), epoch, np.int64))).replace_schema_metadata(None)
+    return kept.select(ROWS.names)
