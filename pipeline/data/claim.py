@@ -232,6 +232,7 @@ def _renew(claim: Claim, mine: Holder, stop: threading.Event) -> None:
 def _release(claim: Claim) -> None:
     theirs = _read(claim.folder)
     if theirs is not None and theirs.token == claim.token:
+        remove_temporary(claim.folder)  # of workers that were killed while the job went on
         remove(join(claim.folder, CLAIM_NAME))
 
 

@@ -211,6 +211,13 @@ def test_a_write_that_was_under_way_when_its_job_was_stopped_does_not_land(tmp_p
     assert storage.file_sizes(str(tmp_path)).keys() == {CLAIM_NAME}
 
 
+def test_what_a_killed_worker_left_is_gone_at_the_end_of_the_job(tmp_path):
+    with claim_folder(str(tmp_path)) as claim:
+        claim.write("a/result", b"whole")
+        (tmp_path / "a" / f".other.{'0' * 32}.tmp").write_bytes(b"half")
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["result"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_job_that_is_ended_politely_leaves_no_claim_and_no_folder(tmp_path, hold, number, code):
     ended = hold(str(tmp_path / "set"), code=AS_A_JOB)
