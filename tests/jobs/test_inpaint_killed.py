@@ -86,7 +86,7 @@ class Job:
             self.process.wait()
         return len(numbers)
 
-    def wait_for(self, moment: Callable[[], bool]) -> bool:
+    def wait_for(self, moment: Callable[[], object]) -> bool:
         """True when *moment* has come, false if the job ended before it."""
         while not moment():
             if self.process.poll() is not None:
@@ -178,7 +178,10 @@ def test_whatever_is_killed_nothing_is_lost_and_nothing_differs(where, start, ex
                 faulty.truncate(200, target=f"/i/.*{rng.randrange(10)}", times=2)
             job = start(place, out)
             done = rng.randrange(1, COUNT * (1 + len(killed)) // (1 + len(kinds)))
-            came = job.wait_for(lambda out=out, done=done: files_of(out) >= done)
+            # Earlier rounds may have left that many: then as soon as there is something to kill.
+            came = job.wait_for(
+                lambda job=job, name=name, out=out, done=done: files_of(out) >= done and job.processes(name)
+            )
             if not came:
                 break
             if name == "MapWorker":
