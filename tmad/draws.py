@@ -40,13 +40,30 @@ def draw(
 
     *mask* (H, W) {0, 1}, sides multiples of patch_size; *pool_yx* (N_pool, 2).
     """
-    mirrored = flip and bool(rng.random() < 0.5)
+    grid = hole_grid(mask, patch_size)
+    mirrored, cells, mix = choose(grid, num_cells=num_cells, rng=rng, flip=flip)
     if mirrored:
         mask = np.ascontiguousarray(mask[:, ::-1])
-        pool_yx = pool_yx.copy()
-        pool_yx[:, 1] = mask.shape[1] - patch_size - pool_yx[:, 1]
-    cells = draw_cells(mask, patch_size=patch_size, num=num_cells, rng=rng)
-    return Draws(mirrored, mask, pool_yx, cells, rng.random(num_cells + 1, dtype=np.float32))
+        pool_yx = mirrored_corners(pool_yx, mask.shape[1], patch_size)
+    return Draws(mirrored, mask, pool_yx, cells, mix)
+
+
+def choose(
+    grid: np.ndarray, *, num_cells: int, rng: np.random.Generator, flip: bool
+) -> tuple[bool, np.ndarray, np.ndarray]:
+    """The draws alone (`Draws.mirrored`, `cells`, `mix`) of an image whose hole touches the cells of *grid* (as
+    `hole_grid`), which is not mirrored yet."""
+    mirrored = flip and bool(rng.random() < 0.5)
+    if mirrored:
+        grid = grid[:, ::-1]
+    return mirrored, draw_cells(grid, num=num_cells, rng=rng), rng.random(num_cells + 1, dtype=np.float32)
+
+
+def mirrored_corners(corners: np.ndarray, width: int, patch_size: int) -> np.ndarray:
+    """Window corners (..., 2), (y, x), of the same windows in the mirrored image."""
+    corners = corners.copy()
+    corners[..., 1] = width - patch_size - corners[..., 1]
+    return corners
 
 
 def hole_cells(mask: np.ndarray, patch_size: int) -> np.ndarray:
@@ -54,6 +71,11 @@ def hole_cells(mask: np.ndarray, patch_size: int) -> np.ndarray:
 
     *mask* (H, W), {0, 1}, 1 = hole. Raises `ValueError` if a side is no multiple of patch_size.
     """
+    return np.flatnonzero(hole_grid(mask, patch_size)).astype(np.int32)
+
+
+def hole_grid(mask: np.ndarray, patch_size: int) -> np.ndarray:
+    """Whether a cell has at least one hole pixel: (H / patch_size, W / patch_size) bool. Raises as `hole_cells`."""
     if mask.shape[0] % patch_size or mask.shape[1] % patch_size:
         raise ValueError(f"both sides must be multiples of patch_size ({patch_size}), got {mask.shape}")
     rows, columns = mask.shape[0] // patch_size, mask.shape[1] // patch_size
@@ -61,17 +83,16 @@ def hole_cells(mask: np.ndarray, patch_size: int) -> np.ndarray:
         # Eight pixels at a time.
         mask = np.ascontiguousarray(mask, np.uint8).view(np.uint64)
     bands = np.bitwise_or.reduce(mask.reshape(rows, patch_size, -1), axis=1)
-    return np.flatnonzero(bands.reshape(rows * columns, -1).any(1)).astype(np.int32)
+    return bands.reshape(rows, columns, -1).any(2)
 
 
-def draw_cells(mask: np.ndarray, *, patch_size: int, num: int, rng: np.random.Generator) -> np.ndarray:
+def draw_cells(grid: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
     """Exactly *num* cells of one image for a training step (Sec. IV, N_ps), as raster indices, int32.
 
-    At random among the hole cells where there are more; where there are fewer, all of them followed by random valid
-    cells. More than the grid has: the draw is repeated from its start. Deterministic in *rng*.
+    At random among the hole cells of *grid* (as `hole_grid`) where there are more; where there are fewer, all of them
+    followed by random valid cells. More than the grid has: the draw is repeated from its start. Deterministic in *rng*.
     """
-    holes = hole_cells(mask, patch_size)
-    valid = np.ones((mask.shape[0] // patch_size) * (mask.shape[1] // patch_size), bool)
-    valid[holes] = False
-    order = np.concatenate([rng.permutation(holes), rng.permutation(np.flatnonzero(valid).astype(np.int32))])
+    grid = grid.reshape(-1)
+    holes, valid = (np.flatnonzero(part).astype(np.int32) for part in (grid, ~grid))
+    order = np.concatenate([rng.permutation(holes), rng.permutation(valid)])
     return order[:num] if num <= order.size else np.resize(order, num)

@@ -35,6 +35,8 @@ so many times the wanted size: from there Lanczos gives what it gives from the w
 _ORIENTATION = 0x0112
 _MAY_BE_TURNED = (b"Exif\0\0", b"tiff:Orientation")
 _JPEG = b"\xff\xd8\xff"
+_SEGMENTS = frozenset(range(0xC0, 0xFF)) - set(range(0xD0, 0xDB))
+"""Second bytes of JPEG markers that a length follows, but for that of the compressed pixels, 0xDA."""
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY_MODES = ("1", "L", "I", "F", *_GREY_16)
 
@@ -135,7 +137,10 @@ def decode_jpeg(
     picture that will be scaled down to a shorter side of *short_side* pixels they may be fewer, see `REDUCE_TO`.
     They are written into *out*, contiguous, if it has their shape; another one is no common JPEG either.
     """
-    if not data.startswith(_JPEG) or any(marker in data for marker in _MAY_BE_TURNED):
+    if not data.startswith(_JPEG):
+        return None
+    head = data[: _scan_starts(data)]
+    if any(marker in head for marker in _MAY_BE_TURNED):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -148,6 +153,14 @@ def decode_jpeg(
         return simplejpeg.decode_jpeg(data, "RGB", **least, buffer=out), (height, width)
     except ValueError:
         return None
+
+
+def _scan_starts(data: bytes) -> int:
+    """Where the compressed pixels of a JPEG begin, behind all its metadata; its end, if that cannot be told."""
+    place = 2
+    while len(found := data[place : place + 4]) == 4 and found[0] == 0xFF and found[1] in _SEGMENTS:
+        place += 2 + int.from_bytes(found[2:], "big")
+    return place if found[:2] == b"\xff\xda" else len(data)
 
 
 def _reduction(short_side: int, wanted: int) -> int:

@@ -17,13 +17,14 @@ def seed_of(*key: int | str) -> int:
     Stable across processes, machines and Python versions; every part is digested with its type and length, so
     `(0, 1)`, `(1, 0)` and `("0", "1")` differ. Raises `TypeError` for parts that are neither int nor str.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    parts = []
     for part in key:
-        if isinstance(part, bool) or not isinstance(part, (int, str)):
-            raise TypeError(f"a key is made of int and str, got {type(part).__name__}: {part!r}")
+        kind = type(part)
+        if kind is not int and kind is not str:
+            raise TypeError(f"a key is made of int and str, got {kind.__name__}: {part!r}")
         text = str(part).encode()
-        digest.update(f"{type(part).__name__}:{len(text)}:".encode() + text)
-    return int.from_bytes(digest.digest(), "big") >> 1
+        parts.append(b"%s:%d:%s" % (kind.__name__.encode(), len(text), text))
+    return int.from_bytes(hashlib.blake2b(b"".join(parts), digest_size=8).digest(), "big") >> 1
 
 
 def numpy_generator(*key: int | str) -> np.random.Generator:

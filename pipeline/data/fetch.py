@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.schema import open_shard, pack_mask, unpack_mask
-from tmad.draws import draw
+from pipeline.data.schema import open_shard, unpack_mask
+from pipeline.errors import CorruptSet
+from tmad.draws import choose, hole_grid, mirrored_corners
 from tmad.rng import numpy_generator
 
 _COLUMNS = ["image_id", "image", "height", "width", "masks", "pool_yx"]
@@ -88,31 +89,62 @@ def with_draws(table: pa.Table, *, seed: int, patch_size: int, num_cells: int, f
     `mask` and `pool_yx` are those of the mirrored image where it is to be mirrored.
 
     Rows are images of one size. `mask`, `pool_yx`, `cells` and `mix` have the same length in each.
+    Raises `CorruptSet` if masks are of another size.
     """
     if not len(table):
         return table
-    names = ("image_id", "epoch", "height", "width", "mask")
+    height, width = (table[name][0].as_py() for name in ("height", "width"))
+    bits = matrix_of_bytes(table["mask"])
+    needed = -(-height * width // 8)
+    if bits.shape[1] != needed:
+        raise CorruptSet(
+            f"record {table['image_id'][0]} of the prepared set has a mask of {bits.shape[1]} bytes, "
+            f"{height} x {width} pixels need {needed}; prepare it again"
+        )
     pools = matrix(table["pool_yx"]).reshape(len(table), -1, 2)
-    bits, drawn = [], []
-    for image_id, epoch, height, width, mask, pool_yx in zip(
-        *(table[name].to_pylist() for name in names), pools, strict=True
-    ):
+    grids = _hole_grids(bits, height, width, patch_size)
+    drawn = []
+    for image_id, epoch, grid in zip(table["image_id"].to_pylist(), table["epoch"].to_pylist(), grids, strict=True):
         rng = numpy_generator(seed, "sample", image_id, epoch)
-        hole = unpack_mask(mask, height, width)
-        one = draw(hole, pool_yx, patch_size=patch_size, num_cells=num_cells, rng=rng, flip=flip)
-        bits.append(np.frombuffer(pack_mask(one.mask) if one.mirrored else mask, np.uint8))
-        drawn.append(one)
+        drawn.append(choose(grid, num_cells=num_cells, rng=rng, flip=flip))
+    mirrored, cells, mix = zip(*drawn, strict=True)
+    turned = np.flatnonzero(mirrored)
+    if turned.size:
+        bits, pools = bits.copy(), pools.copy()
+        bits[turned] = _mirrored_bits(bits[turned], height, width)
+        pools[turned] = mirrored_corners(pools[turned], width, patch_size)
+    table = table.drop_columns(["mask", "pool_yx"])
     columns = {
         "mask": _lists(bits),
-        "pool_yx": _lists([one.pool_yx.reshape(-1) for one in drawn]),
-        "mirrored": pa.array([one.mirrored for one in drawn]),
-        "cells": _lists([one.cells for one in drawn]),
-        "mix": _lists([one.mix for one in drawn]),
+        "pool_yx": _lists(pools.reshape(len(table), -1)),
+        "mirrored": pa.array(mirrored),
+        "cells": _lists(np.stack(cells)),
+        "mix": _lists(np.stack(mix)),
     }
-    table = table.drop_columns(["mask", "pool_yx"])
     for name, column in columns.items():
         table = table.append_column(name, column)
     return table
+
+
+_REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)[:, ::-1], axis=1)[:, 0]
+"""Each byte with its bits in the opposite order."""
+
+
+def _hole_grids(bits: np.ndarray, height: int, width: int, patch_size: int) -> np.ndarray:
+    """`draws.hole_grid` of packed masks (N, bytes): (N, H / patch_size, W / patch_size) bool."""
+    if patch_size % 8 or height % patch_size or width % patch_size:
+        return np.stack([hole_grid(unpack_mask(one.data, height, width), patch_size) for one in bits])
+    rows, columns = height // patch_size, width // patch_size
+    bands = np.bitwise_or.reduce(bits.reshape(len(bits), rows, patch_size, width // 8), axis=2)
+    return bands.reshape(len(bits), rows, columns, -1).any(3)
+
+
+def _mirrored_bits(bits: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Packed masks (N, bytes) with left and right exchanged."""
+    if width % 8:
+        masks = np.unpackbits(bits, axis=1, count=height * width).reshape(-1, height, width)
+        return np.packbits(masks[:, :, ::-1].reshape(len(bits), -1), axis=1)
+    return _REVERSED[bits.reshape(len(bits), height, width // 8)[:, :, ::-1]].reshape(bits.shape)
 
 
 def draw_after(portion: dict[str, Any], *, read: Callable[[dict[str, Any]], pa.Table], **draws: Any) -> pa.Table:
@@ -121,13 +153,29 @@ def draw_after(portion: dict[str, Any], *, read: Callable[[dict[str, Any]], pa.T
 
 
 def matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of lists of one length as an array, one row each."""
-    values = column.combine_chunks()
-    return values.flatten().to_numpy().reshape(len(values), -1)
+    """A column of lists of one length as an array, one row each; not to be written to."""
+    lists = _whole(column)
+    if isinstance(lists, pa.FixedSizeListArray):
+        size = lists.type.list_size
+        return lists.values.to_numpy()[lists.offset * size : (lists.offset + len(lists)) * size].reshape(-1, size)
+    return lists.flatten().to_numpy().reshape(len(lists), -1)
 
 
-def _lists(rows: list[np.ndarray]) -> pa.Array:
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(rows)), rows[0].size)
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """`column.combine_chunks()`, but nothing is copied where there is one chunk."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def matrix_of_bytes(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of binary values of one length as an array of bytes, one row each; not to be written to."""
+    values = _whole(column)
+    _, offsets, data = values.buffers()
+    first, second, last = (np.frombuffer(offsets, np.int32)[values.offset + place] for place in (0, 1, len(values)))
+    return np.frombuffer(data, np.uint8)[first:last].reshape(len(values), second - first)
+
+
+def _lists(rows: np.ndarray) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
 
 
 def shuffled(seed: int, rows: int) -> np.ndarray:

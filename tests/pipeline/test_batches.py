@@ -146,14 +146,22 @@ def test_what_tasks_draw_and_threads_decode_is_the_sample_of_its_key(prepared):
         assert_equal(batch, collate([sample]))
 
 
-def test_a_picture_that_is_not_of_its_records_size_is_named(prepared, tmp_path):
+@pytest.mark.parametrize(
+    ("height", "width", "said"),
+    [
+        (32, 128, r"record .* cannot be decoded \(the image is \(64, 64\), room was made for"),
+        (80, 64, r"record .* has a mask of 512 bytes, 80 x 64 pixels need 640"),
+    ],
+)
+def test_a_picture_or_mask_that_is_not_of_its_records_size_is_named(prepared, tmp_path, height, width, said):
     folder = tmp_path / "set"
     shutil.copytree(prepared, folder)
     (shard, *_) = sorted(folder.glob("shards/*.parquet"))
     table = pq.read_table(shard)
-    taller = table.set_column(table.column_names.index("height"), "height", pa.array([80] * len(table), pa.int32()))
-    pq.write_table(taller, shard, row_group_size=5)
-    with pytest.raises(CorruptSet, match=r"record .* cannot be decoded \(the image is \(64, 64\), room was made for"):
+    for name, side in (("height", height), ("width", width)):
+        table = table.set_column(table.column_names.index(name), name, pa.array([side] * len(table), pa.int32()))
+    pq.write_table(table, shard, row_group_size=5)
+    with pytest.raises(CorruptSet, match=said):
         list(evaluation_batches(str(folder), batch_images=4))
 
 

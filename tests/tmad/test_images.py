@@ -276,6 +276,27 @@ def test_a_jpeg_that_needs_pillow_goes_to_pillow():
         decode_rgb(whole, max_pixels=32 * 48 - 1)
 
 
+@pytest.mark.parametrize("before", [b"", b"\xff\xfe\x00\x06\xff\xda\x00\x02", b"\xff\xff"], ids=["", "comment", "fill"])
+def test_an_orientation_is_seen_wherever_the_header_has_it(before):
+    """Also behind a comment that looks like the beginning of the pixels, and bytes that only fill."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = jpeg(smooth(32, 48), exif=exif)
+    behind = data.index(b"\xff\xdb")  # the quantization tables
+    for place in (2, behind):
+        changed = data[:place] + before + data[place:]
+        assert decode_image(changed).size == (32, 48)
+        assert decode_rgb(changed).shape == (48, 32, 3)
+
+
+def test_what_looks_like_metadata_behind_the_pixels_turns_nothing():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = jpeg(smooth(32, 48)) + jpeg(smooth(32, 48), exif=exif)
+    assert decode_jpeg(found) is not None
+    assert np.array_equal(decode_rgb(found), to_rgb(decode_image(found)))
+
+
 def test_a_large_jpeg_is_decoded_smaller_and_scales_to_nearly_the_same():
     original = np.asarray(Image.fromarray(noise(17, 25, 3)).resize((770, 515), Image.Resampling.BICUBIC))
     data = jpeg(original, quality=95)

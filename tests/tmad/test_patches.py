@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tmad.tiny import make_mask
-from tmad.draws import draw_cells, hole_cells
+from tmad.draws import draw_cells, hole_cells, hole_grid
 from tmad.patches import cell_corners, cut, cut_windows, tile
 
 
@@ -140,7 +140,7 @@ def test_a_side_that_is_no_multiple_of_the_patch_is_an_error() -> None:
 
 
 def draw(mask: np.ndarray, num: int, seed: int = 0) -> list[int]:
-    cells = draw_cells(mask, patch_size=16, num=num, rng=np.random.default_rng(seed))
+    cells = draw_cells(hole_grid(mask, 16), num=num, rng=np.random.default_rng(seed))
     assert cells.dtype == np.int32
     return cells.tolist()
 
