@@ -1,9 +1,11 @@
 # Everything a developer or a user does by hand. Each target sets itself up first; a repeated set-up is instant.
 #   PYTHON    the interpreter that makes .venv (3.11 or newer)
 #   PIP_ARGS  passed to `pip install`, e.g. an index with other builds of torch (see README.md, "CPU and GPU")
+#   TEST_WORKERS  test files at a time
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
+TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -35,8 +37,8 @@ stack: $(READY)  ## S3, MLflow and a Ray cluster of three nodes on this machine,
 stack-demo: $(READY)  ## every job, small, submitted to the stack that runs (or to one of its own)
 	$(BIN)/python infra/stack_demo.py
 
-test: $(READY)  ## the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## the tests, TEST_WORKERS files at a time (each of them starts a Ray of its own)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: format-check lint types test  ## what CI runs: format, lint, types, tests
 

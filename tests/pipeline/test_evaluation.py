@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import storage
 from pipeline.data.schema import read_manifest
 from pipeline.errors import CorruptSet, MissingInput, ModelNotFound, UnfitResults
 from pipeline.evaluation.config import METHODS, EvaluateConfig
@@ -25,6 +26,7 @@ from pipeline.evaluation.evaluate import Evaluated, evaluate
 from pipeline.evaluation.external import export_inputs
 from pipeline.evaluation.measure import read_rows
 from pipeline.tracking import Tracker, mlflow_client
+from tests.faults import FaultyProxy
 from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import make_image, make_mask
 from tmad.checkpoint import load_model, model_digest
@@ -174,6 +176,28 @@ def test_the_table_does_not_depend_on_workers_parts_chunks_or_threads(
         )
     )
     assert table_of(tmp_path / "out") == table_of(out)
+
+
+def test_in_object_storage_that_fails_on_and_off_the_table_is_the_same(
+    complete: tuple[Evaluated, Path, str],
+    model_folder: Path,
+    tmp_path: Path,
+    bucket: str,
+    faulty_cluster: FaultyProxy,
+) -> None:
+    _, out, data = complete
+    for name, folder in (("set", data), ("model", model_folder), ("other", out / "results" / "tmad")):
+        storage.upload_folder(folder, f"{bucket}/{name}")
+    faulty_cluster.answer("SlowDown", method="GET", target="/set/shards/", times=2)
+    faulty_cluster.reset(method="PUT", target="/out/parts/", times=2)
+    faulty_cluster.answer("InternalError", method="PUT", target="/out/report.json", times=1)
+    place = {"model": f"{bucket}/model", "data": f"{bucket}/set", "external": (f"other={bucket}/other",)}
+    there = evaluate(EvaluateConfig(**place, **FAST, out=f"{bucket}/out"))  # type: ignore[arg-type]
+    assert faulty_cluster.unspent() == 0
+    here = run(model_folder, data, tmp_path / "out", external=(f"other={out / 'results' / 'tmad'}",))
+    assert list(there.evaluation.rows) == list(here.evaluation.rows)
+    assert there.summary["methods"] == here.summary["methods"]
+    assert json.loads(storage.read_bytes(f"{bucket}/out/report.json")) == json.loads(json.dumps(there.summary))
 
 
 JOB = """
