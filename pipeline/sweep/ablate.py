@@ -127,7 +127,7 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
         else:
             rows = [_variant(label, [m for one, m in models if one == label], sweep) for label in study.variants]
         text = table(rows, study)
-        _report(config, study, rows, done.trials, sweep).write(storage.join(folder, REPORT_FILE))
+        _report(config, study, rows, done.trials).write(storage.join(folder, REPORT_FILE))
         summary = {
             "study": config.study,
             "rows": [{"label": row.label, "measures": row.measures, "spread": row.spread} for row in rows],
@@ -211,25 +211,31 @@ def centred_hole(height: int, width: int, share: float) -> np.ndarray:
     return mask
 
 
-def _report(
-    config: AblateConfig, study: Study, rows: Sequence[Row], trials: Sequence[Trial], sweep: SweepConfig
-) -> Report:
-    schedule = sweep.run.schedule
-    report = Report(study.title, f"What the paper concludes: {study.claim}")
-    header, body = _cells(rows, study)
-    report.table(header, body)
-    scale = (
-        f"Ours: {schedule.coarse_images:,} images coarse network alone, shared by all variants, then "
+def scale(config: AblateConfig, study: Study) -> str:
+    """How long the variants were trained, and what that allows to be said."""
+    schedule = config.run.schedule
+    coarse = (
+        f"the coarse network of {storage.redact(config.init_from)}"
+        if config.init_from
+        else f"{schedule.coarse_images:,} images coarse network alone"
+    )
+    said = (
+        f"Ours: {coarse}, shared by all variants, then "
         f"{schedule.joint_images:,} images jointly ({schedule.batch_images} a step), {config.seeds} "
         f"{'seed' if config.seeds == 1 else 'seeds (mean ± half the range)'}. "
     )
     if study.paper:
-        scale += "The paper: Places365, millions of images a run. Compare the order of the lines, not the figures. "
+        said += "The paper: Places365, millions of images a run. Compare the order of the lines, not the figures. "
     if config.seeds == 1:
-        scale += (
-            "With one seed a difference between lines may be chance: --seeds 3 shows how much the same line varies."
-        )
-    report.text(scale)
+        said += "With one seed a difference between lines may be chance: --seeds 3 shows how much the same line varies."
+    return said
+
+
+def _report(config: AblateConfig, study: Study, rows: Sequence[Row], trials: Sequence[Trial]) -> Report:
+    report = Report(study.title, f"What the paper concludes: {study.claim}")
+    header, body = _cells(rows, study)
+    report.table(header, body)
+    report.text(scale(config, study))
     report.heading("The same holes")
     report.pictures(_pictures(rows, study))
     report.heading("Runs")

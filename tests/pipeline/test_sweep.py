@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.config import PerceptualConfig, RunConfig
 from pipeline.presets import places, smoke
-from pipeline.sweep.ablate import AblateConfig, Row, as_sweep, centred_hole, table
+from pipeline.sweep.ablate import AblateConfig, Row, as_sweep, centred_hole, scale, table
 from pipeline.sweep.config import SWEEP_PRESETS, SweepConfig
 from pipeline.sweep.figures import bars, front, parallel_coordinates
 from pipeline.sweep.launch import _Rungs, room
@@ -260,3 +260,12 @@ def test_a_hole_of_half_the_side_is_a_quarter_of_the_image() -> None:
     mask = centred_hole(64, 64, 0.5)
     assert mask.sum() == 64 * 64 / 4
     assert mask[32, 32] == 1
+
+
+def test_an_ablation_says_where_its_coarse_network_comes_from() -> None:
+    config = AblateConfig(study="blending", run=smoke())
+    images = f"{smoke().schedule.coarse_images} images coarse network alone, shared"
+    assert images in scale(config, STUDIES["blending"])
+    given = scale(replace(config, init_from="s3://bucket/runs/coarse"), STUDIES["blending"])
+    assert "the coarse network of s3://bucket/runs/coarse, shared" in given
+    assert "coarse network alone" not in given
