@@ -29,6 +29,10 @@ none would be left for Ray Data's tasks, and the job would stand still without a
 EMBEDDED_OBJECT_STORE_BYTES = 512 * 2**20
 """Shared memory of an embedded Ray: encoded images travel through it, a few batches at a time."""
 
+STARTS = 3
+"""Attempts to start an embedded Ray."""
+_TOO_SLOW = "timed out during startup"
+
 CONNECT_TIMEOUT_S = 5.0
 """A cluster has so long to take a connection before `available` calls it absent."""
 
@@ -70,14 +74,22 @@ def _start_or_join(dashboard: bool, object_store_bytes: int, quiet: dict[str, An
         ray.init(runtime_env=runtime_env, **quiet)
         return
     os.environ["PYTHONPATH"] = _python_path()
-    ray.init(
-        # "local": a marker file of a killed cluster would otherwise be taken for a cluster to join.
-        address="local",
-        num_cpus=_embedded_cpus(),
-        include_dashboard=dashboard,
-        object_store_memory=object_store_bytes,
-        **quiet,
-    )
+    start_local(num_cpus=_embedded_cpus(), include_dashboard=dashboard, object_store_memory=object_store_bytes, **quiet)
+
+
+def start_local(**options: Any) -> None:
+    """`ray.init` on this machine. A start that a loaded machine does not finish within Ray's half minute is made again,
+    `STARTS` times in all."""
+    for left in reversed(range(STARTS)):
+        try:
+            # "local": a marker file of a killed cluster would otherwise be taken for a cluster to join.
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray has no class for it
+            if not left or _TOO_SLOW not in str(error):
+                raise
+            log.warning("Ray did not start in time, as happens on a loaded machine; starting it again")
+            ray.shutdown()
 
 
 @contextlib.contextmanager

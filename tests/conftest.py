@@ -53,15 +53,17 @@ def _one_torch_thread() -> None:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A Ray cluster of this machine with four logical CPUs, whatever the machine has, started once a session."""
-    ray = pytest.importorskip("ray")
+    import ray
+
+    from pipeline.cluster import start_local
+
     # Socket names are limited to some 100 characters, so the folder has to lie high up.
     with tempfile.TemporaryDirectory(prefix="tm", ignore_cleanup_errors=True) as folder:
         # Workers keep the environment of this moment; an object store that starts later is named in this file.
         environment = {**RAY_ENVIRONMENT, "AWS_CONFIG_FILE": f"{folder}/aws-config"}
         before = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
-        ray.init(
-            address="local",
+        start_local(
             num_cpus=4,
             include_dashboard=False,
             object_store_memory=200_000_000,
