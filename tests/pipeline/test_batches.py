@@ -18,13 +18,14 @@ import torch
 
 from pipeline.data import order
 from pipeline.data.batches import evaluation_batches, training_batches
-from pipeline.data.fetch import read_portion
+from pipeline.data.fetch import ROWS, read_portion, with_draws
 from pipeline.data.order import chunks, pieces
 from pipeline.data.prepare import PrepareConfig, prepare
-from pipeline.data.schema import Manifest, Shard, read_manifest, read_records
+from pipeline.data.schema import Manifest, Shard, pack_mask, read_manifest, read_records
 from pipeline.errors import ConfigMismatch, CorruptSet
 from tmad.batch import Batch, collate, make_sample
 from tmad.config import MemoryConfig
+from tmad.draws import draw
 from tmad.patches import cut
 from tmad.rng import numpy_generator
 
@@ -287,3 +288,35 @@ def test_reading_does_not_import_pytorch():
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("height", "width", "patch_size"), [(64, 48, 16), (36, 60, 12), (20, 28, 4)])
+def test_draws_of_packed_holes_are_those_of_the_pixels(height, width, patch_size):
+    """Also where cells or rows do not begin with a byte."""
+    rng = np.random.default_rng(0)
+    masks = [(rng.random((height, width)) < 0.01).astype(np.uint8) for _ in range(12)]
+    pools = [rng.integers(0, min(height, width) - patch_size, (5, 2)).astype(np.int16) for _ in masks]
+    rows = [
+        {
+            "image_id": f"{number}.jpg",
+            "image": b"",
+            "height": height,
+            "width": width,
+            "mask": pack_mask(mask),
+            "pool_yx": pool.reshape(-1),
+            "epoch": number % 3,
+        }
+        for number, (mask, pool) in enumerate(zip(masks, pools, strict=True))
+    ]
+    options = {"patch_size": patch_size, "num_cells": 6, "flip": True}
+    table = with_draws(pa.Table.from_pylist(rows, schema=ROWS), seed=4, **options).to_pylist()
+    mirrored = 0
+    for row, mask, pool in zip(table, masks, pools, strict=True):
+        one = draw(mask, pool, rng=numpy_generator(4, "sample", row["image_id"], row["epoch"]), **options)
+        assert row["mirrored"] == one.mirrored
+        assert bytes(row["mask"]) == pack_mask(one.mask)
+        assert row["pool_yx"] == one.pool_yx.reshape(-1).tolist()
+        assert row["cells"] == one.cells.tolist()
+        assert np.array_equal(np.array(row["mix"], np.float32), one.mix)
+        mirrored += one.mirrored
+    assert 0 < mirrored < len(masks)
