@@ -34,14 +34,12 @@ RAY_ENVIRONMENT = {
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
     """Two folders read into memory that differ: say in which files, not in which bytes."""
-    folders = [
-        one for one in (left, right) if isinstance(one, dict) and isinstance(next(iter(one.values()), None), bytes)
-    ]
-    if op != "==" or len(folders) < 2:
+    if op != "==" or not (isinstance(left, dict) and isinstance(right, dict)):
         return None
-    ours, theirs = folders
-    changed = sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
-    said = {"only left": ours.keys() - theirs.keys(), "only right": theirs.keys() - ours.keys(), "differ": changed}
+    if not all(isinstance(content, bytes) for content in (*left.values(), *right.values())):
+        return None
+    changed = sorted(name for name in left.keys() & right.keys() if left[name] != right[name])
+    said = {"only left": left.keys() - right.keys(), "only right": right.keys() - left.keys(), "differ": changed}
     return ["the same files", *(f"{what}: {sorted(names)}" for what, names in said.items() if names)]
 
 

@@ -89,18 +89,12 @@ def with_draws(table: pa.Table, *, seed: int, patch_size: int, num_cells: int, f
     `mask` and `pool_yx` are those of the mirrored image where it is to be mirrored.
 
     Rows are images of one size. `mask`, `pool_yx`, `cells` and `mix` have the same length in each.
-    Raises `CorruptSet` if masks are of another size.
+    Raises `CorruptSet` naming a record whose mask is of another size.
     """
     if not len(table):
         return table
     height, width = (table[name][0].as_py() for name in ("height", "width"))
-    bits = matrix_of_bytes(table["mask"])
-    needed = -(-height * width // 8)
-    if bits.shape[1] != needed:
-        raise CorruptSet(
-            f"record {table['image_id'][0]} of the prepared set has a mask of {bits.shape[1]} bytes, "
-            f"{height} x {width} pixels need {needed}; prepare it again"
-        )
+    bits = _packed_masks(table, height, width)
     pools = matrix(table["pool_yx"]).reshape(len(table), -1, 2)
     grids = _hole_grids(bits, height, width, patch_size)
     drawn = []
@@ -124,6 +118,21 @@ def with_draws(table: pa.Table, *, seed: int, patch_size: int, num_cells: int, f
     for name, column in columns.items():
         table = table.append_column(name, column)
     return table
+
+
+def _packed_masks(table: pa.Table, height: int, width: int) -> np.ndarray:
+    """The masks of the rows as they are stored, (N, bytes) uint8; not to be written to."""
+    masks, size = _whole(table["mask"]), -(-height * width // 8)
+    _, offsets, data = masks.buffers()
+    bounds = np.frombuffer(offsets, np.int32)[masks.offset : masks.offset + len(masks) + 1]
+    lengths = np.diff(bounds)
+    if (wrong := np.flatnonzero(lengths != size)).size:
+        number = int(wrong[0])
+        raise CorruptSet(
+            f"record {table['image_id'][number]} of the prepared set has a mask of {lengths[number]} bytes, "
+            f"{height} x {width} pixels need {size}; prepare it again"
+        )
+    return np.frombuffer(data, np.uint8)[bounds[0] : bounds[-1]].reshape(-1, size)
 
 
 _REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)[:, ::-1], axis=1)[:, 0]
@@ -164,14 +173,6 @@ def matrix(column: pa.ChunkedArray) -> np.ndarray:
 def _whole(column: pa.ChunkedArray) -> pa.Array:
     """`column.combine_chunks()`, but nothing is copied where there is one chunk."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def matrix_of_bytes(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of binary values of one length as an array of bytes, one row each; not to be written to."""
-    values = _whole(column)
-    _, offsets, data = values.buffers()
-    first, second, last = (np.frombuffer(offsets, np.int32)[values.offset + place] for place in (0, 1, len(values)))
-    return np.frombuffer(data, np.uint8)[first:last].reshape(len(values), second - first)
 
 
 def _lists(rows: np.ndarray) -> pa.Array:

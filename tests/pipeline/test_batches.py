@@ -320,3 +320,10 @@ def test_draws_of_packed_holes_are_those_of_the_pixels(height, width, patch_size
         assert np.array_equal(np.array(row["mix"], np.float32), one.mix)
         mirrored += one.mirrored
     assert 0 < mirrored < len(masks)
+
+
+def test_the_record_whose_mask_is_cut_short_is_named():
+    whole = {"image": b"", "height": 64, "width": 64, "mask": bytes(512), "pool_yx": [0, 0], "epoch": 0}
+    rows = [{**whole, "image_id": "good"}, {**whole, "image_id": "short", "mask": bytes(100)}]
+    with pytest.raises(CorruptSet, match=r"record short .* has a mask of 100 bytes, 64 x 64 pixels need 512"):
+        with_draws(pa.Table.from_pylist(rows, schema=ROWS), seed=0, patch_size=16, num_cells=4, flip=False)
