@@ -106,6 +106,11 @@ class ResidualBlock(nn.Module):
             second.weight *= RESIDUAL_INIT
         self.branch = nn.Sequential(conv(channels, channels, dilation=dilation), leaky(), second, leaky())
 
+    @property
+    def last(self) -> nn.Conv2d:
+        """The branch's second convolution."""
+        return self.branch[2]  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         return x + self.branch(x)
@@ -139,6 +144,12 @@ def normalise_spectra(module: nn.Module) -> None:
     CARAFE's convolutions predict weights that a softmax bounds; at the bound they would start far from bilinear.
     """
     carafe = {part for child in module.modules() if isinstance(child, Carafe) for part in child.modules()}
+    for block in module.modules():
+        if isinstance(block, ResidualBlock):
+            # The bound takes the start's factor away again; left in the stored weight, it would make Adam turn these
+            # layers ten times faster than all others.
+            with torch.no_grad():
+                block.last.weight /= RESIDUAL_INIT
     for layer in [child for child in module.modules() if isinstance(child, nn.Conv2d) and child not in carafe]:
         fan_in = layer.weight[0].numel()
         spectral_norm(layer)

@@ -20,6 +20,7 @@ STRICT = ConfigDict(extra="forbid")
 """Unknown names are refused; shared by every settings class of the project."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
@@ -68,6 +69,9 @@ class MemoryConfig:
     ties at random (free-form) [P]."""
     stride_divisor: PositiveInt = 4
     """Candidate windows stand patch_size / stride_divisor pixels apart: 2 for rectangles, 4 for free-form [P]."""
+    overlap: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    """How far a borrowed window reaches into each neighbouring cell, where the two are blended, as a share of
+    patch_size; 0 = it ends at its cell's border [D]."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -83,8 +87,11 @@ class RetrievalConfig:
     """Channels between conv3x3 and conv1x1 of theta and phi [D]."""
     embed_channels: PositiveInt = 8
     """Channels of theta and phi's output, flattened over the patch [D]."""
-    temperature: PositiveFloat | None = None
-    """Divides the similarity before the softmax; none = sqrt(dimension of the embedding) [D: changes no ranking]."""
+    temperature: PositiveFloat = 1.0
+    """Divides the similarity before the softmax [P: 1]. Changes no ranking."""
+    straight_through: bool = False
+    """Let the gradients of PSNet's losses reach the softmax (Eq. 4-5) [P]. Off, retrieval learns from
+    `loss.weight_retrieval` alone [D]: with the paper's path it collapses to one patch for all cells."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -99,10 +106,10 @@ class PSNetConfig:
     """Residual blocks of the texture encoder [P]."""
     spectral_norm: bool = True
     """Spectral normalisation of every convolution [P: "in PSNet"]."""
-    residual: Literal["none", "coarse", "texture"] = "none"
-    """What the linear output is added to: `none`, it is the cell [P]; `coarse`, the coarse cell; `texture`, the coarse
-    cell and the fine detail of the most similar candidate. Added to something it starts at zero, so that training
-    starts there. Goes with `loss.patch_region` = hole [D]."""
+    residual: Literal["none", "coarse", "detail"] = "detail"
+    """What the linear output is added to: `none`, it is the result [P]; `coarse`, the coarse result; `detail`, the
+    coarse result and the candidates' blended detail, with gains that PSNet predicts from place to place. Added to
+    something it starts at zero, so that training starts there [D]."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -129,6 +136,11 @@ class TMADConfig:
                 f"memory.pool_size must be at least retrieval.num_candidates ({self.retrieval.num_candidates}), "
                 f"got {self.memory.pool_size}"
             )
+
+    @property
+    def overlap(self) -> int:
+        """Pixels that a borrowed window reaches into each neighbouring cell."""
+        return round(self.patch_size * self.memory.overlap)
 
     @property
     def memory_stride(self) -> int:
@@ -167,11 +179,14 @@ class LossConfig:
     """lambda_gan^pd of Eq. 8: patch distribution loss [P]."""
     weight_perceptual: NonNegativeFloat = 0.02
     """lambda_percep of Eq. 8: VGG-19 features [P]."""
+    weight_retrieval: NonNegativeFloat = 1.0
+    """Of the expected l1 distance between the true patch and the memory's, sum_j S_j |T_j - p_gt|, which teaches
+    retrieval; 0 = the paper's path alone, see `retrieval.straight_through` [D]."""
     weight_tv: NonNegativeFloat = 0.02
     """lambda_tv of Eq. 9: total variation over the hole and its one-pixel rim [P]."""
     weight_gan_global: NonNegativeFloat = 0.02
     """lambda_gan^blend of Eq. 9: global 70x70 discriminator [P]."""
-    patch_region: Literal["cell", "hole"] = "cell"
+    patch_region: Literal["cell", "hole"] = "hole"
     """What the terms of Eq. 6-8 see of a synthesized cell: `cell`, PSNet's whole output [P]; `hole`, the cell as it
     stands in the result, with the image's own pixels outside the hole [D]."""
     relativistic: bool = True
@@ -190,9 +205,9 @@ class OptimConfig:
     """Adam's learning rate at the start of each cosine period [P]."""
     lr_critics: PositiveFloat | None = None
     """The same for both discriminators; none = `lr` [P]."""
-    lr_coarse_joint: PositiveFloat | None = None
+    lr_coarse_joint: NonNegativeFloat | None = None
     """The same for the coarse network in the joint phase; none = `lr` [P]. Lower keeps PSNet's input from moving faster
-    than PSNet learns [D]."""
+    than PSNet learns; 0 = the coarse network stays as it is, which saves its backward pass [D]."""
     min_lr: NonNegativeFloat = 1e-7
     """Learning rate at the end of each cosine period [A]."""
     betas: tuple[float, float] = (0.5, 0.999)

@@ -1,15 +1,16 @@
 """Inpainting of arrays and photographs: any size, any mode in; valid pixels come out bit-identical.
 
 The coarse network sees the image, or each group of holes with its surroundings, once; the hole cells then go through
-retrieval and PSNet in chunks, so that memory beyond the coarse pass does not grow with the hole. Shapes: H W image
+retrieval and PSNet in squares, so that memory beyond the coarse pass does not grow with the hole. Shapes: H W image
 sides, k patch side, C candidates.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,9 +30,10 @@ from tmad.holes import hole_mask as hole_mask
 from tmad.images import paste, scale, to_model, to_rgb, to_uint8
 from tmad.memory import select_pool
 from tmad.model import TMAD
-from tmad.patches import cell_corners, tile
 from tmad.rng import numpy_generator
 
+Part = tuple[slice, slice]
+"""Rows and columns of a picture."""
 Policy = Literal["original", "resize", "crop"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -60,6 +62,10 @@ class InpaintResult:
     """Share of hole pixels in the mask."""
     candidates_yx: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 2), dtype=np.int64))
     """(cells, C, 2) int64, top-left corner of each candidate's window in the image; empty where `candidates` is."""
+    memory: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0, 3), dtype=np.uint8))
+    """(N_pool, k, k, 3) uint8, the memory's patches, of all groups of holes; empty where `candidates` is."""
+    memory_yx: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    """(N_pool, 2) int64, top-left corners of those patches in the image."""
     notes: tuple[str, ...] = field(default=())
     """What a user should know about this input, such as a mask that looks inverted; also given as warnings."""
 
@@ -85,7 +91,8 @@ class Inpainter:
         side reduced to *limit* pixels; `crop`, it sees each group of holes with *context* pixels around it, reduced
         where that part is longer than *limit*. Texture is retrieved and synthesized at full size always. *feather*:
         pixels around the hole over which the result passes into the picture; they change, those beyond them never do.
-        *cells_per_chunk* bounds the memory of retrieval and PSNet; *seed* keys the choice of the texture memory.
+        *cells_per_chunk*, cells worked on at once, bounds the memory of retrieval and PSNet; *seed* keys the choice of
+        the texture memory.
         """
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
@@ -182,6 +189,8 @@ class Inpainter:
             candidates=np.concatenate([part.found.candidates for part in parts]),
             cells_yx=np.concatenate([part.found.cells_yx for part in parts]),
             candidates_yx=np.concatenate([part.found.candidates_yx for part in parts]),
+            memory=np.concatenate([part.found.memory for part in parts]),
+            memory_yx=np.concatenate([part.found.memory_yx for part in parts]),
             hole_fraction=float(hole.mean()),
             notes=notes,
         )
@@ -205,7 +214,12 @@ class Inpainter:
         else:
             filled, coarse, found = self._fill_at_once(rgb, hole, given, key)
         corner = np.array([box.top, box.left])
-        moved = _Found(found.candidates, found.candidates_yx + corner, found.cells_yx + corner)
+        moved = replace(
+            found,
+            candidates_yx=found.candidates_yx + corner,
+            cells_yx=found.cells_yx + corner,
+            memory_yx=found.memory_yx + corner,
+        )
         return _Part(box, filled, coarse, moved)
 
     def _fill_at_once(
@@ -221,36 +235,66 @@ class Inpainter:
             coarse = compose(self.model.predict_coarse(image, mask), image, mask)
         else:
             coarse = compose(_to_tensor(_pad(donor, config.size_multiple), device), image, mask)
-        pool = self.model.read_memory(coarse, pool_yx)
+        memory = self.model.read_memory(coarse, pool_yx)
         # Cells whose only hole pixels are padding would be cropped away again.
         inside = np.zeros_like(padded_hole)
         inside[:height, :width] = hole
-        output, found = self._synthesize(coarse, pool, pool_yx[0], inside)
-        crop = np.s_[:height, :width]
-        return (
-            np.where(hole[..., None] > 0, _to_array(output)[crop], rgb),
-            np.where(hole[..., None] > 0, _to_array(coarse)[crop], rgb),
-            found,
-        )
+        before = _to_array(coarse)[:height, :width]
+        before = np.where(hole[..., None] > 0, before, rgb)
+        filled, found = self._synthesize(lambda part: coarse[..., *part], before, inside, memory, pool_yx[0])
+        return filled, before, found
 
-    def _synthesize(self, coarse: Tensor, pool: Tensor, pool_yx: Tensor, hole: np.ndarray) -> tuple[Tensor, _Found]:
-        """The cells of *hole* through retrieval and PSNet, tiled into *coarse*; *pool_yx* (P, 2), corners of *pool*."""
-        config = self.model.config
-        cells = torch.from_numpy(hole_cells(hole, config.patch_size).astype(np.int64)).to(self.device)[None]
-        none = _none_found(config.retrieval.num_candidates, config.patch_size)
-        patches, kept, places = [], [], []
-        for chunk in cells.split(self.cells_per_chunk, dim=1):
-            synthesized, found, index, _ = self.model.synthesize(coarse, pool, chunk)
-            patches.append(synthesized)
-            if self.keep_candidates:
-                kept.append(to_uint8(found[0]).cpu())
-                places.append(pool_yx[index[0]].cpu())
-        output = tile(coarse, torch.cat(patches, dim=1), cells)
-        corners = cell_corners(cells[0].cpu(), patch_size=config.patch_size, width=coarse.shape[-1]).numpy()
-        if not kept:
-            return output, _Found(none.candidates, none.candidates_yx, corners)
-        candidates = torch.cat(kept).permute(0, 1, 3, 4, 2).numpy()
-        return output, _Found(candidates, torch.cat(places).numpy(), corners)
+    def _synthesize(
+        self, read: Callable[[Part], Tensor], before: np.ndarray, hole: np.ndarray, memory: Tensor, pool_yx: Tensor
+    ) -> tuple[np.ndarray, _Found]:
+        """Texture for the hole cells, a square of `cells_per_chunk` of them at a time.
+
+        *read* gives parts (1, 3, h, w) of I^_s, whose size is that of *hole* (H, W), multiples of k; *before*: the same
+        as uint8, without padding; *memory* as `TMAD.read_memory` and its corners *pool_yx* (P, 2). PSNet sees so much
+        around each square that the result does not depend on where squares end. Returns *before* with texture.
+        """
+        k = self.model.config.patch_size
+        cells = hole_cells(hole, k).astype(np.int64)
+        corners = np.stack(np.divmod(cells, hole.shape[1] // k), axis=1) * k
+        index = self._retrieve(read, corners, memory)
+        filled = before.copy()
+        side = max(1, math.isqrt(self.cells_per_chunk)) * k
+        margin = -(-(self.model.psnet.reach + self.model.config.overlap) // k) * k
+        first, last = corners.min(axis=0), corners.max(axis=0) + k
+        for top, left in itertools.product(range(first[0], last[0], side), range(first[1], last[1], side)):
+            bottom, right = min(top + side, last[0]), min(left + side, last[1])
+            target = filled[top:bottom, left:right]
+            wanted = hole[top:bottom, left:right][: target.shape[0], : target.shape[1]] > 0
+            if not wanted.any():
+                continue
+            y, x = max(0, top - margin), max(0, left - margin)
+            part = np.s_[y : bottom + margin, x : right + margin]
+            coarse, mask = read(part), torch.from_numpy(hole[part]).to(self.device)[None, None].float()
+            inside = ((corners >= (y, x)) & (corners < (bottom + margin, right + margin))).all(axis=1)
+            rows, columns = ((corners[inside] - (y, x)) // k).T
+            local = torch.from_numpy(rows * (coarse.shape[-1] // k) + columns).to(self.device)
+            candidates = memory[0][index[torch.from_numpy(inside).to(self.device)]]
+            made = _to_array(self.model.synthesize(coarse, mask, candidates[None], local[None]))
+            made = made[top - y : bottom - y, left - x : right - x][: target.shape[0], : target.shape[1]]
+            target[wanted] = made[wanted]
+        return filled, self._found(index, memory, pool_yx, corners)
+
+    def _retrieve(self, read: Callable[[Part], Tensor], corners: np.ndarray, memory: Tensor) -> Tensor:
+        """The candidates (N, C) of the cells at *corners* (N, 2), as numbers of memory windows."""
+        k = self.model.config.patch_size
+        found = []
+        for chunk in np.split(corners, range(self.cells_per_chunk, len(corners), self.cells_per_chunk)):
+            queries = torch.cat([read(np.s_[y : y + k, x : x + k]) for y, x in chunk])[None]
+            found.append(self.model.retrieval(queries, self.model.patches(memory), memory[..., :1, :1, :1]).index[0])
+        return torch.cat(found)
+
+    def _found(self, index: Tensor, memory: Tensor, pool_yx: Tensor, corners: np.ndarray) -> _Found:
+        if not self.keep_candidates:
+            none = _none_found(self.model.config.retrieval.num_candidates, self.model.config.patch_size)
+            return replace(none, cells_yx=corners)
+        pool = to_uint8(self.model.patches(memory[0])).permute(0, 2, 3, 1).cpu().numpy()
+        places, chosen = pool_yx.cpu().numpy(), index.cpu().numpy()
+        return _Found(pool[chosen], places[chosen], corners, pool, places)
 
     def _reduced(self, rgb: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """The coarse result of a picture reduced to `limit` pixels, at the picture's own size (H, W, 3), uint8."""
@@ -274,42 +318,35 @@ class Inpainter:
     ) -> tuple[np.ndarray, _Found]:
         """Texture at full size, for squares of `limit` pixels at a time, from one memory of the whole part."""
         config = self.model.config
-        k, multiple = config.patch_size, config.size_multiple
         height, width = hole.shape
         pool_yx = torch.from_numpy(self._pool(hole, key).astype(np.int64))
-        windows = [_window(coarse, top, left, k) for top, left in pool_yx.tolist()]
-        pool = torch.cat([_to_tensor(window, self.device) for window in windows])[None]
-        filled = coarse.copy()
-        parts = [_none_found(config.retrieval.num_candidates, k)]
-        side, margin = self.limit // multiple * multiple, multiple
-        for top, left in itertools.product(range(0, height, side), range(0, width, side)):
-            core = hole[top : top + side, left : left + side]
-            if not core.any():
-                continue
-            first_y, first_x = max(0, top - margin), max(0, left - margin)
-            around = coarse[first_y : top + side + margin, first_x : left + side + margin]
-            part = _to_tensor(_pad(around, multiple), self.device)
-            inside = np.zeros(tuple(part.shape[-2:]), np.uint8)
-            place = np.s_[
-                top - first_y : top - first_y + core.shape[0], left - first_x : left - first_x + core.shape[1]
-            ]
-            inside[place] = core
-            output, found = self._synthesize(part, pool, pool_yx.to(self.device), inside)
-            target = filled[top : top + side, left : left + side]
-            target[core > 0] = _to_array(output)[place][core > 0]
-            corner = np.array([first_y, first_x])
-            parts.append(_Found(found.candidates, found.candidates_yx, found.cells_yx + corner))
-        fields = ("candidates", "candidates_yx", "cells_yx")
-        return filled, _Found(*(np.concatenate([getattr(one, name) for one in parts]) for name in fields))
+        padded = _pad(coarse, config.size_multiple)
+
+        def read(part: Part) -> Tensor:
+            return _to_tensor(padded[part], self.device)
+
+        inside = np.zeros(padded.shape[:2], hole.dtype)
+        inside[:height, :width] = hole
+        memory = torch.cat([self._window(padded, top, left) for top, left in pool_yx.tolist()], dim=1)
+        return self._synthesize(read, coarse, inside, memory, pool_yx)
+
+    def _window(self, coarse: np.ndarray, top: int, left: int) -> Tensor:
+        """What `TMAD.read_memory` reads at one corner, from as much of a large picture as it depends on."""
+        config = self.model.config
+        reach = config.overlap + config.patch_size // 2
+        first_y, first_x = max(0, top - reach), max(0, left - reach)
+        last = config.patch_size + reach
+        part = np.ascontiguousarray(coarse[first_y : top + last, first_x : left + last])
+        corner = torch.tensor([[[top - first_y, left - first_x]]], device=self.device)
+        return self.model.read_memory(_to_tensor(part, self.device), corner)
 
     def _pool(self, hole: np.ndarray, key: tuple[int | str, ...]) -> np.ndarray:
         """Corners of the memory, inside the image as it came; a side shorter than k borrows from its padding."""
         config = self.model.config
         if max(hole.shape) > np.iinfo(np.int16).max:
             raise UnusableInput("too-long", f"sides up to {np.iinfo(np.int16).max} pixels can be filled at once")
-        if min(hole.shape) < config.patch_size:
-            hole = _pad(hole, config.size_multiple)[: max(hole.shape[0], config.patch_size)]
-            hole = hole[:, : max(hole.shape[1], config.patch_size)]
+        height, width = (max(side, config.patch_size) for side in hole.shape)
+        hole = _pad(hole, config.size_multiple)[:height, :width]
         return select_pool(
             hole,
             patch_size=config.patch_size,
@@ -350,6 +387,8 @@ class _Found:
     candidates: np.ndarray
     candidates_yx: np.ndarray
     cells_yx: np.ndarray
+    memory: np.ndarray
+    memory_yx: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -388,11 +427,6 @@ def _check_size(what: str, size: tuple[int, ...], wanted: tuple[int, int], image
         )
 
 
-def _window(rgb: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    """(size, size, 3) at (top, left), padded where *rgb* is shorter than that."""
-    return _pad(rgb[top : top + size, left : left + size], size)
-
-
 def _pad(array: np.ndarray, multiple: int) -> np.ndarray:
     """Grow the first two axes to a multiple, at their ends: reflected, repeated where a side is too short."""
     for axis in (0, 1):
@@ -413,4 +447,11 @@ def _to_array(image: Tensor) -> np.ndarray:
 
 def _none_found(num_candidates: int, patch_size: int) -> _Found:
     candidates = np.zeros((0, num_candidates, patch_size, patch_size, 3), dtype=np.uint8)
-    return _Found(candidates, np.zeros((0, num_candidates, 2), np.int64), np.zeros((0, 2), np.int64))
+    corners = np.zeros((0, 2), np.int64)
+    return _Found(
+        candidates,
+        np.zeros((0, num_candidates, 2), np.int64),
+        corners,
+        candidates.reshape(0, *candidates.shape[2:]),
+        corners,
+    )

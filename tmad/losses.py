@@ -65,6 +65,17 @@ def global_generator_loss(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
+def expected_distance(weights: Tensor, distances: Tensor, counted: Tensor) -> Tensor:
+    """What teaches retrieval: sum_j S_j |T_j - p_gt|, the l1 distance to the true patch that is expected of a memory
+    patch drawn from S [D].
+
+    Like Eq. 5, it makes dL/dS_j a property of the memory patch T_j alone. *weights* S and *distances* (B, N, P);
+    *counted* (B, N) bool, cells whose truth the memory has to guess. A mean over those cells, image by image.
+    """
+    expected = (weights * distances).sum(-1) * counted
+    return (expected.sum(1) / counted.sum(1).clamp(min=1)).mean()
+
+
 def total_variation(image: Tensor, mask: Tensor) -> Tensor:
     """Total variation of *image* over the hole and its one-pixel rim (Eq. 9) [D: the region and the mean].
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tmad.coarse import CoarseNet, compose
 from tmad.config import TMADConfig
-from tmad.patches import cell_corners, cut, cut_windows, tile
+from tmad.mosaic import lay_out, with_details
+from tmad.patches import cell_corners, cut, tile
 from tmad.psnet import PSNet
-from tmad.retrieval import Retrieval
+from tmad.retrieval import Retrieval, Retrieved
 from tmad.rng import seed_of
 
 
@@ -20,7 +22,7 @@ class TMADOutput:
     """Everything between the coarse result and the final one; images and patches in [-1, 1]."""
 
     coarse_raw: Tensor
-    """I_s (B, 3, H, W), or somebody's result in its place."""
+    """I_s (B, 3, H, W), or another method's result in its place."""
     coarse: Tensor
     """I^_s (B, 3, H, W): I_s in the hole, the image outside."""
     pool: Tensor
@@ -34,7 +36,7 @@ class TMADOutput:
     patches: Tensor
     """Synthesized cells (B, N, 3, k, k), linear."""
     output: Tensor
-    """I^_p (B, 3, H, W): the synthesized cells tiled into the hole, the image outside."""
+    """I^_p (B, 3, H, W): the synthesized cells in the hole, the image outside."""
 
 
 class TMAD(nn.Module):
@@ -46,7 +48,7 @@ class TMAD(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "init", "generator"))
             self.coarse = CoarseNet(config.coarse, config.carafe)
-            self.retrieval = Retrieval(config.retrieval, config.patch_size)
+            self.retrieval = Retrieval(config.retrieval)
             self.psnet = PSNet(config.psnet, config.carafe, config.retrieval.num_candidates)
 
     def forward(
@@ -56,16 +58,29 @@ class TMAD(nn.Module):
 
         *image* I (B, 3, H, W) in [-1, 1], whose hole pixels are never read; *mask* M (B, 1, H, W) {0, 1}, 1 = hole;
         *pool_yx* (B, N_pool, 2) corners of the memory windows; *cells* (B, N) raster indices of the cells to
-        synthesize; *filled* (B, 3, H, W) in [-1, 1], somebody's result that PSNet works on in place of the coarse
-        network's, which is then not asked (Table V). H and W are multiples of `config.size_multiple`. A hole cell that
-        is not named keeps the coarse result.
+        synthesize; *filled* (B, 3, H, W) in [-1, 1], another method's result that PSNet works on in place of the
+        coarse network's, which is then not asked (Table V). H and W are multiples of `config.size_multiple`. A hole
+        cell that is not named keeps the coarse result.
         """
         coarse_raw = self.predict_coarse(image, mask) if filled is None else filled
         coarse = compose(coarse_raw, image, mask)
-        pool = self.read_memory(coarse, pool_yx)
-        patches, candidates, index, weights = self.synthesize(coarse, pool, cells)
+        memory = self.read_memory(coarse, pool_yx)
+        found = self.retrieve(coarse, memory, cells)
+        synthesized = self.synthesize(coarse, mask, found.candidates, cells)
+        corners = cell_corners(cells, patch_size=self.config.patch_size, width=image.shape[-1])
+        patches = cut(synthesized, corners, self.config.patch_size)
+        # A hole cell that was not drawn keeps the coarse result; the image's own pixels stay as they are.
         output = compose(tile(coarse, patches, cells), image, mask)
-        return TMADOutput(coarse_raw, coarse, pool, candidates, index, weights, patches, output)
+        return TMADOutput(
+            coarse_raw,
+            coarse,
+            self.patches(memory),
+            self.patches(found.candidates),
+            found.index,
+            found.weights,
+            patches,
+            output,
+        )
 
     def predict_coarse(self, image: Tensor, mask: Tensor) -> Tensor:
         """I_s from I_m = I * (1 - M) and M (Sec. III-A), float32."""
@@ -73,19 +88,28 @@ class TMAD(nn.Module):
         return result.float()
 
     def read_memory(self, coarse: Tensor, pool_yx: Tensor) -> Tensor:
-        """The memory's patches, cut from I^_s: intact pixels as they are, hole pixels of partly masked windows from
+        """The memory's windows (B, N_pool, mosaic.CHANNELS, k + 2o, k + 2o), each a patch with `overlap` pixels around
+        it and its bands of detail, cut from I^_s: intact pixels as they are, hole pixels of partly masked windows from
         the coarse result, as zeros would read as grey [D]. Without gradient: the memory is data."""
-        return cut(coarse.detach(), pool_yx, self.config.patch_size)
+        o = self.config.overlap
+        source = with_details(coarse.detach(), self.config.patch_size)
+        return cut(F.pad(source, (o,) * 4, mode="reflect"), pool_yx, self.config.patch_size + 2 * o)
 
-    def synthesize(self, coarse: Tensor, pool: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Retrieval and PSNet for the named cells (Sec. III-B and III-C).
+    def patches(self, windows: Tensor) -> Tensor:
+        """The memory patches (..., 3, k, k) in the middle of windows as `read_memory` gives them."""
+        k, o = self.config.patch_size, self.config.overlap
+        return windows[..., :3, o : o + k, o : o + k]
 
-        Returns patches (B, N, 3, k, k) float32, candidates, candidate index and weights as in `TMADOutput`.
-        """
+    def retrieve(self, coarse: Tensor, memory: Tensor, cells: Tensor) -> Retrieved:
+        """The most similar windows of *memory* for each of *cells* (B, N) of I^_s (Sec. III-B)."""
         k = self.config.patch_size
         corners = cell_corners(cells, patch_size=k, width=coarse.shape[-1])
-        found = self.retrieval(cut(coarse, corners, k), pool)
-        windows = cut_windows(coarse, cells, k)
-        patches = self.psnet(windows.flatten(0, 1), found.candidates.flatten(0, 1).flatten(1, 2))
-        patches = patches.float().unflatten(0, cells.shape)
-        return patches, found.candidates, found.index, found.weights
+        return self.retrieval(cut(coarse, corners, k), self.patches(memory), memory)
+
+    def synthesize(self, coarse: Tensor, mask: Tensor, candidates: Tensor, cells: Tensor) -> Tensor:
+        """PSNet over a part of the picture (Sec. III-C), in which the windows *candidates* were retrieved for *cells*.
+
+        *coarse* I^_s (B, 3, H, W), *mask* (B, 1, H, W), sides multiples of k. Returns (B, 3, H, W) float32, linear.
+        """
+        mosaics, details = lay_out(candidates, cells, coarse, mask, patch_size=self.config.patch_size)
+        return self.psnet(coarse, mask, mosaics, details)

@@ -1,4 +1,4 @@
-"""Geometry of patches: the grid of cells, windows around them, cutting by coordinates, tiling back.
+"""Geometry of patches: the grid of cells, cutting by coordinates, tiling back.
 
 Shapes: B images, N patches of an image, k patch side, H W image sides (multiples of k). A cell is one k x k square of
 the non-overlapping grid, named by its raster index in the (H/k) x (W/k) grid.
@@ -33,19 +33,6 @@ def cut(image: Tensor, corners: Tensor, size: int) -> Tensor:
     pixels = image.permute(0, 2, 3, 1).reshape(-1, channels)
     patches = F.embedding(index, pixels)
     return patches.permute(0, 1, 4, 2, 3)
-
-
-def cut_windows(image: Tensor, cells: Tensor, patch_size: int) -> Tensor:
-    """The 3k x 3k windows centred on cells (Sec. III-C, the inputs p~_s of PSNet's backbone).
-
-    *image* (B, C, H, W), sides multiples of k; beyond its border it is reflected [D], repeated at the edge where a
-    side is too short to reflect. Returns (B, N, C, 3k, 3k).
-    """
-    short = min(image.shape[-2:])
-    mode = "reflect" if short > patch_size else "replicate"
-    padded = F.pad(image, (patch_size,) * 4, mode=mode)
-    corners = cell_corners(cells, patch_size=patch_size, width=image.shape[-1])
-    return cut(padded, corners, 3 * patch_size)
 
 
 def tile(image: Tensor, patches: Tensor, cells: Tensor) -> Tensor:

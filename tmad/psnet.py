@@ -1,29 +1,37 @@
-"""Patch synthesis network, PSNet (Sec. III-C): a coarse window and its memory candidates in, one textured cell out."""
+"""Patch synthesis network, PSNet (Sec. III-C): coarse result and mosaics of memory candidates in, texture out."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, leaky, normalise_spectra, out_conv
 from tmad.config import CarafeConfig, PSNetConfig
+from tmad.mosaic import NUM_BANDS
 
 
 class PSNet(nn.Module):
     """Backbone, texture encoder and two skip connections; Table I, second and third column.
 
-    Table I counts three up-blocks for two down-blocks, which cannot land on k x k. [D] The residual blocks run on the
-    3k/4 grid, its central k/4 x k/4 is kept, two up-blocks reach k x k, and the third block of the count is a pair of
-    convolutions at full resolution without up-sampling.
+    [D] The paper runs these layers cell by cell, on 3k x 3k windows. Here they run on the whole picture, or on any part
+    of it with `reach` pixels around: no cell has a border at which a convolution would see zeros, so no grid of cells
+    can appear, and neighbouring windows do not compute the same features nine times. Candidates come as mosaics
+    (`mosaic.lay_out`), each where its cell is.
+
+    Table I counts three up-blocks for two down-blocks. [D] Two up-blocks lead back to full resolution; the third of the
+    count is a pair of convolutions there, without up-sampling.
     """
 
     def __init__(self, config: PSNetConfig, carafe: CarafeConfig, num_candidates: int) -> None:
         super().__init__()
         base = config.base_width
         self.residual = config.residual
+        # Full resolution: two convolutions each of the first down-block, the last up-block and the final pair; half:
+        # those of the second and first, and the reassembly; quarter: the residual blocks and the reassembly.
+        self.reach = 6 + 2 * (4 + carafe.kernel // 2) + 4 * (2 * config.num_res_blocks + carafe.kernel // 2 + 1)
+        """Pixels beyond which nothing changes a pixel of the output."""
         self.encoder = nn.Sequential(
-            conv(3, base, 1),
+            conv(4, base, 1),
             leaky(),
             DownBlock(base, 2 * base),
             DownBlock(2 * base, 4 * base),
@@ -42,32 +50,28 @@ class PSNet(nn.Module):
         self.output = out_conv(base)
         if config.residual != "none":
             nn.init.zeros_(self.output.weight)
+        if config.residual == "detail":
+            self.gains = out_conv(base, num_candidates * NUM_BANDS)
+            nn.init.zeros_(self.gains.weight)
+            with torch.no_grad():
+                self.gains.bias.view(num_candidates, NUM_BANDS)[0] = 1.0  # type: ignore[union-attr]
 
-    def forward(self, windows: Tensor, candidates: Tensor) -> Tensor:
-        """*windows* p~_s (M, 3, 3k, 3k) and *candidates* (M, 3 * N_c, k, k), in [-1, 1]; M cells of any images.
+    def forward(self, coarse: Tensor, mask: Tensor, mosaics: Tensor, details: Tensor) -> Tensor:
+        """Synthesize the texture of a part of the picture.
 
-        Returns the synthesized cells (M, 3, k, k), linear.
+        *coarse* I^_s (B, 3, H, W) in [-1, 1]; *mask* (B, 1, H, W) {0, 1}, 1 = hole; *mosaics* (B, N_c, 3, H, W) and
+        *details* (B, N_c, NUM_BANDS, 3, H, W) as `mosaic.lay_out` gives them. Sides are multiples of 4. Returns
+        (B, 3, H, W), linear.
         """
-        k = candidates.shape[-1]
-        features = self.encoder(windows)
-        centre = features[..., k // 4 : k // 2, k // 4 : k // 2]
-        half = self.texture_half(candidates)
-        quarter = self.texture_quarter(half)
-        decoded = self.up_half(torch.cat([centre, quarter], dim=1))
-        decoded = self.up_full(torch.cat([decoded, half], dim=1))
-        cells: Tensor = self.output(self.decode(decoded))
+        features = self.encoder(torch.cat([coarse, mask.to(coarse.dtype)], dim=1))
+        half = self.texture_half(mosaics.flatten(1, 2))
+        decoded = self.up_half(torch.cat([features, self.texture_quarter(half)], dim=1))
+        decoded = self.decode(self.up_full(torch.cat([decoded, half], dim=1)))
+        result: Tensor = self.output(decoded).float()
         if self.residual != "none":
-            cells = cells + windows[..., k : 2 * k, k : 2 * k]
-        if self.residual == "texture":
-            cells = cells + fine_detail(candidates[:, :3])
-        return cells
-
-
-def fine_detail(patches: Tensor) -> Tensor:
-    """What a box blur over about a quarter of their side takes away from patches (M, C, k, k) [D].
-
-    Added to the coarse cell it gives what a classical exemplar fill would: the structure of one, the texture of the
-    other.
-    """
-    side = 2 * (patches.shape[-1] // 8) + 1
-    return patches - F.avg_pool2d(patches, side, stride=1, padding=side // 2, count_include_pad=False)
+            result = result + coarse
+        if self.residual == "detail":
+            # How much of each candidate's detail is wanted, from place to place; it starts with all of the first's.
+            gains = self.gains(decoded).float()[:, :, None]
+            result = result + (gains * details.flatten(1, 2)).sum(1)
+        return result

@@ -6,7 +6,6 @@ D embedding dimension.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -57,8 +56,8 @@ class Retrieved:
     """What retrieval found."""
 
     candidates: Tensor
-    """(B, N, C, 3, K, K): the most similar memory patches, most similar first; in mode `weighted_sum` their softmax
-    mean, C times the same."""
+    """(B, N, C, ...): what the memory holds of the most similar patches, most similar first; in mode `weighted_sum` the
+    softmax mean of all, C times the same."""
     index: Tensor
     """(B, N, C) int64, which memory patches they are."""
     weights: Tensor
@@ -68,31 +67,31 @@ class Retrieved:
 class Retrieval(nn.Module):
     """theta, phi and the sampling of N_c candidates (Eq. 2-5)."""
 
-    def __init__(self, config: RetrievalConfig, patch_size: int) -> None:
+    def __init__(self, config: RetrievalConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_query = embedding(config)
         self.embed_memory = embedding(config)
         # Equal at the start, so that from the first step a cell is most similar to patches that look like it [D].
         self.embed_memory.load_state_dict(self.embed_query.state_dict())
-        dimension = config.embed_channels * patch_size**2
-        self.temperature = config.temperature or math.sqrt(dimension)
 
-    def forward(self, cells: Tensor, pool: Tensor, *, num_candidates: int | None = None) -> Retrieved:
-        """*cells* p_s (B, N, 3, K, K) and *pool* T (B, P, 3, K, K), in [-1, 1]. Softmax in float32."""
+    def forward(self, cells: Tensor, pool: Tensor, held: Tensor) -> Retrieved:
+        """*cells* p_s (B, N, 3, K, K) and *pool* T (B, P, 3, K, K), in [-1, 1]; *held* (B, P, ...), what is handed out
+        of each memory patch: the patch itself, or a window around it. Softmax in float32."""
         query_BND = self.embed_query(cells.flatten(0, 1)).reshape(*cells.shape[:2], -1)
         memory_BPD = self.embed_memory(pool.flatten(0, 1)).reshape(*pool.shape[:2], -1)
-        # The temperature keeps the softmax from saturating; it changes no ranking.
         with torch.autocast(cells.device.type, enabled=False):
-            scores_BNP = similarity(query_BND.float(), memory_BPD.float()) / self.temperature
+            scores_BNP = similarity(query_BND.float(), memory_BPD.float()) / self.config.temperature
             weights = scores_BNP.softmax(dim=-1)
-        num = num_candidates or self.config.num_candidates
+        num = self.config.num_candidates
         index = scores_BNP.topk(num, dim=-1).indices
         if self.config.mode == "weighted_sum":
-            mean = torch.einsum("bnp,bpchw->bnchw", weights, pool.float()).to(pool.dtype)
-            candidates = mean[:, :, None].expand(-1, -1, num, -1, -1, -1)
+            mean = torch.einsum("bnp,bp...->bn...", weights, held.float()).to(held.dtype)
+            candidates = mean[:, :, None].expand(-1, -1, num, *(-1 for _ in held.shape[2:]))
+        elif self.config.straight_through:
+            candidates = StraightThroughGather.apply(weights, held, index)
         else:
-            candidates = StraightThroughGather.apply(weights, pool, index)
+            candidates = gather_patches(held, index)
         return Retrieved(candidates, index, weights)
 
 
@@ -106,14 +105,57 @@ def embedding(config: RetrievalConfig) -> nn.Sequential:
 
 
 @torch.no_grad()
-def candidate_statistics(mask: Tensor, pool_yx: Tensor, index: Tensor, patch_size: int) -> dict[str, Tensor]:
-    """What the candidates of a batch are made of, as means over its images.
+def patch_distances(pool: Tensor, targets: Tensor) -> Tensor:
+    """Mean |T_j - p| between memory patches (B, P, 3, K, K) and patches (B, N, 3, K, K): (B, N, P), float32."""
+    with torch.autocast(pool.device.type, enabled=False):
+        flat = targets.float().flatten(2), pool.float().flatten(2)
+        return torch.cdist(*flat, p=1) / flat[0].shape[-1]
 
-    *mask* (B, 1, H, W) {0, 1}, 1 = hole; *pool_yx* (B, N_pool, 2); *index* (B, N, N_c) into the pool. Returns
-    `candidates/intact`, the share of the candidates' pixels that are no hole pixels, and `candidates/distinct`, the
-    share of the pool that is a candidate of any cell.
+
+GREY_LEVELS = 127.5
+"""Of 255, in a difference of 1 between values in [-1, 1]."""
+
+
+@torch.no_grad()
+def retrieval_statistics(
+    found: tuple[Tensor, Tensor], reference: Tensor, distances: Tensor, counted: Tensor
+) -> dict[str, Tensor]:
+    """How well the memory was searched, over the cells that are *counted* (B, N) bool.
+
+    *found*: weights S (B, N, P) and candidate index (B, N, C); *reference*: the index (B, N, C) that an untrained
+    embedding finds; *distances* (B, N, P) as `patch_distances`. `retrieval/top`, `retrieval/untrained`,
+    `retrieval/best` and `retrieval/random`: grey levels between the true cell and the first candidate, an untrained
+    embedding's, the memory's best and its mean patch; `retrieval/entropy` of S, nats; `retrieval/distinct`: different
+    first candidates of an image, as a share of its cells (or of the memory, where that is smaller).
     """
+    weights, index = found
+    share = counted.float() / counted.sum().clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * share).sum()
+
+    first = index[..., 0]
+    chosen = torch.zeros_like(distances[:, 0]).scatter_reduce_(1, first, counted.float(), "amax").sum(1)
+    possible = counted.sum(1).clamp(max=distances.shape[-1])
+    return {
+        "retrieval/top": GREY_LEVELS * mean(distances.gather(2, index[..., :1])[..., 0]),
+        "retrieval/untrained": GREY_LEVELS * mean(distances.gather(2, reference[..., :1])[..., 0]),
+        "retrieval/best": GREY_LEVELS * mean(distances.amin(-1)),
+        "retrieval/random": GREY_LEVELS * mean(distances.mean(-1)),
+        "retrieval/entropy": mean(-(weights * weights.clamp(min=1e-12).log()).sum(-1)),
+        "retrieval/distinct": (chosen / possible.clamp(min=1)).sum() / (possible > 0).sum().clamp(min=1),
+    }
+
+
+def retrieval_gain(top: float, untrained: float, best: float) -> float | None:
+    """(untrained - top) / (untrained - best): 1 where retrieval finds the memory's best patch for each cell, 0 where
+    training has changed nothing, negative where it is worse; none where an untrained embedding finds the best."""
+    return (untrained - top) / (untrained - best) if untrained > best else None
+
+
+@torch.no_grad()
+def intact_share(mask: Tensor, pool_yx: Tensor, index: Tensor, patch_size: int) -> Tensor:
+    """Share of the candidates' pixels that are no hole pixels. *mask* (B, 1, H, W) {0, 1}, 1 = hole; *pool_yx* (B,
+    N_pool, 2); *index* (B, N, N_c) into the pool."""
     intact = 1 - cut(mask.float(), pool_yx, patch_size).mean((2, 3, 4))
-    chosen = index.flatten(1)
-    distinct = torch.zeros_like(intact).scatter_(1, chosen, 1.0)
-    return {"candidates/intact": intact.gather(1, chosen).mean(), "candidates/distinct": distinct.mean()}
+    return intact.gather(1, index.flatten(1)).mean()

@@ -22,7 +22,7 @@ from tmad.images import to_model
 from tmad.model import TMAD, TMADOutput
 from tmad.patches import cell_corners, cut
 from tmad.perceptual import perceptual_loss
-from tmad.retrieval import candidate_statistics
+from tmad.retrieval import intact_share, patch_distances, retrieval_statistics
 from tmad.rng import seed_of
 
 Phase = Literal["coarse", "joint"]
@@ -86,6 +86,8 @@ class TrainingState:
             torch.manual_seed(seed_of(seed, "init", "critics"))
             self.patch_critic = PatchCritic(config.critics).to(device)
             self.global_critic = GlobalCritic(config.critics).to(device)
+        # What retrieval is compared with: the embedding that the seed gave, whatever the run starts from.
+        self.untrained = copy.deepcopy(self.model.retrieval).requires_grad_(False).eval()
         self.ema_model = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.images_seen = 0
         self.steps = 0
@@ -143,7 +145,8 @@ class TrainingState:
         batch = batch.to(self.device)
         factor = cosine_restarts(progress, self.config.optim.cosine_periods)
         for group, lr in self._learning_rates(phase):
-            group["lr"] = self.config.optim.min_lr + factor * (lr - self.config.optim.min_lr)
+            lowest = min(lr, self.config.optim.min_lr)
+            group["lr"] = lowest + factor * (lr - lowest)
         train = self._coarse_step if phase == "coarse" else self._joint_step
         metrics, finite = train(batch, workers)
         self.steps += 1
@@ -172,7 +175,7 @@ class TrainingState:
         optim = self.config.optim
         coarse, others = self.optimizers["generator"].param_groups
         (critics,) = self.optimizers["critics"].param_groups
-        lr_coarse = optim.lr_coarse_joint or optim.lr if phase == "joint" else optim.lr
+        lr_coarse = optim.lr if phase == "coarse" or optim.lr_coarse_joint is None else optim.lr_coarse_joint
         return [(coarse, lr_coarse), (others, optim.lr), (critics, optim.lr_critics or optim.lr)]
 
     def _coarse_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], bool]:
@@ -187,14 +190,18 @@ class TrainingState:
     def _joint_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], bool]:
         weights = self.config.loss
         image, mask = to_model(batch.image), batch.mask.float()
+        k = self.config.model.patch_size
         with self._autocast():
             filled = None if batch.filled is None else to_model(batch.filled)
-            out = self.model(image, mask, batch.pool_yx, batch.cells, filled)
-        corners = cell_corners(batch.cells, patch_size=self.config.model.patch_size, width=image.shape[-1])
-        target = cut(image, corners, self.config.model.patch_size)
-        patches = out.patches
-        if weights.patch_region == "hole":
-            patches = cut(out.output, corners, self.config.model.patch_size)
+            # A coarse network that is not trained is not differentiated either.
+            with torch.set_grad_enabled(self._coarse_learns):
+                coarse_raw = self.model.predict_coarse(image, mask) if filled is None else filled
+            out = self.model(image, mask, batch.pool_yx, batch.cells, coarse_raw)
+        corners = cell_corners(batch.cells, patch_size=k, width=image.shape[-1])
+        target = cut(image, corners, k)
+        patches = cut(out.output, corners, k) if weights.patch_region == "hole" else out.patches
+        counted = cut(mask, corners, k).flatten(2).amax(-1) > 0
+        distances = patch_distances(out.pool, target)
 
         metrics: dict[str, Tensor] = {}
         critics_finite = True
@@ -203,7 +210,10 @@ class TrainingState:
         if not critics_finite:
             return metrics, False
 
-        terms = self._reconstruction(out.coarse_raw, image, mask) if batch.filled is None else {}
+        learns = batch.filled is None and self._coarse_learns
+        terms = self._reconstruction(out.coarse_raw, image, mask) if learns else {}
+        if weights.weight_retrieval:
+            terms["retrieval"] = (weights.weight_retrieval, losses.expected_distance(out.weights, distances, counted))
         if weights.weight_l1:
             terms["l1"] = (weights.weight_l1, (patches - target).abs().mean())
         if weights.weight_perceptual and self.perceptual is not None:
@@ -226,9 +236,17 @@ class TrainingState:
         generator_metrics, finite = self._update_generator(terms, workers)
         self._freeze_critics(False)
         metrics.update(generator_metrics)
-        metrics["retrieval/entropy"] = -(out.weights * out.weights.clamp(min=1e-12).log()).sum(-1).mean().detach()
-        metrics |= candidate_statistics(batch.mask, batch.pool_yx, out.candidate_index, self.config.model.patch_size)
+        with torch.no_grad():
+            coarse_cells = cut(out.coarse, corners, k)
+            reference = self.untrained(coarse_cells, out.pool, out.pool[..., :1, :1, :1]).index
+        found = (out.weights.detach(), out.candidate_index)
+        metrics |= retrieval_statistics(found, reference, distances, counted)
+        metrics["candidates/intact"] = intact_share(batch.mask, batch.pool_yx, out.candidate_index, k)
         return metrics, finite
+
+    @property
+    def _coarse_learns(self) -> bool:
+        return self.config.optim.lr_coarse_joint != 0
 
     def _reconstruction(self, coarse_raw: Tensor, image: Tensor, mask: Tensor) -> dict[str, tuple[float, Tensor]]:
         """Eq. 1."""
@@ -308,7 +326,9 @@ class TrainingState:
             for network, module in self._trained_by(name)
             if (gradients := [p.grad for p in module.parameters() if p.grad is not None])
         }
-        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        # Each on its own: the patch discriminator's gradient is ten times the global one's, which would stand still.
+        groups = [parameters] if name == "generator" else [list(n.parameters()) for _, n in self._trained_by(name)]
+        norm = torch.stack([nn.utils.clip_grad_norm_(group, limit) for group in groups]).square().sum().sqrt()
         finite = bool(norm.isfinite())
         if finite:
             optimizer.step()

@@ -1,0 +1,86 @@
+"""Mosaics: what was borrowed from the memory, laid out over the picture, each piece where its cell is.
+
+The windows that are borrowed are wider than their cells and blended where neighbours overlap, so that no texture ends
+at a cell's border [D]. Shapes: B images, N cells of an image, C candidates of a cell, k patch side, o overlap (how far
+a window reaches into each neighbouring cell), H W image sides.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NUM_BANDS = 2
+"""Bands of detail that a window carries beside its colours."""
+
+CHANNELS = 3 * (1 + NUM_BANDS)
+"""Of a window: colours, then the bands' colours, finest first."""
+
+
+def with_details(image: Tensor, patch_size: int) -> Tensor:
+    """*image* (B, 3, H, W) and its bands of detail: what box blurs over a quarter and a half of *patch_size* take away
+    from it. Returns (B, CHANNELS, H, W)."""
+    levels = [image]
+    for divisor in (8, 4):
+        side = 2 * (patch_size // divisor) + 1
+        levels.append(F.avg_pool2d(image, side, stride=1, padding=side // 2, count_include_pad=False))
+    return torch.cat([image, *(fine - blurred for fine, blurred in pairwise(levels))], dim=1)
+
+
+def ramp(patch_size: int, overlap: int) -> Tensor:
+    """Weights (k + 2o, k + 2o) of a window for blending; *overlap* is at most half of *patch_size*.
+
+    A raised cosine: where two neighbours reach, their weights add up to 1. So sum(w x) keeps the mean of what is
+    blended, and sum(sqrt(w) x) the variance of details that are not correlated.
+    """
+    weights = torch.ones(patch_size + 2 * overlap)
+    if overlap:
+        steps = (torch.arange(2 * overlap) + 0.5) / (2 * overlap)
+        weights[: 2 * overlap] = torch.sin(steps * (math.pi / 2)).square()
+        weights[-2 * overlap :] = weights[: 2 * overlap].flip(0)
+    return weights[:, None] * weights
+
+
+def lay_out(windows: Tensor, cells: Tensor, coarse: Tensor, mask: Tensor, *, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Blend the windows that were borrowed for *cells* into pictures.
+
+    *windows* (B, N, C, CHANNELS, k + 2o, k + 2o); *cells* (B, N), raster indices, none twice; *coarse* I^_s (B, 3, H,
+    W); *mask* (B, 1, H, W), 1 = hole. Returns mosaics (B, C, 3, H, W), the candidates' colours, with *coarse* where
+    nothing was borrowed and outside the hole; and details (B, C, NUM_BANDS, 3, H, W), 0 where nothing was borrowed.
+    """
+    num_candidates, side = windows.shape[2], windows.shape[-1]
+    size = coarse.shape[-2:]
+    weights = ramp(patch_size, (side - patch_size) // 2).to(windows)
+    total = overlap_add(weights.expand(*cells.shape, 1, side, side), cells, patch_size=patch_size, size=size)
+    covered = total > 0
+    total = total.clamp(min=1e-6)
+
+    def blend(part: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+        added = overlap_add((part * weights).flatten(2, 3), cells, patch_size=patch_size, size=size)
+        return (added / total).unflatten(1, (num_candidates, -1))
+
+    colours = blend(windows[:, :, :, :3], weights, total)
+    details = blend(windows[:, :, :, 3:], weights.sqrt(), total.sqrt())
+    mosaics = torch.where((covered & (mask > 0))[:, None], colours, coarse[:, None].to(colours.dtype))
+    return mosaics, details.unflatten(2, (NUM_BANDS, 3))
+
+
+def overlap_add(windows: Tensor, cells: Tensor, *, patch_size: int, size: tuple[int, ...]) -> Tensor:
+    """Add up windows where they overlap.
+
+    *windows* (B, N, C, k + 2o, k + 2o), each centred on its cell of *cells* (B, N), none twice; *size* (H, W). Returns
+    (B, C, H, W) without what reaches beyond the border. Deterministic on every device.
+    """
+    batch, _, channels, side, _ = windows.shape
+    height, width = size
+    places = (height // patch_size) * (width // patch_size)
+    image = torch.arange(batch, device=cells.device)[:, None].expand_as(cells)
+    grid = windows.new_zeros(batch, places, channels * side * side).index_put((image, cells), windows.flatten(2))
+    over = (side - patch_size) // 2
+    padded = (height + 2 * over, width + 2 * over)
+    added = F.fold(grid.transpose(1, 2), padded, kernel_size=side, stride=patch_size)
+    return added[..., over : over + height, over : over + width]
