@@ -60,7 +60,7 @@ class OverfitOptions(Options):
     """Cells of an image that a step trains."""
     family: str = "rectangle"
     """Family of the holes, one fixed hole a photograph."""
-    residual: Literal["none", "coarse", "texture"] = "texture"
+    residual: Literal["none", "coarse", "detail"] = "detail"
     """What PSNet's output is added to (`psnet.residual`)."""
 
 

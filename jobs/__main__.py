@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] not in known:
         asked_for_help = arguments[:1] in (["-h"], ["--help"])
         usage = f"usage: tmad {{{','.join(known)}}} ...\n\ntmad COMMAND --help explains each; one picture:\n"
-        usage += "  tmad inpaint photo.jpg mask.png -o filled.jpg --model runs/first"
+        usage += "  tmad inpaint photo.jpg mask.png -o filled.jpg"
         print(usage, file=sys.stdout if asked_for_help else sys.stderr)
         sys.exit(0 if asked_for_help else 2)
     name, rest = arguments[0], arguments[1:]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -39,6 +40,8 @@ ValidationMeasure = Literal[
     "l1_hole_pct",
     "ssim_full",
     "swd_hole_truthscaled",
+    "seam_ratio",
+    "retrieval_gain",
     "coarse_psnr_hole",
     "coarse_l1_hole_pct",
     "coarse_ssim_full",
@@ -109,7 +112,8 @@ class ScheduleConfig:
     batch_images: PositiveInt = 16
     """Global batch: images of one step over all workers [P: 4 on each of 4 GPUs]."""
     patches_per_image: PositiveInt = 64
-    """N_ps, cells synthesized in each training image; 25 covers every 128-pixel rectangle, 64 all of 256x256 [D]."""
+    """N_ps, cells synthesized in each training image, a square number: they are drawn as a block. 25 covers every
+    128-pixel rectangle, 64 all of 256x256 [D]."""
     validate_every_images: PositiveInt = 200_000
     """Measure the averaged model on the validation set so often, and at the end of each phase."""
     validation_images: PositiveInt = 500
@@ -127,6 +131,11 @@ class ScheduleConfig:
     """Progress line, metrics and the check that the workers are still equal, so often."""
 
     def __post_init__(self) -> None:
+        if math.isqrt(self.patches_per_image) ** 2 != self.patches_per_image:
+            raise ValueError(
+                f"schedule.patches_per_image must be a square number (4, 9, 16, 25, ...), got "
+                f"{self.patches_per_image}: the cells of an image are drawn as a block"
+            )
         if self.coarse_images + self.joint_images < self.batch_images:
             raise ValueError(
                 f"a run must train at least one batch ({self.batch_images} images), got schedule.coarse_images="
@@ -223,6 +232,9 @@ class PerceptualConfig:
     features: Literal["vgg19", "untrained", "off"] = "vgg19"
     """`vgg19`: ImageNet weights [P]; `untrained`: the same network with seeded random weights; `off`: no such term.
     The last two depart from the paper: the run says so and records it."""
+    convolutions: tuple[Annotated[int, Field(ge=1, le=15)], ...] = (5, 9, 15)
+    """Convolutions of VGG-19, counted from 1, whose outputs before the ReLU are compared [P]. Without 9 and 15
+    the deeper layers are not computed and need not be in the file."""
     weights: str = "download"
     """File or URI of torchvision's VGG-19 (.pth), or `download` for its standard address."""
     sha256: Annotated[str, Field(pattern="^[0-9a-fA-F]{0,64}$")] = "dcbb9e9d"

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline import storage
 from pipeline.errors import ModelNotFound
 from pipeline.tracking import mlflow_client
+from tmad import builtin
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model
 from tmad.model import TMAD
 
@@ -44,6 +45,7 @@ def find_model(ref: str, *, tracking_uri: str | None = None) -> Path:
 def locate_model(ref: str, *, tracking_uri: str | None = None) -> str:
     """The folder or URI of the model artifact that *ref* names; MLflow's are downloaded.
 
+    - `builtin`: the model in the box (`tmad.builtin`);
     - `models:/tmad@champion`, `models:/tmad/3`, `runs:/<id>/model`: from MLflow at *tracking_uri*, else
       `MLFLOW_TRACKING_URI`, else `runs/mlflow.db` in the current folder;
     - a folder or any fsspec URI that holds `config.json` and `model.safetensors`;
@@ -54,7 +56,9 @@ def locate_model(ref: str, *, tracking_uri: str | None = None) -> str:
     Raises `ModelNotFound` saying what was looked for where.
     """
     if not ref:
-        raise ModelNotFound("no model was named: give a folder, a URI or models:/name@alias")
+        raise ModelNotFound("no model was named: give a folder, a URI, models:/name@alias or builtin")
+    if ref == builtin.NAME:
+        return str(builtin.builtin_model())
     if ref.startswith(MLFLOW_SCHEMES):
         return str(_from_mlflow(ref, tracking_uri))
     looked = [ref, storage.join(ref, "model")]

@@ -108,6 +108,43 @@ def _rectangles(name: str, *, images: int) -> RunConfig:
     )
 
 
+def photographs() -> RunConfig:
+    """Some thousand photographs of any kind, from the model in the box or from nothing: the run that made that model.
+
+    `python jobs/train_places.py --preset photographs --name photographs --init-from builtin --init-networks coarse
+    --data.train data/train --data.val data/val` after preparing both sets (docs/recipe.md). The coarse network stays as
+    it came; PSNet and retrieval learn in an hour or two on two cores, in minutes on a GPU. Without a start, train the
+    coarse network first: `--schedule.coarse-images 200000 --init-from None --init-networks all`.
+    """
+    return RunConfig(
+        model=TMADConfig(coarse=CoarseConfig(base_width=32)),
+        critics=CriticsConfig(global_base_width=24),
+        loss=LossConfig(weight_perceptual=0.1, weight_tv=0.0, gp_every=4),
+        optim=OptimConfig(
+            lr=4e-4,
+            lr_retrieval=2e-3,
+            lr_coarse_joint=0.0,
+            betas=(0.5, 0.99),
+            cosine_periods=1,
+            ema_halflife_images=500,
+        ),
+        data=DataConfig(train="data/train", val="data/val"),
+        schedule=ScheduleConfig(
+            coarse_images=0,
+            joint_images=6_000,
+            batch_images=4,
+            patches_per_image=16,
+            validate_every_images=1_500,
+            validation_images=32,
+            checkpoint_every_images=500,
+            log_every_images=100,
+        ),
+        workers=WorkersConfig(num_workers=2),
+        perceptual=PerceptualConfig(convolutions=(3, 5)),
+        tracking=TrackingConfig(experiment="photographs", registered_name="tmad-photographs"),
+    )
+
+
 def demo() -> RunConfig:
     """A dozen photographs on a laptop: all blocks of Table I, 16-pixel patches, two workers of one thread, six minutes.
 
@@ -119,7 +156,7 @@ def demo() -> RunConfig:
     """
     return RunConfig(
         name="demo",
-        model=TMADConfig(patch_size=16, psnet=PSNetConfig(residual="texture")),
+        model=TMADConfig(patch_size=16, psnet=PSNetConfig(residual="detail")),
         critics=CriticsConfig(global_base_width=16),
         loss=LossConfig(weight_gan_patch=0.005, weight_gan_global=0.002, patch_region="hole", gp_every=4),
         optim=OptimConfig(lr=4e-4, lr_coarse_joint=4e-5, betas=(0.9, 0.999), cosine_periods=1, ema_halflife_images=500),
@@ -128,7 +165,7 @@ def demo() -> RunConfig:
             coarse_images=3_600,
             joint_images=900,
             batch_images=4,
-            patches_per_image=10,
+            patches_per_image=16,
             validate_every_images=1_500,
             validation_images=12,
             checkpoint_every_images=1_500,
@@ -174,6 +211,7 @@ def smoke() -> RunConfig:
 
 
 PRESETS: dict[str, Callable[[], RunConfig]] = {
-    function.__name__: function for function in (places, places_rectangle, celebahq, paris, psnet, demo, smoke)
+    function.__name__: function
+    for function in (places, places_rectangle, celebahq, paris, psnet, photographs, demo, smoke)
 }
 """By name, for `--preset`."""

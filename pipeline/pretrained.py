@@ -96,9 +96,13 @@ def load_perceptual(config: RunConfig, weights: str | None) -> nn.Module | None:
     if not config.training.loss.weight_perceptual:
         return None
     if config.perceptual.features == "untrained":
-        return untrained_vgg19(torch_generator(config.seed, "untrained-vgg19"))
+        return untrained_vgg19(
+            torch_generator(config.seed, "untrained-vgg19"), convolutions=config.perceptual.convolutions
+        )
     assert weights is not None
-    return load_vgg19(storage.local_copy(weights), sha256=config.perceptual.sha256)
+    return load_vgg19(
+        storage.local_copy(weights), sha256=config.perceptual.sha256, convolutions=config.perceptual.convolutions
+    )
 
 
 def check_digest(data: bytes, sha256: str, where: str) -> None:

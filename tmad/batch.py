@@ -29,7 +29,7 @@ class Sample:
     pool_yx: np.ndarray
     """(N_pool, 2) int16, corners of the memory windows."""
     cells: np.ndarray
-    """(N_ps,) int32, raster indices of the cells to synthesize."""
+    """(N_ps,) int32, raster indices of the cells to synthesize, a square block row by row."""
     mix: np.ndarray
     """(N_ps + 1,) float32 in [0, 1): interpolation weights of the gradient penalty, one a cell and one for the
     image."""

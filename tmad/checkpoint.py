@@ -20,7 +20,8 @@ from tmad.config import TMADConfig, from_dict
 from tmad.model import TMAD
 from tmad.step import TrainingState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: PSNet works on pictures. Models of version 1 had the same layers, run cell by cell, and no gains."""
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 STATE_FILE = "state.safetensors"
@@ -34,14 +35,17 @@ returned bit for bit. Load it with `tmad.load_model(folder)`.
 """
 
 
-def save_model(model: TMAD, folder: Path | str) -> None:
-    """Write the artifact of *model* into *folder*, which is made if need be."""
+def save_model(model: TMAD, folder: Path | str, *, half: bool = False) -> None:
+    """Write the artifact of *model* into *folder*, which is made if need be; with *half* as float16, half the size."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if half:
+        tensors = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE)
     write_json(folder / CONFIG_FILE, {"format_version": FORMAT_VERSION, "model": asdict(model.config)})
-    (folder / "README.md").write_text(MODEL_CARD)
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(MODEL_CARD)
 
 
 def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> TMAD:
@@ -151,7 +155,10 @@ def _read_json(folder: Path, name: str, *parts: str) -> dict[str, Any]:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}")
+        older = (
+            "; it was made by an older T-MAD, whose PSNet worked cell by cell: train it anew" if version == 1 else ""
+        )
+        raise ValueError(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}{older}")
     missing = [part for part in parts if part not in stored]
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")

@@ -205,6 +205,8 @@ class OptimConfig:
     """Adam's learning rate at the start of each cosine period [P]."""
     lr_critics: PositiveFloat | None = None
     """The same for both discriminators; none = `lr` [P]."""
+    lr_retrieval: PositiveFloat | None = None
+    """The same for theta and phi; none = `lr` [P]. Two small layers bear a higher one [D]."""
     lr_coarse_joint: NonNegativeFloat | None = None
     """The same for the coarse network in the joint phase; none = `lr` [P]. Lower keeps PSNet's input from moving faster
     than PSNet learns; 0 = the coarse network stays as it is, which saves its backward pass [D]."""

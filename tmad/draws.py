@@ -5,6 +5,7 @@ NumPy alone, so that processes which only read need not load PyTorch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ class Draws:
     pool_yx: np.ndarray
     """(N_pool, 2) int16, corners of the memory windows."""
     cells: np.ndarray
-    """(N_ps,) int32, raster indices of the cells to synthesize."""
+    """(N_ps,) int32, raster indices of the cells to synthesize, a square block row by row."""
     mix: np.ndarray
     """(N_ps + 1,) float32 in [0, 1): interpolation weights of the gradient penalty, one a cell and one for the
     image."""
@@ -56,7 +57,8 @@ def choose(
     mirrored = flip and bool(rng.random() < 0.5)
     if mirrored:
         grid = grid[:, ::-1]
-    return mirrored, draw_cells(grid, num=num_cells, rng=rng), rng.random(num_cells + 1, dtype=np.float32)
+    cells = draw_cells(grid, num=num_cells, rng=rng)
+    return mirrored, cells, rng.random(len(cells) + 1, dtype=np.float32)
 
 
 def mirrored_corners(corners: np.ndarray, width: int, patch_size: int) -> np.ndarray:
@@ -87,12 +89,18 @@ def hole_grid(mask: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def draw_cells(grid: np.ndarray, *, num: int, rng: np.random.Generator) -> np.ndarray:
-    """Exactly *num* cells of one image for a training step (Sec. IV, N_ps), as raster indices, int32.
+    """The cells of one image for a training step (Sec. IV, N_ps): a square block with at least one hole cell in it.
 
-    At random among the hole cells of *grid* (as `hole_grid`) where there are more; where there are fewer, all of them
-    followed by random valid cells. More than the grid has: the draw is repeated from its start. Deterministic in *rng*.
+    [D] The paper draws N_ps cells one by one. A block costs no more and lets PSNet see, and its losses judge, what lies
+    beside each cell. Its side is the root of *num*, rounded down, or that of the grid (as `hole_grid`) where it is
+    shorter; it lies at random around a random hole cell, around any cell where none is one. Returns raster indices,
+    row by row, int32. Deterministic in *rng*.
     """
-    grid = grid.reshape(-1)
-    holes, valid = (np.flatnonzero(part).astype(np.int32) for part in (grid, ~grid))
-    order = np.concatenate([rng.permutation(holes), rng.permutation(valid)])
-    return order[:num] if num <= order.size else np.resize(order, num)
+    rows, columns = grid.shape
+    side = min(math.isqrt(num), rows, columns)
+    (choices,) = np.nonzero(grid.reshape(-1))
+    row, column = divmod(int(rng.choice(choices if choices.size else grid.size)), columns)
+    top = min(max(row - int(rng.integers(side)), 0), rows - side)
+    left = min(max(column - int(rng.integers(side)), 0), columns - side)
+    cells = (top + np.arange(side))[:, None] * columns + left + np.arange(side)
+    return cells.reshape(-1).astype(np.int32)

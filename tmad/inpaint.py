@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tmad import builtin
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model
 from tmad.coarse import compose
 from tmad.draws import hole_cells
@@ -113,11 +114,11 @@ class Inpainter:
 
     @staticmethod
     def load(
-        folder: Path | str, *, device: torch.device | str = "cpu", policy: Policy = "crop", **options: Any
+        folder: Path | str = builtin.NAME, *, device: torch.device | str = "cpu", policy: Policy = "crop", **options: Any
     ) -> Inpainter:
-        """The model in *folder* (an artifact, or a run that has one), ready for pictures of any size; *options* as
-        above. Raises what `load_model` raises."""
-        folder = Path(folder)
+        """The model in *folder* (an artifact, or a run that has one; `builtin`, the one in the box), ready for pictures
+        of any size; *options* as above. Raises what `load_model` and `builtin_model` raise."""
+        folder = builtin.builtin_model() if folder == builtin.NAME else Path(folder)
         if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
             folder = folder / "model" if (folder / "model").is_dir() else folder
         return Inpainter(load_model(folder, device=device), policy=policy, **{"keep_candidates": False, **options})

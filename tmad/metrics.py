@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -27,6 +28,8 @@ import numpy as np
 
 PSNR_CAP_DB = 100.0
 """Largest PSNR, reached when the result equals the truth."""
+PATCH_SIZE = 32
+"""Side of the paper's cells, pixels."""
 SSIM_WINDOW = 11
 """Side of SSIM's Gaussian window (sigma 1.5), pixels."""
 
@@ -126,6 +129,30 @@ def tv_l1_hole_pct(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> f
     return 100 * sum(float(steps.mean()) for steps in (right, down) if steps.size)
 
 
+def seam_ratio(
+    result: np.ndarray, truth: np.ndarray, mask: np.ndarray, *, patch_size: int = PATCH_SIZE
+) -> float | None:
+    """How much steeper the result is across the borders of cells than within them.
+
+    Mean absolute difference of neighbouring pixels, both in the hole, that lie in two cells of *patch_size* pixels,
+    over the same of neighbours in one cell. The truth plays no part: photographs have about 1, a grid of cells has
+    more. None where the hole has no such pair, or no difference within cells.
+    """
+    image, hole = result.astype(np.float64), mask > 0
+    sums, counts = np.zeros(2), np.zeros(2)
+    for axis in (0, 1):
+        steps = np.abs(np.diff(image, axis=axis)).mean(axis=2).swapaxes(0, axis)
+        pairs = (hole.swapaxes(0, axis)[1:] & hole.swapaxes(0, axis)[:-1]).astype(np.float64)
+        across = np.arange(1, len(steps) + 1) % patch_size == 0
+        for kind, chosen in enumerate((across, ~across)):
+            sums[kind] += (steps[chosen] * pairs[chosen]).sum()
+            counts[kind] += pairs[chosen].sum()
+    if not counts.all() or not sums[1]:
+        return None
+    across, within = sums / counts
+    return float(across / within)
+
+
 MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
         "l1_hole_pct": Measure(
@@ -165,6 +192,24 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         "tv_l1_hole_pct": Measure(
             "%", "lower", "100/127.5 (mean |dx| + mean |dy|) of r over hole [MMEditing's loss]", tv_l1_hole_pct
         ),
+        "seam_ratio": Measure(
+            "",
+            "lower",
+            "mean |difference| of neighbours in the hole across cell borders / within cells; photographs: about 1",
+            seam_ratio,
+        ),
+        "candidate_l1": Measure(
+            "grey levels", "lower", "mean |first candidate - true cell|: what retrieval hands to PSNet"
+        ),
+        "memory_l1": Measure("grey levels", "lower", "mean |best patch of the memory - true cell|: what it could have"),
+        "candidates_distinct": Measure(
+            "", "higher", "different first candidates of an image / its hole cells (or memory patches, if fewer)"
+        ),
+        "retrieval_gain": Measure(
+            "",
+            "higher",
+            "candidate_l1, (untrained - r) / (untrained - memory_l1): 0 = as without training, 1 = the best",
+        ),
         "lpips_full": Measure("", "lower", "distance of deep features, by the network that was given [LaMa, MAT]"),
         "swd_full": Measure(
             "1e-3", "lower", "sliced Wasserstein distance of 7x7 Laplacian-pyramid patches, mean of levels [PGGAN]"
@@ -187,16 +232,23 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
 
 
 def measure(
-    result: np.ndarray, truth: np.ndarray, mask: np.ndarray, names: Sequence[str] | None = None
+    result: np.ndarray,
+    truth: np.ndarray,
+    mask: np.ndarray,
+    names: Sequence[str] | None = None,
+    *,
+    patch_size: int = PATCH_SIZE,
 ) -> dict[str, float | None]:
     """The measures of one image, by name.
 
-    *names*: only these; none = every one in `MEASURES` that has a function (SSIM takes nearly all of the time). Raises
+    *names*: only these; none = every one in `MEASURES` that has a function (SSIM takes nearly all of the time).
+    *patch_size*: side of the cells whose seams are looked for. Raises
     `ValueError` for images that are not uint8 (H, W, 3) of one size, for a mask of another size or with values other
     than 0 and 1, or for an unknown name.
     """
     check_images(result, truth, mask)
     of_one_image = {name: entry.function for name, entry in MEASURES.items() if entry.function}
+    of_one_image["seam_ratio"] = partial(seam_ratio, patch_size=patch_size)
     chosen = of_one_image if names is None else names
     if unknown := [name for name in chosen if name not in of_one_image]:
         raise ValueError(f"no measure of one image is called {', '.join(unknown)}; there are {', '.join(of_one_image)}")

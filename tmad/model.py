@@ -64,7 +64,12 @@ class TMAD(nn.Module):
         """
         coarse_raw = self.predict_coarse(image, mask) if filled is None else filled
         coarse = compose(coarse_raw, image, mask)
-        memory = self.read_memory(coarse, pool_yx)
+        return self.fill(image, mask, coarse_raw, coarse, self.read_memory(coarse, pool_yx), cells)
+
+    def fill(
+        self, image: Tensor, mask: Tensor, coarse_raw: Tensor, coarse: Tensor, memory: Tensor, cells: Tensor
+    ) -> TMADOutput:
+        """Texture for the named cells of images, or of parts of them, whose coarse result and memory are there."""
         found = self.retrieve(coarse, memory, cells)
         synthesized = self.synthesize(coarse, mask, found.candidates, cells)
         corners = cell_corners(cells, patch_size=self.config.patch_size, width=image.shape[-1])
@@ -72,14 +77,14 @@ class TMAD(nn.Module):
         # A hole cell that was not drawn keeps the coarse result; the image's own pixels stay as they are.
         output = compose(tile(coarse, patches, cells), image, mask)
         return TMADOutput(
-            coarse_raw,
-            coarse,
-            self.patches(memory),
-            self.patches(found.candidates),
-            found.index,
-            found.weights,
-            patches,
-            output,
+            coarse_raw=coarse_raw,
+            coarse=coarse,
+            pool=self.patches(memory),
+            candidates=self.patches(found.candidates),
+            candidate_index=found.index,
+            weights=found.weights,
+            patches=patches,
+            output=output,
         )
 
     def predict_coarse(self, image: Tensor, mask: Tensor) -> Tensor:

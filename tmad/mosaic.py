@@ -49,18 +49,20 @@ def lay_out(windows: Tensor, cells: Tensor, coarse: Tensor, mask: Tensor, *, pat
     """Blend the windows that were borrowed for *cells* into pictures.
 
     *windows* (B, N, C, CHANNELS, k + 2o, k + 2o); *cells* (B, N), raster indices, none twice; *coarse* I^_s (B, 3, H,
-    W); *mask* (B, 1, H, W), 1 = hole. Returns mosaics (B, C, 3, H, W), the candidates' colours, with *coarse* where
+    W); *mask* (B, 1, H, W), 1 = hole. Cells without a hole pixel take no part: their windows would reach into those
+    that have one. Returns mosaics (B, C, 3, H, W), the candidates' colours, with *coarse* where
     nothing was borrowed and outside the hole; and details (B, C, NUM_BANDS, 3, H, W), 0 where nothing was borrowed.
     """
     num_candidates, side = windows.shape[2], windows.shape[-1]
     size = coarse.shape[-2:]
-    weights = ramp(patch_size, (side - patch_size) // 2).to(windows)
-    total = overlap_add(weights.expand(*cells.shape, 1, side, side), cells, patch_size=patch_size, size=size)
+    touched = F.max_pool2d(mask.float(), patch_size).flatten(1).gather(1, cells)[:, :, None, None, None]
+    weights = ramp(patch_size, (side - patch_size) // 2).to(windows) * touched
+    total = overlap_add(weights, cells, patch_size=patch_size, size=size)
     covered = total > 0
     total = total.clamp(min=1e-6)
 
     def blend(part: Tensor, weights: Tensor, total: Tensor) -> Tensor:
-        added = overlap_add((part * weights).flatten(2, 3), cells, patch_size=patch_size, size=size)
+        added = overlap_add((part * weights[:, :, None]).flatten(2, 3), cells, patch_size=patch_size, size=size)
         return (added / total).unflatten(1, (num_candidates, -1))
 
     colours = blend(windows[:, :, :, :3], weights, total)

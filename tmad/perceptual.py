@@ -7,6 +7,7 @@ module reads a file and never fetches one.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ CHANNELS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, 256, "pool", 512, 5
 """VGG-19 as far as conv5_3: output channels of its convolutions, each followed by a ReLU, and its 2x2 max pools."""
 
 FEATURE_CONVOLUTIONS = (5, 9, 15)
-"""The convolutions, counted from 1, whose outputs are compared [P]."""
+"""The convolutions, counted from 1, whose outputs are compared [P]: conv3_1, conv4_1, conv5_3."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,44 +30,50 @@ class VGG19Features(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, convolutions: Sequence[int] = FEATURE_CONVOLUTIONS) -> None:
+        """*convolutions* whose outputs are compared, counted from 1; layers beyond the last are left out."""
         super().__init__()
         layers: list[nn.Module] = []
-        channels = 3
+        channels, count = 3, 0
         for item in CHANNELS:
-            if isinstance(item, int):
-                layers += [nn.Conv2d(channels, item, 3, padding=1), nn.ReLU()]
-                channels = item
-            else:
+            if not isinstance(item, int):
                 layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers[:-1])
+                continue
+            layers.append(nn.Conv2d(channels, item, 3, padding=1))
+            channels, count = item, count + 1
+            if count == max(convolutions):
+                break
+            layers.append(nn.ReLU())
+        self.convolutions = tuple(convolutions)
+        self.features = nn.Sequential(*layers)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).reshape(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(M, 3, h, w) in [-1, 1], sides of at least 16 -> three maps, with ImageNet's normalisation applied."""
+        """(M, 3, h, w) in [-1, 1], sides of at least 16 -> a map for each of `convolutions`; ImageNet's normalisation
+        is applied."""
         x = ((images + 1) / 2 - self.mean) / self.std
         maps, count = [], 0
         for layer in self.features:
             x = layer(x)
             if isinstance(layer, nn.Conv2d):
                 count += 1
-                if count in FEATURE_CONVOLUTIONS:
+                if count in self.convolutions:
                     maps.append(x)
         return maps
 
 
 def perceptual_loss(network: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute difference of the features of *fake* and *real* (M, 3, h, w), summed over the three maps."""
+    """Mean absolute difference of the features of *fake* and *real* (M, 3, h, w), summed over the maps."""
     with torch.no_grad():
         targets = network(real)
     differences = [F.l1_loss(a.float(), b.float()) for a, b in zip(network(fake), targets, strict=True)]
     return torch.stack(differences).sum()
 
 
-def load_vgg19(path: Path | str, *, sha256: str) -> VGG19Features:
+def load_vgg19(path: Path | str, *, sha256: str, convolutions: Sequence[int] = FEATURE_CONVOLUTIONS) -> VGG19Features:
     """VGG-19 from a file in torchvision's layout (`features.N.weight`), loaded without unpickling.
 
     *sha256* is the expected digest or its first characters. Raises `FileNotFoundError`, or `ValueError` for another
@@ -76,7 +83,7 @@ def load_vgg19(path: Path | str, *, sha256: str) -> VGG19Features:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(sha256.lower()):
         raise ValueError(f"{path} has sha256 {digest}, expected {sha256}...: not the weights that were asked for")
-    network = VGG19Features()
+    network = VGG19Features(convolutions)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         wanted = {name: tensors[name] for name in network.state_dict() if name.startswith("features.")}
@@ -86,9 +93,9 @@ def load_vgg19(path: Path | str, *, sha256: str) -> VGG19Features:
     return network
 
 
-def untrained_vgg19(generator: torch.Generator) -> VGG19Features:
+def untrained_vgg19(generator: torch.Generator, convolutions: Sequence[int] = FEATURE_CONVOLUTIONS) -> VGG19Features:
     """VGG-19 with random He-initialised weights: for tests, and for runs that ask for it in so many words."""
-    network = VGG19Features()
+    network = VGG19Features(convolutions)
     for layer in network.features:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)

@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "-m",
         "--model",
-        default=os.environ.get("TMAD_MODEL"),
-        help="model folder, run folder, URI or models:/name@alias; default: TMAD_MODEL",
+        default=os.environ.get("TMAD_MODEL", "builtin"),
+        help="model folder, run folder, URI or models:/name@alias; default: TMAD_MODEL, else `builtin`, the one in the box",
     )
     made.add_argument("--hole", choices=("white", "black"), default="white", help="colour of the hole in the mask")
     made.add_argument("--dilate", metavar="PX", type=int, default=0, help="grow the hole by so many pixels")
@@ -53,8 +53,6 @@ def inpaint_one(argv: Sequence[str], *, find_model: Callable[[str], Path]) -> in
     Raises `ValueError` with one line that says what cannot be used and why.
     """
     options = parser().parse_args(argv)
-    if options.model is None:
-        raise ValueError("no model: name one with --model, or set TMAD_MODEL")
     if options.dilate < 0 or options.feather < 0:
         raise ValueError("--dilate and --feather must not be negative")
     for path in (options.photo, Path(options.mask)):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tmad import ema, losses
 from tmad.batch import Batch
+from tmad.coarse import compose
 from tmad.config import TrainingConfig
 from tmad.discriminators import GlobalCritic, PatchCritic, gradient_penalty
 from tmad.images import to_model
@@ -98,7 +99,8 @@ class TrainingState:
             "generator": torch.optim.Adam(
                 [
                     {"params": list(self.model.coarse.parameters())},
-                    {"params": [*self.model.retrieval.parameters(), *self.model.psnet.parameters()]},
+                    {"params": list(self.model.retrieval.parameters())},
+                    {"params": list(self.model.psnet.parameters())},
                 ],
                 lr=optim.lr,
                 betas=optim.betas,
@@ -173,10 +175,15 @@ class TrainingState:
     def _learning_rates(self, phase: Phase) -> list[tuple[dict[str, Any], float]]:
         """The optimizers' parameter groups and the rate with which each starts a cosine period."""
         optim = self.config.optim
-        coarse, others = self.optimizers["generator"].param_groups
+        coarse, retrieval, psnet = self.optimizers["generator"].param_groups
         (critics,) = self.optimizers["critics"].param_groups
         lr_coarse = optim.lr if phase == "coarse" or optim.lr_coarse_joint is None else optim.lr_coarse_joint
-        return [(coarse, lr_coarse), (others, optim.lr), (critics, optim.lr_critics or optim.lr)]
+        return [
+            (coarse, lr_coarse),
+            (retrieval, optim.lr_retrieval or optim.lr),
+            (psnet, optim.lr),
+            (critics, optim.lr_critics or optim.lr),
+        ]
 
     def _coarse_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], bool]:
         image, mask = to_model(batch.image), batch.mask.float()
@@ -196,8 +203,19 @@ class TrainingState:
             # A coarse network that is not trained is not differentiated either.
             with torch.set_grad_enabled(self._coarse_learns):
                 coarse_raw = self.model.predict_coarse(image, mask) if filled is None else filled
-            out = self.model(image, mask, batch.pool_yx, batch.cells, coarse_raw)
-        corners = cell_corners(batch.cells, patch_size=k, width=image.shape[-1])
+            learns = batch.filled is None and self._coarse_learns
+            terms = self._reconstruction(coarse_raw, image, mask) if learns else {}
+            # From here on the block of drawn cells is the picture; the memory is the whole picture's.
+            coarse = compose(coarse_raw, image, mask)
+            memory = self.model.read_memory(coarse, batch.pool_yx)
+            side = math.isqrt(batch.cells.shape[1])
+            block = cell_corners(batch.cells[:, :1], patch_size=k, width=image.shape[-1])
+            image, mask, coarse_raw, coarse = (
+                cut(whole, block, side * k)[:, 0] for whole in (image, mask, coarse_raw, coarse)
+            )
+            cells = torch.arange(side * side, device=self.device).expand(len(batch), -1)
+            out = self.model.fill(image, mask, coarse_raw, coarse, memory, cells)
+        corners = cell_corners(cells, patch_size=k, width=side * k)
         target = cut(image, corners, k)
         patches = cut(out.output, corners, k) if weights.patch_region == "hole" else out.patches
         counted = cut(mask, corners, k).flatten(2).amax(-1) > 0
@@ -210,8 +228,6 @@ class TrainingState:
         if not critics_finite:
             return metrics, False
 
-        learns = batch.filled is None and self._coarse_learns
-        terms = self._reconstruction(out.coarse_raw, image, mask) if learns else {}
         if weights.weight_retrieval:
             terms["retrieval"] = (weights.weight_retrieval, losses.expected_distance(out.weights, distances, counted))
         if weights.weight_l1:
@@ -237,8 +253,7 @@ class TrainingState:
         self._freeze_critics(False)
         metrics.update(generator_metrics)
         with torch.no_grad():
-            coarse_cells = cut(out.coarse, corners, k)
-            reference = self.untrained(coarse_cells, out.pool, out.pool[..., :1, :1, :1]).index
+            reference = self.untrained(cut(out.coarse, corners, k), out.pool, out.pool[..., :1, :1, :1]).index
         found = (out.weights.detach(), out.candidate_index)
         metrics |= retrieval_statistics(found, reference, distances, counted)
         metrics["candidates/intact"] = intact_share(batch.mask, batch.pool_yx, out.candidate_index, k)

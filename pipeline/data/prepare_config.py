@@ -19,6 +19,7 @@ from pipeline.data.sources.partitions import PartitionName
 from pipeline.storage import absolute, redact
 from tmad.config import STRICT, PositiveFloat
 from tmad.masks import MASKS
+from tmad.rng import seed_of
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -76,9 +77,13 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
         """Columns of the set's shards, without the windows' pixels."""
         return record_schema(evaluation=self.split == "val")
 
-    def family(self, variant: int) -> str:
-        """The family of a crop's hole number *variant*."""
-        return self.families[variant % len(self.families)] if self.families else self.mask
+    def family(self, variant: int, image_id: str) -> str:
+        """The family of a crop's hole number *variant*. In a training set each crop begins with another one, as an
+        epoch trains with the same number of all crops."""
+        if not self.families:
+            return self.mask
+        first = seed_of("family", image_id) if self.split == "train" else 0
+        return self.families[(first + variant) % len(self.families)]
 
     def settings(self) -> dict[str, Any]:
         """What decides the content of the set, for the manifest and for comparison with an earlier run."""

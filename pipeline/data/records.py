@@ -111,7 +111,7 @@ class RecordConfig(CropConfig):
                 f"memory.stride_divisor must divide patch_size ({self.patch_size}), got {self.memory.stride_divisor}"
             )
 
-    def family(self, variant: int) -> str:
+    def family(self, variant: int, image_id: str) -> str:
         """The family of a crop's hole number *variant*."""
         return self.mask
 
@@ -158,7 +158,7 @@ def make_records(
         families: list[str] = [config.mask_from] * len(variants)
         seeds: list[int | None] = [None] * len(variants)
         if config.mask_from == "family":
-            families = [config.family(variant) for variant in variants]
+            families = [config.family(variant, image_id) for variant in variants]
             seeds = [seed_of(config.seed, "mask", image_id, variant) for variant in variants]
             place, drawn = _draw_place(photograph, config, rng), _family_masks(image_id, config, variants)
         elif config.mask_from == "random":
@@ -247,12 +247,12 @@ def _family_masks(image_id: str, config: RecordConfig, variants: range) -> Itera
     for variant in variants:
         rng = numpy_generator(config.seed, "mask", image_id, variant)
         for _ in range(_MASK_DRAWS):
-            mask = draw_mask(config.family(variant), config.crop_size, config.crop_size, rng)
+            mask = draw_mask(config.family(variant, image_id), config.crop_size, config.crop_size, rng)
             if mask.any() and not mask.all():
                 break
         else:
             raise ValueError(
-                f"mask family {config.family(variant)!r} gave {_MASK_DRAWS} times no hole or nothing but hole at "
+                f"mask family {config.family(variant, image_id)!r} gave {_MASK_DRAWS} times no hole or nothing but hole at "
                 f"{config.crop_size} pixels; choose another mask or crop_size"
             )
         yield mask

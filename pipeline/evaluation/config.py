@@ -16,9 +16,9 @@ from pipeline.storage import absolute, redact
 from tmad.config import STRICT, PositiveInt
 from tmad.metrics import MEASURES
 
-Method = Literal["tmad", "coarse", "patchmatch", "telea", "navier_stokes", "biharmonic"]
+Method = Literal["tmad", "coarse", "blended", "patchmatch", "telea", "navier_stokes", "biharmonic"]
 
-METHODS: tuple[Method, ...] = ("tmad", "coarse", "patchmatch", "telea", "navier_stokes", "biharmonic")
+METHODS: tuple[Method, ...] = ("tmad", "coarse", "blended", "patchmatch", "telea", "navier_stokes", "biharmonic")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
@@ -43,8 +43,8 @@ class NetworkConfig:
 class EvaluateConfig:
     """One evaluation."""
 
-    model: str | None = None
-    """Model folder, checkpoint, run folder, URI, or models:/name@alias; none where nothing of T-MAD is measured."""
+    model: str = "builtin"
+    """Model folder, checkpoint, run folder, URI, models:/name@alias, or `builtin`, the one in the box."""
     data: str = "data/val"
     """Folder or URI of a prepared set (jobs/prepare.py --split val)."""
     out: str = "runs/evaluation"
@@ -97,8 +97,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.methods and not self.external and not self.coarse_from:
             raise ValueError(f"methods must name at least one of {', '.join(METHODS)}")
-        if self.needs_model and self.model is None and self.export is None:
-            raise ValueError("model must name the model to measure (or leave T-MAD out: --methods patchmatch ...)")
         for name in self.measures:
             if name not in MEASURES:
                 near = difflib.get_close_matches(name, MEASURES, n=3, cutoff=0.5) or list(MEASURES)
@@ -129,7 +127,7 @@ class EvaluateConfig:
     @property
     def needs_model(self) -> bool:
         """Whether anything in the table comes from the model."""
-        return bool({"tmad", "coarse"} & set(self.methods) or self.coarse_from)
+        return bool({"tmad", "coarse", "blended"} & set(self.methods) or self.coarse_from)
 
     def shown_measures(self) -> tuple[str, ...]:
         """The measures that are asked for, in the order of tables."""

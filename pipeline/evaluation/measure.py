@@ -48,9 +48,10 @@ from pipeline.models import ARTIFACT_FILES, find_model
 from pipeline.storage import absolute, file_sizes, join, list_files, read_bytes, redact
 from tmad.checkpoint import model_digest
 from tmad.metrics import MEASURES
+from tmad.retrieval import retrieval_gain
 from tmad.swd import SMALLEST_LEVEL, VARIANTS
 
-FORMAT = 1
+FORMAT = 2
 """Of report.json; also part of what decides whether parts of an earlier version are kept."""
 PROGRESS_INTERVAL_S = 10.0
 
@@ -99,7 +100,6 @@ def measure_set(config: EvaluateConfig, claim: Claim) -> Evaluation:
         raise MissingInput(f"the prepared set {redact(config.data)} has no image")
     folder = None
     if config.needs_model:
-        assert config.model is not None, "checked with the settings"
         folder = find_model(config.model, tracking_uri=config.tracking)
     externals = {
         name: open_results(name, place, data=config.data, manifest=manifest, variants=variants, limit=config.limit)
@@ -265,8 +265,11 @@ def _summary(
     overall = table.overall(config.confidence)
     small = manifest.crop_size < SMALLEST_LEVEL
     methods: dict[str, Any] = {}
+    gains = retrieval_gains(overall) if "retrieval_gain" in job.measures else {}
     for row in job.rows:
         measures = dict(overall.get(row.name, {}))
+        if row.name in gains:
+            measures["retrieval_gain"] = {"mean": gains[row.name], "low": None, "high": None, "images": table.images}
         for name, value in sets.get(row.name, {}).items():
             measures[name] = {"mean": value, "low": None, "high": None, "images": table.images}
         ordered = {name: measures[name] for name in MEASURES if name in measures}
@@ -281,7 +284,7 @@ def _summary(
             legend[name]["not_measured"] = f"the images are smaller than {SMALLEST_LEVEL} pixels"
     return {
         "format": FORMAT,
-        "model": redact(config.model) if config.needs_model and config.model else None,
+        "model": redact(config.model) if config.needs_model else None,
         "model_digest": model,
         "data": redact(set_folder(config.data)),
         "data_digest": manifest.digest,
@@ -302,6 +305,19 @@ def _summary(
         "groups": table.groups(config.confidence),
         "measures": legend,
     }
+
+
+def retrieval_gains(overall: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """`retrieval_gain` of the methods that retrieve, from the means of all images."""
+
+    def mean(method: str, name: str) -> float | None:
+        value: float | None = overall.get(method, {}).get(name, {}).get("mean")
+        return value
+
+    found, untrained, best = mean("tmad", "candidate_l1"), mean("blended", "candidate_l1"), mean("tmad", "memory_l1")
+    if found is None or untrained is None or best is None:
+        return {}
+    return {"tmad": retrieval_gain(found, untrained, best)}
 
 
 def _families(manifest: Manifest) -> list[str]:

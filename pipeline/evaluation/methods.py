@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,11 +13,13 @@ from pipeline.evaluation.baselines import FILLS, why_not
 from pipeline.evaluation.config import EvaluateConfig, behind
 from pipeline.evaluation.external import Results, result_name
 from tmad.inpaint import Inpainter, InpaintResult, UnusableInput
+from tmad.model import TMAD
 from tmad.rng import numpy_generator
 
 TITLES: Mapping[str, str] = {
     "tmad": "T-MAD",
     "coarse": "coarse result of T-MAD",
+    "blended": "coarse + blended detail, nothing trained",
     "patchmatch": "PatchMatch",
     "telea": "Telea (OpenCV)",
     "navier_stokes": "Navier-Stokes (OpenCV)",
@@ -59,6 +61,8 @@ class Filled:
     """By method; the coarse result is a by-product of T-MAD's and has no time of its own."""
     result: InpaintResult | None
     """T-MAD's, with the candidates that were retrieved."""
+    retrieval: dict[str, dict[str, float]]
+    """`retrieval_measures` of the methods that retrieve."""
 
 
 class Filler:
@@ -75,6 +79,7 @@ class Filler:
     ) -> None:
         self._names = [row.name for row in rows if row.not_measured is None]
         self._inpainter, self._externals, self._donors = inpainter, externals, donors
+        self._untrained = untrained(inpainter) if inpainter is not None else None
         self._manifest, self._seed = manifest, seed
 
     def __call__(self, record: Record, variant: int) -> Filled:
@@ -94,11 +99,17 @@ class Filler:
         seconds: dict[str, float] = {}
         names = [name for name in self._names if only is None or name in only]
         result = None
-        if self._inpainter is not None and {"tmad", "coarse"} & set(names):
+        retrieval: dict[str, dict[str, float]] = {}
+        if self._inpainter is not None and {"tmad", "coarse", "blended"} & set(names):
             began = time.monotonic()
             result = self._inpainter(given, mask, image_id=image_id)
             seconds["tmad"] = time.monotonic() - began
             outputs |= {"tmad": np.asarray(result.output), "coarse": result.coarse}
+            retrieval["tmad"] = retrieval_measures(result, truth)
+            if self._untrained is not None and "blended" in names:
+                blended = self._untrained(given, mask, image_id=image_id, filled=result.coarse)
+                outputs["blended"] = np.asarray(blended.output)
+                retrieval["blended"] = retrieval_measures(blended, truth)
         for name, results in self._externals.items():
             if only is not None:
                 continue
@@ -116,4 +127,39 @@ class Filler:
                 began = time.monotonic()
                 outputs[name] = FILLS[name](given, mask, rng) if mask.any() else given
                 seconds[name] = time.monotonic() - began
-        return Filled(truth, mask, {name: outputs[name] for name in names if name in outputs}, seconds, result)
+        shown = {name: outputs[name] for name in names if name in outputs}
+        return Filled(truth, mask, shown, seconds, result, retrieval)
+
+
+def untrained(inpainter: Inpainter) -> Inpainter:
+    """The same coarse network with an untrained retrieval and PSNet behind it: the coarse result and the blended detail
+    of its best candidate, which a trained model has to beat."""
+    config = inpainter.model.config
+    config = replace(
+        config,
+        retrieval=replace(config.retrieval, mode="sample"),
+        psnet=replace(config.psnet, residual="detail", base_width=1, num_res_blocks=1, num_texture_res_blocks=1),
+        coarse=replace(config.coarse, base_width=1, num_res_blocks=1),
+    )
+    model = TMAD(config).to(inpainter.device)
+    return Inpainter(model, policy=inpainter.policy, cells_per_chunk=inpainter.cells_per_chunk, seed=inpainter.seed)
+
+
+def retrieval_measures(result: InpaintResult, truth: np.ndarray) -> dict[str, float]:
+    """`candidate_l1`, `memory_l1` and `candidates_distinct` of `tmad.metrics` for one image; nothing where no cell lies
+    wholly in it."""
+    side = result.candidates.shape[2]
+    whole = (result.cells_yx + side <= truth.shape[:2]).all(axis=1)
+    if not whole.any():
+        return {}
+    cells = np.stack([truth[y : y + side, x : x + side] for y, x in result.cells_yx[whole]]).astype(np.float32)
+    first = np.abs(result.candidates[whole, 0] - cells).mean()
+    memory = result.memory.astype(np.float32)
+    best = np.mean([np.abs(memory - cell).mean(axis=(1, 2, 3)).min() for cell in cells])
+    places = np.unique(result.candidates_yx[:, 0], axis=0)
+    possible = min(len(result.cells_yx), len(memory))
+    return {
+        "candidate_l1": float(first),
+        "memory_l1": float(best),
+        "candidates_distinct": min(1.0, len(places) / possible),
+    }

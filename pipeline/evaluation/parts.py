@@ -37,6 +37,9 @@ from tmad.swd import SMALLEST_LEVEL, VARIANTS, SlicedWasserstein
 ONE_THREAD = {"env_vars": {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
 """Runtime environment of everything that computes: sums do not depend on how many processors a machine has."""
 
+RETRIEVAL_MEASURES = ("candidate_l1", "memory_l1", "candidates_distinct")
+"""What `methods.retrieval_measures` gives of one image."""
+
 FACTS = ("image_id", "key", "variant", "mask_family", "label", "hole_fraction", "method")
 """Columns of the per-image results before the measures."""
 
@@ -79,6 +82,12 @@ class Job:
     def one_image_measures(self) -> tuple[str, ...]:
         """Those that `tmad.metrics.measure` knows and that are asked for."""
         return tuple(name for name in self.measures if MEASURES[name].function)
+
+    @property
+    def retrieval_measures(self) -> tuple[str, ...]:
+        """Those of `methods.retrieval_measures` that are asked for, or are needed for `retrieval_gain`."""
+        wanted = RETRIEVAL_MEASURES if "retrieval_gain" in self.measures else ()
+        return tuple(name for name in RETRIEVAL_MEASURES if name in (*self.measures, *wanted))
 
     def texture_samples(self) -> SlicedWasserstein | None:
         """A collector for a part or for the whole set; none where the images are too small or nothing was asked for."""
@@ -167,7 +176,14 @@ def _measure(
             if "fid" in networks:
                 features.setdefault("", []).append(networks["fid"].features(filled.truth))
             for name, output in filled.outputs.items():
-                values = measure(output, filled.truth, filled.mask, job.one_image_measures)
+                values = measure(
+                    output,
+                    filled.truth,
+                    filled.mask,
+                    job.one_image_measures,
+                    patch_size=job.manifest.patch_size,
+                )
+                values |= {key: filled.retrieval.get(name, {}).get(key) for key in job.retrieval_measures}
                 if "lpips" in networks:
                     values["lpips_full"] = networks["lpips"].distance(output, filled.truth)
                 if "fid" in networks:
@@ -250,7 +266,11 @@ def facts_of(record: Record, variant: int, manifest: Manifest) -> dict[str, Any]
 def row_schema(job: Job) -> pa.Schema:
     """Of the per-image results: `FACTS`, then each measure of one image, without a value where it has none."""
     kinds = {"variant": pa.int64(), "label": pa.int64(), "hole_fraction": pa.float64()}
-    names = [*job.one_image_measures, *(["lpips_full"] if "lpips_full" in job.measures else [])]
+    names = [
+        *job.one_image_measures,
+        *job.retrieval_measures,
+        *(["lpips_full"] if "lpips_full" in job.measures else []),
+    ]
     ordered = [name for name in MEASURES if name in names]
     return pa.schema(
         [*((name, kinds.get(name, pa.string())) for name in FACTS), *((name, pa.float64()) for name in ordered)]

@@ -91,8 +91,8 @@ class InpaintConfig(HolesConfig):
     """Images: a folder, tar files, Parquet or a list, by path or URI. On several machines: where all of them see it."""
     output: str
     """Folder or URI of the results, with the same tree and names, and of ledger.parquet."""
-    model: str
-    """Model folder, checkpoint, run folder, URI, or models:/name@alias."""
+    model: str = "builtin"
+    """Model folder, checkpoint, run folder, URI, models:/name@alias, or `builtin`, the one in the box."""
     root: str | None = None
     """Where the images of a list lie; none = the list's folder."""
     image_column: str | None = None

@@ -62,7 +62,11 @@ def measure(config: RunConfig, *, crop_size: int) -> Footprint:
     """
     # The penalty's second backward is the largest moment; the step that is measured must not leave it out.
     training = replace(config.training, loss=replace(config.training.loss, gp_every=1))
-    features = untrained_vgg19(torch_generator("footprint")) if training.loss.weight_perceptual else None
+    features = (
+        untrained_vgg19(torch_generator("footprint"), config.perceptual.convolutions)
+        if training.loss.weight_perceptual
+        else None
+    )
     state = TrainingState(training, perceptual=features)
     multiple = config.model.size_multiple
     side = min(crop_size, math.ceil(MEASURED_SIDE / multiple) * multiple)
