@@ -303,8 +303,12 @@ class RunConfig:
 
     @property
     def training(self) -> TrainingConfig:
-        """The part that the training step needs; `perceptual.features = off` is a weight of 0 there."""
-        loss = self.loss if self.perceptual.features != "off" else replace(self.loss, weight_perceptual=0.0)
+        """The part that the training step needs; `perceptual.features = off` is weights of 0 there."""
+        loss = (
+            self.loss
+            if self.perceptual.features != "off"
+            else replace(self.loss, weight_perceptual=0.0, weight_style=0.0)
+        )
         return TrainingConfig(
             model=self.model, critics=self.critics, loss=loss, optim=self.optim, precision=self.precision
         )

@@ -39,7 +39,7 @@ def resolve_perceptual(config: RunConfig) -> str | None:
     with the options where the weights cannot be had, `ValueError` where the file is another than its checksum says.
     """
     perceptual = config.perceptual
-    if not config.training.loss.weight_perceptual:
+    if not config.training.loss.uses_features:
         log.warning("the perceptual loss is off (%s): not the paper's method", _why_off(config))
         return None
     if perceptual.features == "untrained":
@@ -67,7 +67,7 @@ def resolve_perceptual(config: RunConfig) -> str | None:
 def check_perceptual(config: RunConfig) -> str:
     """Where `resolve_perceptual` would find the weights, in words; downloads nothing. Raises as that does."""
     perceptual = config.perceptual
-    if not config.training.loss.weight_perceptual:
+    if not config.training.loss.uses_features:
         return f"none needed, the perceptual loss is off ({_why_off(config)})"
     if perceptual.features == "untrained":
         return "none needed, untrained VGG-19 features (perceptual.features)"
@@ -93,7 +93,7 @@ def check_perceptual(config: RunConfig) -> str:
 
 def load_perceptual(config: RunConfig, weights: str | None) -> nn.Module | None:
     """The feature network that *config* asks for, from what `resolve_perceptual` returned."""
-    if not config.training.loss.weight_perceptual:
+    if not config.training.loss.uses_features:
         return None
     if config.perceptual.features == "untrained":
         return untrained_vgg19(

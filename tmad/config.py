@@ -179,6 +179,8 @@ class LossConfig:
     """lambda_gan^pd of Eq. 8: patch distribution loss [P]."""
     weight_perceptual: NonNegativeFloat = 0.02
     """lambda_percep of Eq. 8: VGG-19 features [P]."""
+    weight_style: NonNegativeFloat = 0.0
+    """Of the Gram matrices of the same features, which ask for the texture of the true patch wherever in it it is [D]."""
     weight_retrieval: NonNegativeFloat = 1.0
     """Of the expected l1 distance between the true patch and the memory's, sum_j S_j |T_j - p_gt|, which teaches
     retrieval; 0 = the paper's path alone, see `retrieval.straight_through` [D]."""
@@ -195,6 +197,11 @@ class LossConfig:
     """Weight of the gradient penalty in both discriminators [D: the value every related code base uses]."""
     gp_every: PositiveInt = 1
     """Apply the penalty at every n-th step, n times as strong [D]."""
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether a feature network is needed."""
+        return bool(self.weight_perceptual or self.weight_style)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -237,10 +244,10 @@ class TrainingConfig:
     """Of the networks' convolutions; losses, softmax and gradient penalty are always float32 [D]."""
 
     def __post_init__(self) -> None:
-        if self.loss.weight_perceptual and self.model.patch_size < 16:
+        if self.loss.uses_features and self.model.patch_size < 16:
             raise ValueError(
-                f"VGG-19 halves a patch four times: with loss.weight_perceptual above 0, model.patch_size must be at "
-                f"least 16, got {self.model.patch_size}"
+                f"VGG-19 halves a patch four times: with loss.weight_perceptual or loss.weight_style above 0, "
+                f"model.patch_size must be at least 16, got {self.model.patch_size}"
             )
 
 

@@ -114,7 +114,11 @@ class Inpainter:
 
     @staticmethod
     def load(
-        folder: Path | str = builtin.NAME, *, device: torch.device | str = "cpu", policy: Policy = "crop", **options: Any
+        folder: Path | str = builtin.NAME,
+        *,
+        device: torch.device | str = "cpu",
+        policy: Policy = "crop",
+        **options: Any,
     ) -> Inpainter:
         """The model in *folder* (an artifact, or a run that has one; `builtin`, the one in the box), ready for pictures
         of any size; *options* as above. Raises what `load_model` and `builtin_model` raise."""

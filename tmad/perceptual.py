@@ -65,12 +65,23 @@ class VGG19Features(nn.Module):
         return maps
 
 
-def perceptual_loss(network: nn.Module, fake: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute difference of the features of *fake* and *real* (M, 3, h, w), summed over the maps."""
-    with torch.no_grad():
-        targets = network(real)
-    differences = [F.l1_loss(a.float(), b.float()) for a, b in zip(network(fake), targets, strict=True)]
-    return torch.stack(differences).sum()
+def perceptual_loss(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+    """Mean absolute difference of feature maps (M, C, h, w), summed over the maps."""
+    return torch.stack([F.l1_loss(a.float(), b.float()) for a, b in zip(fake, real, strict=True)]).sum()
+
+
+def style_loss(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+    """Mean absolute difference of the Gram matrices of feature maps (M, C, h, w) after their ReLU, patch by patch,
+    summed over the maps (Gatys et al. 2016): which features occur together, wherever in the patch they are."""
+    pairs = zip(fake, real, strict=True)
+    return torch.stack([F.l1_loss(gram(a), gram(b)) for a, b in pairs]).sum()
+
+
+def gram(features: Tensor) -> Tensor:
+    """(M, C, h, w) -> (M, C, C), divided by the C * h * w values of a map; float32."""
+    flat = features.float().relu().flatten(2)
+    with torch.autocast(features.device.type, enabled=False):
+        return flat @ flat.transpose(1, 2) / flat[0].numel()
 
 
 def load_vgg19(path: Path | str, *, sha256: str, convolutions: Sequence[int] = FEATURE_CONVOLUTIONS) -> VGG19Features:

@@ -22,7 +22,7 @@ from tmad.discriminators import GlobalCritic, PatchCritic, gradient_penalty
 from tmad.images import to_model
 from tmad.model import TMAD, TMADOutput
 from tmad.patches import cell_corners, cut
-from tmad.perceptual import perceptual_loss
+from tmad.perceptual import perceptual_loss, style_loss
 from tmad.retrieval import intact_share, patch_distances, retrieval_statistics
 from tmad.rng import seed_of
 
@@ -74,14 +74,14 @@ class TrainingState:
         device: torch.device | str = "cpu",
         perceptual: nn.Module | None = None,
     ) -> None:
-        if config.loss.weight_perceptual and perceptual is None:
+        if config.loss.uses_features and perceptual is None:
             raise ValueError(
-                f"loss.weight_perceptual is {config.loss.weight_perceptual} but no feature network was given; "
-                "give one or set the weight to 0"
+                f"loss.weight_perceptual is {config.loss.weight_perceptual} and loss.weight_style "
+                f"{config.loss.weight_style}, but no feature network was given; give one or set both weights to 0"
             )
         self.config = config
         self.device = torch.device(device)
-        self.perceptual = perceptual.to(device) if perceptual is not None else None
+        self.perceptual = perceptual.to(device) if perceptual is not None and config.loss.uses_features else None
         self.model = TMAD(config.model, seed=seed).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "init", "critics"))
@@ -232,10 +232,15 @@ class TrainingState:
             terms["retrieval"] = (weights.weight_retrieval, losses.expected_distance(out.weights, distances, counted))
         if weights.weight_l1:
             terms["l1"] = (weights.weight_l1, (patches - target).abs().mean())
-        if weights.weight_perceptual and self.perceptual is not None:
+        if self.perceptual is not None:
+            with self._autocast(), torch.no_grad():
+                wanted = self.perceptual(target.flatten(0, 1))
             with self._autocast():
-                loss = perceptual_loss(self.perceptual, patches.flatten(0, 1), target.flatten(0, 1))
-            terms["perceptual"] = (weights.weight_perceptual, loss)
+                made = self.perceptual(patches.flatten(0, 1))
+            if weights.weight_perceptual:
+                terms["perceptual"] = (weights.weight_perceptual, perceptual_loss(made, wanted))
+            if weights.weight_style:
+                terms["style"] = (weights.weight_style, style_loss(made, wanted))
         if weights.weight_tv:
             terms["tv"] = (weights.weight_tv, losses.total_variation(out.output, mask))
         self._freeze_critics(True)

@@ -64,7 +64,7 @@ def measure(config: RunConfig, *, crop_size: int) -> Footprint:
     training = replace(config.training, loss=replace(config.training.loss, gp_every=1))
     features = (
         untrained_vgg19(torch_generator("footprint"), config.perceptual.convolutions)
-        if training.loss.weight_perceptual
+        if training.loss.uses_features
         else None
     )
     state = TrainingState(training, perceptual=features)

@@ -99,7 +99,7 @@ def find_initial(config: RunConfig, tracking_uri: str | None) -> Initial:
     if whole:
         critics = {name: value for name, value in read_state(folder).items() if name.startswith(TAKEN_NETWORKS[1:])}
         found |= critics
-    own = replace(config.training, loss=replace(config.loss, weight_perceptual=0.0))
+    own = replace(config.training, loss=replace(config.loss, weight_perceptual=0.0, weight_style=0.0))
     wanted = {name: value for name, value in TrainingState(own).tensors().items() if name.startswith(TAKEN_NETWORKS)}
     if config.init_networks == "coarse":
         found, wanted = ({k: v for k, v in one.items() if k.startswith("model/coarse.")} for one in (found, wanted))
