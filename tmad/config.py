@@ -180,7 +180,7 @@ class LossConfig:
     weight_perceptual: NonNegativeFloat = 0.02
     """lambda_percep of Eq. 8: VGG-19 features [P]."""
     weight_style: NonNegativeFloat = 0.0
-    """Of the Gram matrices of the same features, which ask for the texture of the true patch wherever in it it is [D]."""
+    """Of the Gram matrices of the same features: they ask for the true patch's texture, wherever in the patch [D]."""
     weight_retrieval: NonNegativeFloat = 1.0
     """Of the expected l1 distance between the true patch and the memory's, sum_j S_j |T_j - p_gt|, which teaches
     retrieval; 0 = the paper's path alone, see `retrieval.straight_through` [D]."""

@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "-m",
         "--model",
         default=os.environ.get("TMAD_MODEL", "builtin"),
-        help="model folder, run folder, URI or models:/name@alias; default: TMAD_MODEL, else `builtin`, the one in the box",
+        help="model folder, run folder, URI, models:/name@alias or builtin; default: TMAD_MODEL, else builtin",
     )
     made.add_argument("--hole", choices=("white", "black"), default="white", help="colour of the hole in the mask")
     made.add_argument("--dilate", metavar="PX", type=int, default=0, help="grow the hole by so many pixels")

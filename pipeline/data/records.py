@@ -252,8 +252,8 @@ def _family_masks(image_id: str, config: RecordConfig, variants: range) -> Itera
                 break
         else:
             raise ValueError(
-                f"mask family {config.family(variant, image_id)!r} gave {_MASK_DRAWS} times no hole or nothing but hole at "
-                f"{config.crop_size} pixels; choose another mask or crop_size"
+                f"mask family {config.family(variant, image_id)!r} gave {_MASK_DRAWS} times no hole or nothing but "
+                f"hole at {config.crop_size} pixels; choose another mask or crop_size"
             )
         yield mask
 
