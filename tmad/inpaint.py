@@ -261,7 +261,7 @@ class Inpainter:
         k = self.model.config.patch_size
         cells = hole_cells(hole, k).astype(np.int64)
         corners = np.stack(np.divmod(cells, hole.shape[1] // k), axis=1) * k
-        index = self._retrieve(read, corners, memory)
+        index, weights = self._retrieve(read, corners, memory)
         filled = before.copy()
         side = max(1, math.isqrt(self.cells_per_chunk)) * k
         margin = -(-(self.model.psnet.reach + self.model.config.overlap) // k) * k
@@ -278,20 +278,23 @@ class Inpainter:
             inside = ((corners >= (y, x)) & (corners < (bottom + margin, right + margin))).all(axis=1)
             rows, columns = ((corners[inside] - (y, x)) // k).T
             local = torch.from_numpy(rows * (coarse.shape[-1] // k) + columns).to(self.device)
-            candidates = memory[0][index[torch.from_numpy(inside).to(self.device)]]
-            made = _to_array(self.model.synthesize(coarse, mask, candidates[None], local[None]))
+            chosen = torch.from_numpy(inside).to(self.device)
+            candidates = self.model.retrieval.hand_out(weights[chosen][None], memory, index[chosen][None])
+            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None]))
             made = made[top - y : bottom - y, left - x : right - x][: target.shape[0], : target.shape[1]]
             target[wanted] = made[wanted]
         return filled, self._found(index, memory, pool_yx, corners)
 
-    def _retrieve(self, read: Callable[[Part], Tensor], corners: np.ndarray, memory: Tensor) -> Tensor:
-        """The candidates (N, C) of the cells at *corners* (N, 2), as numbers of memory windows."""
+    def _retrieve(self, read: Callable[[Part], Tensor], corners: np.ndarray, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The candidates (N, C) of the cells at *corners* (N, 2), as numbers of memory windows, and S (N, P)."""
         k = self.model.config.patch_size
-        found = []
+        index, weights = [], []
         for chunk in np.split(corners, range(self.cells_per_chunk, len(corners), self.cells_per_chunk)):
             queries = torch.cat([read(np.s_[y : y + k, x : x + k]) for y, x in chunk])[None]
-            found.append(self.model.retrieval(queries, self.model.patches(memory), memory[..., :1, :1, :1]).index[0])
-        return torch.cat(found)
+            found = self.model.retrieval(queries, self.model.patches(memory), memory[..., :1, :1, :1])
+            index.append(found.index[0])
+            weights.append(found.weights[0])
+        return torch.cat(index), torch.cat(weights)
 
     def _found(self, index: Tensor, memory: Tensor, pool_yx: Tensor, corners: np.ndarray) -> _Found:
         if not self.keep_candidates:

@@ -28,7 +28,9 @@ class PSNet(nn.Module):
         self.residual = config.residual
         # Full resolution: two convolutions each of the first down-block, the last up-block and the final pair; half:
         # those of the second and first, and the reassembly; quarter: the residual blocks and the reassembly.
-        self.reach = 6 + 2 * (4 + carafe.kernel // 2) + 4 * (2 * config.num_res_blocks + carafe.kernel // 2 + 1)
+        blocks = max(config.num_res_blocks, config.num_texture_res_blocks)
+        reassembly = max(carafe.kernel, carafe.encoder_kernel) // 2
+        self.reach = 6 + 2 * (4 + reassembly) + 4 * (2 * blocks + reassembly + 1)
         """Pixels beyond which nothing changes a pixel of the output."""
         self.encoder = nn.Sequential(
             conv(4, base, 1),

@@ -83,16 +83,18 @@ class Retrieval(nn.Module):
         with torch.autocast(cells.device.type, enabled=False):
             scores_BNP = similarity(query_BND.float(), memory_BPD.float()) / self.config.temperature
             weights = scores_BNP.softmax(dim=-1)
-        num = self.config.num_candidates
-        index = scores_BNP.topk(num, dim=-1).indices
+        index = scores_BNP.topk(self.config.num_candidates, dim=-1).indices
+        return Retrieved(self.hand_out(weights, held, index), index, weights)
+
+    def hand_out(self, weights: Tensor, held: Tensor, index: Tensor) -> Tensor:
+        """The candidates (B, N, C, ...) that S *weights* (B, N, P) and *index* (B, N, C) choose of *held*."""
         if self.config.mode == "weighted_sum":
             mean = torch.einsum("bnp,bp...->bn...", weights, held.float()).to(held.dtype)
-            candidates = mean[:, :, None].expand(-1, -1, num, *(-1 for _ in held.shape[2:]))
-        elif self.config.straight_through:
-            candidates = StraightThroughGather.apply(weights, held, index)
-        else:
-            candidates = gather_patches(held, index)
-        return Retrieved(candidates, index, weights)
+            return mean[:, :, None].expand(-1, -1, index.shape[-1], *(-1 for _ in held.shape[2:]))
+        if self.config.straight_through:
+            candidates: Tensor = StraightThroughGather.apply(weights, held, index)
+            return candidates
+        return gather_patches(held, index)
 
 
 def embedding(config: RetrievalConfig) -> nn.Sequential:

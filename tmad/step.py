@@ -347,8 +347,11 @@ class TrainingState:
             if (gradients := [p.grad for p in module.parameters() if p.grad is not None])
         }
         # Each on its own: the patch discriminator's gradient is ten times the global one's, which would stand still.
-        groups = [parameters] if name == "generator" else [list(n.parameters()) for _, n in self._trained_by(name)]
-        norm = torch.stack([nn.utils.clip_grad_norm_(group, limit) for group in groups]).square().sum().sqrt()
+        # One that does not take part has no gradients, whose norm would lie on the CPU whatever the device.
+        networks = [n for _, n in self._trained_by(name)] if name == "critics" else [self.model]
+        groups = [[p for p in network.parameters() if p.grad is not None] for network in networks]
+        norms_before = [nn.utils.clip_grad_norm_(group, limit) for group in groups if group]
+        norm = torch.stack(norms_before).square().sum().sqrt()
         finite = bool(norm.isfinite())
         if finite:
             optimizer.step()

@@ -128,3 +128,22 @@ def test_every_parameter_learns() -> None:
     layer = Carafe(3, CarafeConfig(kernel=3))
     (layer(rand(1, 3, 4, 4, dtype=torch.float32)) * rand(1, 3, 8, 8, seed=3, dtype=torch.float32)).sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_in_bfloat16_the_reassembly_is_one_rounding_away_from_the_exact_result(kernel: int) -> None:
+    features = rand(2, 8, 9, 7).to(torch.bfloat16).requires_grad_()
+    weights = rand(2, 4, kernel**2, 9, 7, seed=1).softmax(2).to(torch.bfloat16)
+    out = reassemble(features, weights, kernel)
+    assert out.dtype == torch.bfloat16
+    exact_features = features.detach().double().requires_grad_()
+    exact = reassemble(exact_features, weights.double(), kernel)
+    # Half a step of bfloat16 (8 significant bits), and the roundings of the float32 sum where its terms cancel.
+    allowed = exact.abs() * 2**-8 + 1e-6
+    assert ((out.double() - exact).abs() <= allowed).all()
+    # The same for the features' gradient but for its terms, which bfloat16 rounds one by one.
+    upstream = rand(2, 8, 18, 14, seed=2).to(torch.bfloat16)
+    (gradient,) = torch.autograd.grad((out * upstream).sum(), features)
+    (wanted,) = torch.autograd.grad((exact * upstream.double()).sum(), exact_features)
+    assert gradient.dtype == torch.bfloat16
+    assert (gradient.double() - wanted).norm() < 3 * 2**-9 * wanted.norm()

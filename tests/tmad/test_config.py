@@ -47,12 +47,31 @@ def test_the_defaults_are_the_papers_values() -> None:
         0.02,
     )
     assert loss.relativistic
+    assert config.model.retrieval.temperature == 1
     assert (config.optim.lr, config.optim.lr_critics) == (1e-4, None)
 
 
 def test_the_memory_stride_is_a_half_for_rectangles_and_a_quarter_for_free_form() -> None:
     assert TMADConfig().memory_stride == 8
     assert TMADConfig(memory=MemoryConfig(rule="clean", stride_divisor=2)).memory_stride == 16
+
+
+def test_where_the_paper_does_not_hold_up_the_defaults_are_what_was_measured() -> None:
+    config = TrainingConfig()
+    assert (config.model.psnet.residual, config.loss.patch_region) == ("detail", "hole")
+    assert (config.model.retrieval.straight_through, config.loss.weight_retrieval) == (False, 1)
+
+
+def test_the_overlap_is_a_share_of_the_patch_up_to_a_half() -> None:
+    assert TMADConfig().overlap == 8
+    assert TMADConfig(patch_size=20).overlap == 5
+    assert [TMADConfig(memory=MemoryConfig(overlap=share)).overlap for share in (0, 0.5)] == [0, 16]
+
+
+def test_a_rate_of_zero_for_the_coarse_network_is_a_setting_and_for_others_none() -> None:
+    assert OptimConfig(lr_coarse_joint=0).lr_coarse_joint == 0
+    with pytest.raises(ValidationError, match="lr_critics"):
+        OptimConfig(lr_critics=0)
 
 
 @pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__name__)
@@ -96,6 +115,10 @@ def test_settings_are_frozen_keyword_only_and_refuse_unknown_names(kind: type) -
         (lambda: OptimConfig(lr=0), "lr"),
         (lambda: MemoryConfig(rule="cleanest"), "rule"),  # type: ignore[arg-type]
         (lambda: RetrievalConfig(temperature=0), "temperature"),
+        (lambda: MemoryConfig(overlap=0.51), "overlap"),
+        (lambda: MemoryConfig(overlap=-0.1), "overlap"),
+        (lambda: LossConfig(weight_retrieval=-1), "weight_retrieval"),
+        (lambda: OptimConfig(lr_coarse_joint=-1e-4), "lr_coarse_joint"),
         (lambda: CoarseConfig(dilations=(2, 0)), "dilations"),
     ],
 )

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.tmad.tiny import MODEL, make_batch
+from tests.tmad.tiny import MODEL, make_batch, with_noise
 from tmad.config import TMADConfig
 from tmad.images import to_model
 from tmad.model import TMAD, TMADOutput
+from tmad.mosaic import CHANNELS, lay_out, with_details
 
 
 @pytest.fixture(scope="module")
 def model() -> TMAD:
-    return TMAD(MODEL, seed=1).eval()
+    return with_noise(TMAD(MODEL, seed=1)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -125,20 +127,68 @@ def test_the_generator_is_its_parts_put_together_by_hand(
         torch.testing.assert_close(out.coarse_raw, raw)
         torch.testing.assert_close(out.coarse, coarse)
         output = coarse.clone()
-        padded = F.pad(coarse, (16, 16, 16, 16), mode="reflect")
+        o = 4  # a quarter of 16
+        wide = F.pad(with_details(coarse, 16), (o, o, o, o), mode="reflect")
         for b in range(2):
             pool = torch.stack([coarse[b, :, y : y + 16, x : x + 16] for y, x in pool_yx[b].tolist()])
+            chosen = []
             for n, cell in enumerate(cells[b].tolist()):
                 y, x = cell // 4 * 16, cell % 4 * 16
                 patch = coarse[b, :, y : y + 16, x : x + 16]
-                found = model.retrieval(patch[None, None], pool[None])
+                found = model.retrieval(patch[None, None], pool[None], pool[None])
                 torch.testing.assert_close(out.weights[b, n], found.weights[0, 0])
                 assert out.candidate_index[b, n].tolist() == found.index[0, 0].tolist()
-                candidates = torch.cat([pool[p] for p in found.index[0, 0].tolist()])
-                made = model.psnet(padded[b : b + 1, :, y : y + 48, x : x + 48], candidates[None])[0]
-                torch.testing.assert_close(out.patches[b, n], made)
-                output[b, :, y : y + 16, x : x + 16] = made
+                assert torch.equal(out.candidates[b, n], pool[found.index[0, 0]])
+                corners = [pool_yx[b, p].tolist() for p in found.index[0, 0].tolist()]
+                chosen.append(torch.stack([wide[b, :, y : y + 16 + 2 * o, x : x + 16 + 2 * o] for y, x in corners]))
+            here = coarse[b : b + 1], mask[b : b + 1]
+            parts = lay_out(torch.stack(chosen)[None], cells[b : b + 1], *here, patch_size=16)
+            made = model.psnet(*here, *parts)[0]
+            for n, cell in enumerate(cells[b].tolist()):
+                y, x = cell // 4 * 16, cell % 4 * 16
+                torch.testing.assert_close(out.patches[b, n], made[:, y : y + 16, x : x + 16])
+                output[b, :, y : y + 16, x : x + 16] = made[:, y : y + 16, x : x + 16]
         torch.testing.assert_close(out.output, output * mask + image * (1 - mask))
+
+
+def test_a_window_of_the_memory_is_a_patch_with_what_lies_around_it_reflected_at_the_border(model: TMAD) -> None:
+    coarse = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    memory = model.read_memory(coarse, torch.tensor([[[0, 0], [20, 30], [48, 48]]]))
+    assert memory.shape == (1, 3, CHANNELS, 24, 24)
+    assert torch.equal(memory[0, 1], with_details(coarse, 16)[0, :, 16:40, 26:50])
+    assert torch.equal(memory[0, 0, :, 4:, 4:], with_details(coarse, 16)[0, :, :20, :20])
+    assert torch.equal(memory[0, 0, :, 0], memory[0, 0, :, 8])
+    assert torch.equal(memory[0, 2, :, :, 23], memory[0, 2, :, :, 15])
+    assert torch.equal(model.patches(memory)[0, 2], coarse[0, :, 48:, 48:])
+    assert not model.read_memory(coarse.requires_grad_(), torch.zeros(1, 1, 2, dtype=torch.int64)).requires_grad
+
+
+def test_the_picture_in_parts_is_the_picture_whole(model: TMAD) -> None:
+    def rand(*shape: int, seed: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+    coarse, mask = rand(1, 3, 32, 224, seed=0), (rand(1, 1, 32, 224, seed=1) > 0).float()
+    cells, candidates = torch.arange(28)[None], rand(1, 28, 2, CHANNELS, 24, 24, seed=2)
+    corners = torch.stack([cells[0] // 14, cells[0] % 14], 1)
+
+    def part(left: int, right: int) -> Tensor:
+        """Columns *left* to *right* (of cells) of the picture, from those columns alone."""
+        inside = (corners[:, 1] >= left) & (corners[:, 1] < right)
+        local = corners[inside, 0] * (right - left) + corners[inside, 1] - left
+        columns = np.s_[..., 16 * left : 16 * right]
+        return model.synthesize(coarse[columns], mask[columns], candidates[:, inside], local[None])
+
+    with torch.no_grad():
+        whole = model.synthesize(coarse, mask, candidates, cells)
+        margin = -(-(model.psnet.reach + model.config.overlap) // 16)
+        assert margin == 3
+        for left, right in ((0, 4), (5, 6), (4, 9), (9, 14)):
+            first = max(0, left - margin)
+            made = part(first, min(14, right + margin))[..., 16 * (left - first) :][..., : 16 * (right - left)]
+            torch.testing.assert_close(made, whole[..., 16 * left : 16 * right], rtol=1e-4, atol=1e-5)
+        # One cell around is not enough.
+        near = part(4, 7)[..., 16:32]
+        assert (near - whole[..., 80:96]).abs().max() > 1e-3
 
 
 def test_images_of_a_batch_do_not_mix(model: TMAD, out: TMADOutput, inputs: tuple[Tensor, ...]) -> None:
@@ -148,14 +198,39 @@ def test_images_of_a_batch_do_not_mix(model: TMAD, out: TMADOutput, inputs: tupl
         torch.testing.assert_close(getattr(alone, name), value[1:])
 
 
-def test_the_result_reaches_coarse_network_retrieval_and_psnet_and_the_memory_gives_no_gradient() -> None:
-    model, batch = TMAD(MODEL, seed=1), make_batch()
+@pytest.mark.parametrize("straight_through", [True, False])
+def test_the_result_reaches_coarse_network_psnet_and_where_wanted_retrieval_and_the_memory_gives_no_gradient(
+    straight_through: bool,
+) -> None:
+    config = replace(MODEL, retrieval=replace(MODEL.retrieval, straight_through=straight_through))
+    model, batch = with_noise(TMAD(config, seed=1)), make_batch()
     result = model(to_model(batch.image), batch.mask.float(), batch.pool_yx, batch.cells)
     assert not result.pool.requires_grad
     result.output.square().sum().backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
+        if straight_through or not name.startswith("retrieval."):
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize("residual", ["none", "coarse", "detail"])
+def test_an_untrained_generator_gives_what_its_residual_adds_to(residual: str) -> None:
+    model, batch = TMAD(replace(MODEL, psnet=replace(MODEL.psnet, residual=residual))).eval(), make_batch()
+    image, mask = to_model(batch.image), batch.mask.float()
+    with torch.no_grad():
+        out = model(image, mask, batch.pool_yx, batch.cells)
+        memory = model.read_memory(out.coarse, batch.pool_yx)
+        found = model.retrieve(out.coarse, memory, batch.cells)
+        _, details = lay_out(found.candidates, batch.cells, out.coarse, mask, patch_size=16)
+    added = details[:, 0].sum(1) if residual == "detail" else torch.zeros_like(image)
+    drawn = in_cells(batch.cells) & (mask > 0)
+    expected = torch.where(drawn, out.coarse + added, out.coarse)
+    if residual == "none":
+        assert not torch.allclose(out.output, expected, atol=0.05)
+    else:
+        torch.testing.assert_close(out.output, expected)
 
 
 def test_the_seed_fixes_the_weights_and_the_global_generator_is_left_alone() -> None:

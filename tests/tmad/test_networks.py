@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from tmad.coarse import CoarseNet, compose
 from tmad.config import CarafeConfig, CoarseConfig, CriticsConfig, PSNetConfig, TMADConfig
 from tmad.discriminators import GlobalCritic, PatchCritic, gradient_penalty
 from tmad.model import TMAD
-from tmad.psnet import PSNet, fine_detail
+from tmad.mosaic import NUM_BANDS
+from tmad.psnet import PSNet
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -65,7 +67,8 @@ def test_the_coarse_network_has_the_blocks_of_table_i(full: TMAD) -> None:
 def test_psnet_has_the_blocks_of_table_i(full: TMAD) -> None:
     net = full.psnet
     assert count(net.encoder) == {"down": 2, "res": 5, "up": 0}
-    assert own_convolutions(net.encoder) == [(3, 16, (1, 1))]
+    # Coarse result and mask.
+    assert own_convolutions(net.encoder) == [(4, 16, (1, 1))]
     texture = nn.Sequential(*net.texture_half, *net.texture_quarter)
     assert count(texture) == {"down": 2, "res": 2, "up": 0}
     assert own_convolutions(texture) == [(12, 16, (1, 1))]
@@ -73,6 +76,8 @@ def test_psnet_has_the_blocks_of_table_i(full: TMAD) -> None:
     # The third up-block of the count: two convolutions at full resolution, then out-conv.
     assert own_convolutions(net.decode) == [(16, 16, (3, 3)), (16, 16, (3, 3))]
     assert (net.output.in_channels, net.output.out_channels, net.output.kernel_size) == (16, 3, (1, 1))
+    # Beyond the table [D]: gains of two bands of four candidates.
+    assert (net.gains.in_channels, net.gains.out_channels, net.gains.kernel_size) == (16, 8, (1, 1))
 
 
 def test_no_network_has_a_normalisation_layer_or_an_activation_behind_its_last_convolution(full: TMAD) -> None:
@@ -83,7 +88,7 @@ def test_no_network_has_a_normalisation_layer_or_an_activation_behind_its_last_c
         # Spectral normalisation and its constant are parametrizations of a weight, not layers.
         leaves = [part for part in leaves if type(part).__name__ not in ("_SpectralNorm", "_Scale")]
         assert {type(part) for part in leaves} == {nn.LeakyReLU}
-    last = (full.coarse.layers[-1], full.psnet.output, networks[1].layers[-1], networks[2].layers[-1])
+    last = (full.coarse.layers[-1], full.psnet.output, full.psnet.gains, networks[1].layers[-1], networks[2].layers[-1])
     assert all(isinstance(layer, nn.Conv2d) for layer in last)
 
 
@@ -169,15 +174,42 @@ def test_compose_lets_nothing_of_the_hidden_side_through_not_even_nan() -> None:
     assert torch.equal(gradient, mask.expand_as(gradient))
 
 
-@pytest.mark.parametrize("patch_size", [8, 16, 32])
-def test_psnet_lands_on_the_cell_from_a_window_three_times_as_wide(patch_size: int) -> None:
-    net = PSNet(replace(MODEL.psnet, base_width=4), CarafeConfig(kernel=3), num_candidates=3)
-    cells = net(rand(5, 3, 3 * patch_size, 3 * patch_size), rand(5, 9, patch_size, patch_size))
-    assert cells.shape == (5, 3, patch_size, patch_size)
+PARTS = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What PSNet sees: coarse result, mask, mosaics, details."""
 
 
-def psnet_twin(net: PSNet, windows: Tensor, candidates: Tensor) -> Tensor:
-    """PSNet spelled out from its own weights, with explicit crop and skips and the blocks' literal form."""
+def psnet_inputs(height: int = 32, width: int = 48, *, batch: int = 2, candidates: int = 2, seed: int = 0) -> PARTS:
+    size = height, width
+    return (
+        rand(batch, 3, *size, seed=seed),
+        (rand(batch, 1, *size, seed=seed + 1) > 0).float(),
+        rand(batch, candidates, 3, *size, seed=seed + 2),
+        rand(batch, candidates, NUM_BANDS, 3, *size, seed=seed + 3),
+    )
+
+
+def make_psnet(
+    candidates: int = 2, *, carafe: CarafeConfig | None = None, noise: bool = True, **changes: object
+) -> PSNet:
+    """A small PSNet, the same for the same settings; with *noise* its outputs do not start at zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = PSNet(replace(MODEL.psnet, **changes), carafe or CarafeConfig(kernel=3), candidates).eval()
+        for layer in (net.output, getattr(net, "gains", None)):
+            if noise and layer is not None:
+                nn.init.normal_(layer.weight, std=0.3)
+                nn.init.normal_(layer.bias, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 12), (32, 20)])
+def test_psnet_gives_a_picture_of_the_size_it_was_given(size: tuple[int, int]) -> None:
+    result = make_psnet(3)(*psnet_inputs(*size, candidates=3))
+    assert result.shape == (2, 3, *size)
+
+
+def psnet_twin(net: PSNet, coarse: Tensor, mask: Tensor, mosaics: Tensor, details: Tensor) -> Tensor:
+    """PSNet spelled out from its own weights, with explicit skips, sums and gains and the blocks' literal form."""
 
     def act(layer: nn.Module, x: Tensor) -> Tensor:
         return F.leaky_relu(F.conv2d(x, layer.weight, layer.bias, padding=layer.weight.shape[-1] // 2), 0.2)
@@ -191,69 +223,164 @@ def psnet_twin(net: PSNet, windows: Tensor, candidates: Tensor) -> Tensor:
     def up(block: nn.Module, x: Tensor) -> Tensor:
         return act(block[3], act(block[1], block[0](x)))
 
-    k = candidates.shape[-1]
-    x = act(net.encoder[0], windows)
+    candidates = mosaics.shape[1]
+    x = act(net.encoder[0], torch.cat([coarse, mask], 1))
     x = down(net.encoder[3], down(net.encoder[2], x))
     for block in net.encoder[4:]:
         x = res(block, x)
-    assert x.shape[-1] == 3 * k // 4
-    x = x[..., k // 4 : 2 * (k // 4), k // 4 : 2 * (k // 4)]
-    half = down(net.texture_half[2], act(net.texture_half[0], candidates))
+    half = act(net.texture_half[0], torch.cat([mosaics[:, c] for c in range(candidates)], 1))
+    half = down(net.texture_half[2], half)
     quarter = down(net.texture_quarter[0], half)
     for block in net.texture_quarter[1:]:
         quarter = res(block, quarter)
     x = up(net.up_half, torch.cat([x, quarter], 1))
     x = up(net.up_full, torch.cat([x, half], 1))
     x = act(net.decode[2], act(net.decode[0], x))
-    return F.conv2d(x, net.output.weight, net.output.bias)
+    result = F.conv2d(x, net.output.weight, net.output.bias)
+    if net.residual in ("coarse", "detail"):
+        result = result + coarse
+    if net.residual == "detail":
+        gains = F.conv2d(x, net.gains.weight, net.gains.bias)
+        for c in range(candidates):
+            for band in range(NUM_BANDS):
+                result = result + gains[:, None, NUM_BANDS * c + band] * details[:, c, band]
+    return result
 
 
-def test_psnet_equals_its_blocks_written_out() -> None:
-    net = PSNet(MODEL.psnet, CarafeConfig(kernel=3), num_candidates=2).eval()
-    windows, candidates = rand(3, 3, 48, 48), rand(3, 6, 16, 16)
-    torch.testing.assert_close(net(windows, candidates), psnet_twin(net, windows, candidates))
+@pytest.mark.parametrize("residual", ["none", "coarse", "detail"])
+def test_psnet_equals_its_blocks_written_out(residual: str) -> None:
+    net, parts = make_psnet(residual=residual), psnet_inputs()
+    torch.testing.assert_close(net(*parts), psnet_twin(net, *parts), rtol=1e-4, atol=1e-5)
 
 
 def test_both_skips_reach_the_result() -> None:
-    net = PSNet(PSNetConfig(base_width=4), CarafeConfig(kernel=3), num_candidates=2).eval()
-    windows, candidates = rand(1, 3, 48, 48), rand(1, 6, 16, 16)
-    plain = net(windows, candidates)
+    net, parts = make_psnet(), psnet_inputs()
+    plain = net(*parts)
     changes = []
     for part in (net.encoder, net.texture_half, net.texture_quarter):
         handle = part.register_forward_hook(lambda module, args, out: out + 0.5)
-        changes.append((net(windows, candidates) - plain).abs().max())
+        changes.append((net(*parts) - plain).abs().max())
         handle.remove()
     assert min(changes) > 1e-3
 
 
-def blurred_twin(patch: Tensor, radius: int) -> Tensor:
-    """Mean of the pixels at most *radius* away in each direction, as far as the patch (C, H, W) goes."""
-    out = torch.empty_like(patch)
-    for y in range(patch.shape[1]):
-        for x in range(patch.shape[2]):
-            near = patch[:, max(0, y - radius) : y + radius + 1, max(0, x - radius) : x + radius + 1]
-            out[:, y, x] = near.mean(dim=(1, 2))
-    return out
+def test_psnet_reads_the_mask_and_every_candidate() -> None:
+    net, (coarse, mask, mosaics, details) = make_psnet(), psnet_inputs()
+    plain = net(coarse, mask, mosaics, details)
+    assert not torch.allclose(net(coarse, 1 - mask, mosaics, details), plain)
+    for c in range(2):
+        other = mosaics.clone()
+        other[:, c] += 1
+        assert not torch.allclose(net(coarse, mask, other, details), plain)
 
 
-@pytest.mark.parametrize(("side", "radius"), [(8, 1), (12, 1), (16, 2), (32, 4)])
-def test_fine_detail_is_what_a_blur_over_a_quarter_of_the_side_takes_away(side: int, radius: int) -> None:
-    patches = rand(2, 3, side, side)
-    expected = torch.stack([patch - blurred_twin(patch, radius) for patch in patches])
-    torch.testing.assert_close(fine_detail(patches), expected)
+@pytest.mark.parametrize("residual", ["coarse", "detail"])
+def test_with_a_residual_option_psnet_starts_at_what_it_adds_to(residual: str) -> None:
+    net, parts = make_psnet(noise=False, residual=residual), psnet_inputs()
+    coarse, _, _, details = parts
+    start = coarse if residual == "coarse" else coarse + details[:, 0, 0] + details[:, 0, 1]
+    torch.testing.assert_close(net(*parts), start, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("residual", ["coarse", "texture"])
-def test_with_the_residual_option_psnet_starts_at_what_it_adds_to(residual: str) -> None:
-    plain = PSNet(MODEL.psnet, CarafeConfig(kernel=3), 2).eval()
-    added = PSNet(replace(MODEL.psnet, residual=residual), CarafeConfig(kernel=3), 2).eval()
-    windows, candidates = rand(2, 3, 48, 48), rand(2, 6, 16, 16)
-    start = windows[..., 16:32, 16:32]
-    if residual == "texture":
-        start = start + fine_detail(candidates[:, :3])
-    assert torch.equal(added(windows, candidates), start)
-    added.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(added(windows, candidates), plain(windows, candidates) + start)
+def test_without_a_residual_option_psnet_starts_near_the_middle_of_the_range() -> None:
+    assert make_psnet(noise=False, residual="none")(*psnet_inputs()).std() < 0.5
+
+
+@pytest.mark.parametrize("residual", ["coarse", "detail"])
+def test_a_residual_option_changes_nothing_but_the_sum(residual: str) -> None:
+    plain, added, parts = make_psnet(residual="none"), make_psnet(residual=residual), psnet_inputs()
+    added.load_state_dict(plain.state_dict(), strict=False)
+    expected = plain(*parts) + parts[0]
+    if residual == "detail":
+        with torch.no_grad():
+            added.gains.weight.zero_()
+            added.gains.bias.copy_(torch.arange(4))
+        expected = expected + parts[3][:, 0, 1] + 2 * parts[3][:, 1, 0] + 3 * parts[3][:, 1, 1]
+    torch.testing.assert_close(added(*parts), expected)
+
+
+def test_gains_differ_from_place_to_place_and_teach_the_decoder() -> None:
+    net, (coarse, mask, mosaics, details) = make_psnet(), psnet_inputs()
+    one_band = torch.zeros_like(details)
+    one_band[:, 1, 0] = 1
+    gain = net(coarse, mask, mosaics, one_band) - net(coarse, mask, mosaics, torch.zeros_like(details))
+    # One gain for all colours.
+    torch.testing.assert_close(gain[:, :1].expand(-1, 3, -1, -1), gain)
+    assert gain.std() > 0.01
+    (gain.square().mean()).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in net.decode.parameters())
+
+
+@pytest.mark.parametrize("shift", [(4, 0), (0, 4), (8, 12)])
+def test_psnet_knows_no_cells_a_picture_that_is_moved_by_four_pixels_gives_a_result_moved_by_four(
+    shift: tuple[int, int],
+) -> None:
+    net = make_psnet().double()
+    parts = [part.double() for part in psnet_inputs(112, 112, batch=1)]
+    moved = [torch.roll(part, shift, (-2, -1)) for part in parts]
+    inner = np.s_[..., net.reach + 12 : -net.reach - 12, net.reach + 12 : -net.reach - 12]
+    expected = torch.roll(net(*parts), shift, (-2, -1))[inner]
+    assert expected.numel() > 1000
+    # CARAFE's softmax runs in float32.
+    torch.testing.assert_close(net(*moved)[inner], expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("blocks", "texture_blocks", "carafe"),
+    [
+        (1, 1, CarafeConfig(kernel=3, mid_channels=4)),
+        (2, 1, CarafeConfig(kernel=5, mid_channels=4)),
+        (1, 3, CarafeConfig(kernel=3, mid_channels=4)),
+        (1, 1, CarafeConfig(kernel=3, encoder_kernel=7, mid_channels=4)),
+    ],
+)
+def test_nothing_beyond_its_reach_changes_a_pixel_of_psnet_and_something_near_it_does(
+    blocks: int, texture_blocks: int, carafe: CarafeConfig
+) -> None:
+    net = make_psnet(1, carafe=carafe, num_res_blocks=blocks, num_texture_res_blocks=texture_blocks, base_width=2)
+    for part in net.modules():
+        if isinstance(part, Carafe):  # as it may become: at the start its kernels hardly depend on what is there
+            nn.init.normal_(part.encode.weight, std=0.3)
+            nn.init.normal_(part.encode.bias, std=0.3)
+    side = 4 * (-(-2 * (net.reach + 8) // 4))
+    farthest = 0
+    # All positions that a pixel can have in the quarter-resolution grid.
+    for offset in range(4):
+        y = side // 2 // 4 * 4 + offset
+        parts = [part.requires_grad_() for part in psnet_inputs(side, side, batch=1, candidates=1)]
+        gradients = torch.autograd.grad(net(*parts)[0, :, y, y].sum(), parts)
+        for gradient in gradients:
+            touched = (gradient.flatten(0, -3).abs().sum(0) > 0).nonzero()
+            farthest = max(farthest, int((touched - y).abs().max()))
+    assert farthest <= net.reach
+    # The bound is not much too wide either: three pixels are lost to rounding to the grid.
+    assert farthest >= net.reach - 4
+
+
+def test_the_reach_of_the_papers_settings_is_70_pixels(full: TMAD) -> None:
+    assert full.psnet.reach == 70
+
+
+@pytest.mark.parametrize("residual", ["none", "detail"])
+def test_the_stored_weights_of_all_normalised_layers_turn_equally_fast(residual: str) -> None:
+    # Adam moves every stored weight by the same: one that is ten times smaller turns ten times faster.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        networks = [
+            PSNet(PSNetConfig(residual=residual), CarafeConfig(), 4),
+            PatchCritic(CriticsConfig()),
+            GlobalCritic(CriticsConfig(global_base_width=16)),
+        ]
+    for network in networks:
+        shares = {}
+        for name, layer in network.named_modules():
+            if nn.utils.parametrize.is_parametrized(layer, "weight"):
+                stored = layer.parametrizations.weight.original.detach().flatten(1)
+                bound = SPECTRAL_GAIN * (1 + math.sqrt(stored.shape[0] / stored.shape[1]))
+                shares[name] = float(torch.linalg.matrix_norm(stored, ord=2)) / bound
+        assert len(shares) >= 5
+        assert min(shares.values()) > 0.7 * max(shares.values()), shares
 
 
 def test_the_patch_critic_scores_a_map_of_a_quarter_of_the_side() -> None:
@@ -275,9 +402,9 @@ def test_the_global_critic_has_patchgan_widths() -> None:
 
 
 def normalised_convolutions(network: nn.Module) -> list[nn.Conv2d]:
-    """Those that spectral normalisation is meant for: all but CARAFE's and PSNet's linear output."""
+    """Those that spectral normalisation is meant for: all but CARAFE's and PSNet's linear outputs."""
     left_out = {id(layer) for part in network.modules() if isinstance(part, Carafe) for layer in part.modules()}
-    left_out.add(id(getattr(network, "output", None)))
+    left_out |= {id(getattr(network, name, None)) for name in ("output", "gains")}
     return [part for part in network.modules() if isinstance(part, nn.Conv2d) and id(part) not in left_out]
 
 
@@ -293,7 +420,7 @@ def test_spectral_normalisation_covers_psnet_but_carafe_and_its_output_the_criti
         assert {nn.utils.parametrize.is_parametrized(part, "weight") for part in convolutions} == {wanted}
     carafes = [part for part in model.psnet.modules() if isinstance(part, Carafe)]
     assert len(carafes) == 2
-    for module in (model.coarse, model.retrieval, model.psnet.output, *carafes):
+    for module in (model.coarse, model.retrieval, model.psnet.output, model.psnet.gains, *carafes):
         assert not any(nn.utils.parametrize.is_parametrized(part) for part in module.modules())
 
 

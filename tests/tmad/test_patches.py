@@ -1,4 +1,4 @@
-"""Geometry of patches against literal loops: cutting, windows, tiling, hole cells, the draw of cells."""
+"""Geometry of patches against literal loops: cutting, tiling, hole cells, the draw of cells."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.tmad.tiny import make_mask
 from tmad.draws import draw_cells, hole_cells, hole_grid
-from tmad.patches import cell_corners, cut, cut_windows, tile
+from tmad.patches import cell_corners, cut, tile
 
 
 def tile_twin(image: Tensor, patches: Tensor, cells: Tensor) -> Tensor:
@@ -23,21 +23,6 @@ def tile_twin(image: Tensor, patches: Tensor, cells: Tensor) -> Tensor:
             y, x = cell // columns * k, cell % columns * k
             result[b, :, y : y + k, x : x + k] = patches[b, n]
     return result
-
-
-def window_twin(image: Tensor, cell: int, k: int) -> Tensor:
-    """The 3k x 3k window around a cell, pixel by pixel; an index beyond the border is reflected."""
-    height, width = image.shape[-2:]
-    top, left = cell // (width // k) * k - k, cell % (width // k) * k - k
-
-    def reflect(i: int, size: int) -> int:
-        return -i if i < 0 else 2 * (size - 1) - i if i >= size else i
-
-    window = image.new_zeros(image.shape[0], 3 * k, 3 * k)
-    for i in range(3 * k):
-        for j in range(3 * k):
-            window[:, i, j] = image[:, reflect(top + i, height), reflect(left + j, width)]
-    return window
 
 
 def images(batch: int = 2, height: int = 12, width: int = 16) -> Tensor:
@@ -95,28 +80,6 @@ def test_a_patch_named_twice_is_simply_there() -> None:
     patches = torch.randn(1, 1, 3, 4, 4).expand(1, 2, 3, 4, 4)
     cells = torch.tensor([[6, 6]])
     assert torch.equal(tile(images(1), patches, cells), tile_twin(images(1), patches, cells))
-
-
-def test_windows_are_three_cells_wide_and_reflected_at_the_border() -> None:
-    image = images(1)
-    cells = torch.arange(12)[None]
-    windows = cut_windows(image, cells, 4)
-    assert windows.shape == (1, 12, 3, 12, 12)
-    for cell in range(12):
-        assert torch.equal(windows[0, cell], window_twin(image[0], cell, 4))
-
-
-def test_the_centre_of_a_window_is_its_cell() -> None:
-    image, cells = images(), torch.tensor([[0, 7], [11, 4]])
-    centres = cut_windows(image, cells, 4)[..., 4:8, 4:8]
-    assert torch.equal(centres, cut(image, cell_corners(cells, patch_size=4, width=16), 4))
-
-
-def test_an_image_of_one_cell_repeats_its_edge() -> None:
-    image = images(1, 4, 8)
-    window = cut_windows(image, torch.tensor([[0]]), 4)[0, 0]
-    assert torch.equal(window[:, 4:8, 4:12], image[0])
-    assert torch.equal(window[:, :4, 4:12], image[0, :, :1].expand(3, 4, 8))
 
 
 @settings(max_examples=40)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.tmad.test_losses import equation_6, equation_7, flat, mean, region_twin, softplus, variation_twin
+from tests.tmad.test_retrieval import expected_distance_twin
 from tests.tmad.tiny import (
     MODEL,
     TRAINING,
@@ -24,11 +25,13 @@ from tests.tmad.tiny import (
     snapshot,
     train,
     with_loss,
+    with_noise,
     with_optim,
 )
 from tmad.config import TrainingConfig
 from tmad.images import to_model
 from tmad.patches import cell_corners, cut
+from tmad.retrieval import retrieval_gain
 from tmad.step import NonFiniteLoss, TrainingState, cosine_restarts
 
 WEIGHTS = {
@@ -36,6 +39,7 @@ WEIGHTS = {
     "weight_valid": "coarse_valid",
     "weight_l1": "l1",
     "weight_perceptual": "perceptual",
+    "weight_retrieval": "retrieval",
     "weight_tv": "tv",
     "weight_gan_patch": "gan_patch",
     "weight_gan_global": "gan_global",
@@ -107,8 +111,14 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 # What learns
 
 
-def test_one_joint_step_moves_every_parameter_of_every_module() -> None:
-    state = make_state()
+def with_residual(residual: str, config: TrainingConfig = TRAINING) -> TrainingConfig:
+    return replace(config, model=replace(config.model, psnet=replace(config.model.psnet, residual=residual)))
+
+
+@pytest.mark.parametrize(("residual", "steps"), [("none", 1), ("coarse", 2), ("detail", 2)])
+def test_joint_steps_move_every_parameter_of_every_module(residual: str, steps: int) -> None:
+    # With a residual, the first step moves the outputs, which start at zero, and only then the layers before them.
+    state = make_state(with_residual(residual))
     parts = {
         "coarse": state.model.coarse,
         "theta": state.model.retrieval.embed_query,
@@ -117,13 +127,14 @@ def test_one_joint_step_moves_every_parameter_of_every_module() -> None:
         "texture": nn.ModuleList([state.model.psnet.texture_half, state.model.psnet.texture_quarter]),
         "decoder": nn.ModuleList(
             [getattr(state.model.psnet, name) for name in ("up_half", "up_full", "decode", "output")]
+            + ([state.model.psnet.gains] if residual == "detail" else [])
         ),
         "patch critic": state.patch_critic,
         "global critic": state.global_critic,
         "average": state.ema_model,
     }
     before = {name: snapshot(part) for name, part in parts.items()}
-    step(state)
+    train(state, steps)
     for name, part in parts.items():
         still = before[name].keys() - moved(before[name], part)
         # Relative scores do not depend on the last bias of the patch critic (Eq. 6); only rounding may move it.
@@ -275,30 +286,47 @@ def test_without_the_perceptual_term_no_feature_network_is_needed_and_with_it_it
 # The values of the terms, and the adversarial game
 
 
+@pytest.mark.parametrize("region", ["cell", "hole"])
 @pytest.mark.parametrize("relativistic", [True, False])
-def test_every_term_of_a_step_equals_its_equation_written_out(relativistic: bool) -> None:
-    config = with_loss(with_optim(PLAIN_CRITICS, lr_critics=STILL), relativistic=relativistic)
-    state, batch = make_state(config), make_batch()
+def test_every_term_of_a_step_equals_its_equation_written_out(relativistic: bool, region: str) -> None:
+    config = with_loss(with_optim(PLAIN_CRITICS, lr_critics=STILL), relativistic=relativistic, patch_region=region)
+    state, batch = make_state(config), make_batch(num_cells=12)
+    with_noise(state.model)
     twin = copy.deepcopy(state)
     metrics = {name: float(value) for name, value in step(state, batch=batch).items()}
 
     image, mask = to_model(batch.image), batch.mask.float()
     with torch.no_grad():
         out = twin.model(image, mask, batch.pool_yx, batch.cells)
-        target = cut(image, cell_corners(batch.cells, patch_size=16, width=64), 16)
+        corners = cell_corners(batch.cells, patch_size=16, width=64)
+        target, hole = cut(image, corners, 16), cut(mask, corners, 16)
+        seen = out.patches if region == "cell" else hole * out.patches + (1 - hole) * target
         reals = torch.cat([out.candidates.flatten(0, 2), target.flatten(0, 1)])
-        real, fake = twin.patch_critic(reals), twin.patch_critic(out.patches.flatten(0, 1))
+        real, fake = twin.patch_critic(reals), twin.patch_critic(seen.flatten(0, 1))
         memory = twin.patch_critic(out.pool.flatten(0, 1))
         global_real, global_fake = twin.global_critic(image), twin.global_critic(out.output)
-        maps = [Features()(x.flatten(0, 1)) for x in (out.patches, target)]
-    assert len(reals) == 2 * 9 * (2 + 1)
+        maps = [Features()(x.flatten(0, 1)) for x in (seen, target)]
+    assert len(reals) == 2 * 12 * (2 + 1)
+    # What the memory is compared with: the true cells that have a hole in them, and no others.
+    counted = hole.flatten(2).amax(2) > 0
+    assert counted.any(1).all()
+    assert not counted.all(1).any()
+    distances = (out.pool[:, None] - target[:, :, None]).abs().flatten(3).mean(3)
+    top = distances.gather(2, out.candidate_index[..., :1])[..., 0]
     r, f = flat(real), flat(fake)
     alone = mean([softplus(-x) for x in r]) + mean([softplus(x) for x in f]), mean([softplus(-x) for x in f])
     blend = flat(global_real), flat(global_fake)
     expected = {
         "loss/coarse_hole": region_twin(out.coarse_raw, image, mask),
         "loss/coarse_valid": region_twin(out.coarse_raw, image, 1 - mask),
-        "loss/l1": float((out.patches - target).abs().mean()),
+        "loss/l1": float((seen - target).abs().mean()),
+        "loss/retrieval": expected_distance_twin(out.weights, distances, counted),
+        "retrieval/top": 127.5 * float(top[counted].mean()),
+        # Nothing is trained yet.
+        "retrieval/untrained": 127.5 * float(top[counted].mean()),
+        "retrieval/best": 127.5 * float(distances.amin(2)[counted].mean()),
+        "retrieval/random": 127.5 * float(distances.mean(2)[counted].mean()),
+        "retrieval/entropy": float(-(out.weights * out.weights.log()).sum(2)[counted].mean()),
         "loss/perceptual": sum(float((a - b).abs().mean()) for a, b in zip(*maps, strict=True)),
         "loss/tv": variation_twin(out.output, mask),
         "loss/critic_patch": equation_6(real, fake) if relativistic else alone[0],
@@ -349,6 +377,70 @@ def test_a_residual_psnet_learns_although_most_pixels_of_its_cells_are_no_hole()
         out = state.model(image, mask, batch.pool_yx, batch.cells)
     errors = [region_twin(filled, image, mask) for filled in (out.output, out.coarse)]
     assert errors[0] < 0.5 * errors[1]
+
+
+def with_retrieval(config: TrainingConfig = TRAINING, **changes: object) -> TrainingConfig:
+    model = replace(config.model, retrieval=replace(config.model.retrieval, **changes))
+    return replace(config, model=model)
+
+
+@pytest.mark.parametrize(("straight_through", "weight"), [(False, 0.0), (False, 1.0), (True, 0.0), (True, 1.0)])
+def test_retrieval_learns_through_the_path_of_the_paper_or_from_its_own_term_or_not_at_all(
+    straight_through: bool, weight: float
+) -> None:
+    config = with_loss(with_retrieval(straight_through=straight_through), weight_retrieval=weight)
+    (_, update), metrics = gradients(config)
+    reached = {name for name in update if name.startswith("model.retrieval.") and update[name].any()}
+    assert len(reached) == (8 if straight_through or weight else 0)
+    assert ("loss/retrieval" in metrics) == bool(weight)
+    # Watched it is in any case.
+    names = {"top", "untrained", "best", "random", "entropy", "distinct"}
+    assert {f"retrieval/{name}" for name in names} <= set(metrics)
+
+
+def test_the_retrieval_term_teaches_no_part_of_psnet() -> None:
+    state = make_state(only("weight_retrieval"))
+    before = snapshot(state.model)
+    train(state, 2)
+    names = {name.split(".")[0] for name in moved(before, state.model)}
+    # Through the cells that are asked for it also reaches the network that makes them.
+    assert names == {"retrieval", "coarse"}
+
+
+def test_on_one_batch_the_retrieval_term_finds_nearer_patches_than_the_untrained_embedding() -> None:
+    state = make_state(with_optim(only("weight_retrieval"), lr=5e-3, lr_coarse_joint=0.0))
+    untrained = snapshot(state.untrained)
+    history = train(state, 60, fixed=True)
+    first, last = history[0], history[-1]
+    assert first["retrieval/top"] == first["retrieval/untrained"] == last["retrieval/untrained"]
+    assert not moved(untrained, state.untrained)
+    gain = retrieval_gain(*(last[f"retrieval/{name}"] for name in ("top", "untrained", "best")))
+    assert gain is not None
+    assert gain > 0.5
+    assert last["retrieval/entropy"] < first["retrieval/entropy"]
+
+
+def test_a_frozen_coarse_network_is_left_untouched_and_not_differentiated() -> None:
+    config = with_optim(lr_coarse_joint=0.0)
+    (_, update), metrics = gradients(config)
+    assert not [name for name in update if name.startswith("model.coarse.")]
+    assert not {"loss/coarse_hole", "loss/coarse_valid", "grad_norm/coarse"} & set(metrics)
+    # All others get the gradients that they get beside a coarse network that learns.
+    (_, everything), _ = gradients(TRAINING)
+    others = {name: value for name, value in everything.items() if not name.startswith("model.coarse.")}
+    assert others.keys() == update.keys()
+    assert_close(others, update)
+
+    state, seen = make_state(config), []
+    state.model.coarse.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    before = snapshot(state.model.coarse)
+    train(state, 2)
+    assert not moved(before, state.model.coarse)
+    assert seen == [False, False]
+    assert not [name for name in state.tensors() if name.startswith("adam/generator/coarse.")]
+    # In the phase of its own it learns as ever.
+    train(state, 1, "coarse")
+    assert moved(before, state.model.coarse) == before.keys()
 
 
 def test_the_common_mean_is_asked_of_the_workers_for_both_expectations_of_both_sides() -> None:
@@ -454,9 +546,35 @@ def test_the_reported_norm_is_the_one_before_clipping_and_the_update_uses_the_cl
         norm = torch.stack([value.norm() for value in update.values()]).norm()
         torch.testing.assert_close(metrics[f"grad_norm/{name}"], norm)
         assert norm > 0.01
-        moments = [moment["exp_avg"] for moment in state.optimizers[name].state.values()]
-        # Adam's first moment after one step is (1 - beta1) times the gradient it was given.
-        assert float(torch.stack([m.norm() for m in moments]).norm()) / 0.5 == pytest.approx(1e-3, rel=1e-2)
+    # The generator as a whole, each discriminator on its own.
+    for name, networks in (("generator", [state.model]), ("critics", [state.patch_critic, state.global_critic])):
+        for network in networks:
+            assert float(given_to_adam(state, name, network)) == pytest.approx(1e-3, rel=1e-2)
+
+
+def given_to_adam(state: TrainingState, optimizer: str, network: nn.Module) -> Tensor:
+    """Norm of the gradient that Adam was given at its first step: its first moment is (1 - beta1) times that."""
+    moments = [state.optimizers[optimizer].state[parameter]["exp_avg"] for parameter in network.parameters()]
+    return torch.stack([moment.norm() for moment in moments]).norm() / (1 - TRAINING.optim.betas[0])
+
+
+def test_a_loud_discriminator_does_not_slow_the_other_one_down() -> None:
+    norms = {name: value for name, value in train(make_state(), 1)[0].items() if name.startswith("grad_norm/")}
+    quiet, loud = sorted((norms["grad_norm/patch_critic"], norms["grad_norm/global_critic"]))
+    name = "patch_critic" if quiet == norms["grad_norm/patch_critic"] else "global_critic"
+    assert loud > 1.2 * quiet
+    state = make_state(with_optim(clip_grad_norm=(quiet + loud) / 2))
+    train(state, 1)
+    assert float(given_to_adam(state, "critics", getattr(state, name))) == pytest.approx(quiet, rel=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_with_one_discriminator_the_norm_of_all_is_its_own(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    state = TrainingState(with_loss(weight_gan_global=0.0), device=device, perceptual=Features())
+    (metrics,) = train(state, 1)
+    assert metrics["grad_norm/critics"] == pytest.approx(metrics["grad_norm/patch_critic"])
 
 
 def test_a_limit_of_zero_does_not_clip() -> None:

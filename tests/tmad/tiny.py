@@ -22,6 +22,7 @@ from tmad.config import (
     TrainingConfig,
 )
 from tmad.memory import select_pool
+from tmad.model import TMAD
 from tmad.rng import numpy_generator, torch_generator
 from tmad.step import TrainingState
 
@@ -71,6 +72,17 @@ def with_optim(config: TrainingConfig = TRAINING, **changes: object) -> Training
 def make_state(config: TrainingConfig = TRAINING, *, seed: int = 0) -> TrainingState:
     """A fresh training state with the small feature network."""
     return TrainingState(config, seed=seed, perceptual=Features())
+
+
+def with_noise(model: TMAD, std: float = 0.1) -> TMAD:
+    """*model* with outputs of PSNet that depend on what it sees, as if trained; with a residual they start at zero."""
+    generator = torch_generator("tiny", "noise")
+    with torch.no_grad():
+        for layer in (model.psnet.output, getattr(model.psnet, "gains", None)):
+            if layer is not None:
+                for parameter in layer.parameters():
+                    parameter += std * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def make_image(seed: int, side: int = 64) -> np.ndarray:
