@@ -40,7 +40,7 @@ ValidationMeasure = Literal[
     "l1_hole_pct",
     "ssim_full",
     "swd_hole_truthscaled",
-    "seam_ratio",
+    "seam_ratio_hole",
     "retrieval_gain",
     "coarse_psnr_hole",
     "coarse_l1_hole_pct",

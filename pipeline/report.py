@@ -117,9 +117,8 @@ class Report:
                 for method, (text, best) in measure_texts(name, entry, values).items()
             }
             unit = f", {html.escape(entry.unit)}" if entry.unit else ""
-            arrow = "↑" if entry.better == "higher" else "↓"
             body += (
-                f"<tr><th scope='row'><code>{html.escape(name)}</code>{unit} {arrow} {entry.better} is better"
+                f"<tr><th scope='row'><code>{html.escape(name)}</code>{unit} {entry.direction}"
                 f"<small>{html.escape(entry.formula)}</small></th>"
                 + "".join(f"<td class='number'>{texts[method]}</td>" for method in values)
                 + "</tr>"
@@ -318,7 +317,7 @@ def measure_texts(
     }
     finite = [text for text in texts.values() if text is not None]
     best = None
-    if len(values) > 1 and finite:
+    if len(values) > 1 and finite and entry.better != "neither":
         best = max(finite, key=float) if entry.better == "higher" else min(finite, key=float)
     return {method: (text, text is not None and text == best) for method, text in texts.items()}
 

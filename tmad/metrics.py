@@ -43,14 +43,21 @@ class Measure:
 
     unit: str
     """Empty for a plain number."""
-    better: Literal["lower", "higher"]
-    """Which way the paper counts as an improvement."""
+    better: Literal["lower", "higher", "neither"]
+    """Which way is an improvement. Neither: a value of the photographs' own is best, and lower than it no merit."""
     formula: str
     """One line; r result, t truth, both 0..255, and in brackets who reports it."""
     function: MeasureFunction | None = None
     """None for a measure of a whole set (`tmad.swd`, `tmad.frechet`) and for one that needs a network of its own."""
     cap: float | None = None
     """The value at which it is cut off."""
+
+    @property
+    def direction(self) -> str:
+        """`better` as tables say it."""
+        return {"higher": "↑ higher is better", "lower": "↓ lower is better", "neither": "like the photographs"}[
+            self.better
+        ]
 
 
 def l1_hole_pct(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float | None:
@@ -129,7 +136,7 @@ def tv_l1_hole_pct(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> f
     return 100 * sum(float(steps.mean()) for steps in (right, down) if steps.size)
 
 
-def seam_ratio(
+def seam_ratio_hole(
     result: np.ndarray, truth: np.ndarray, mask: np.ndarray, *, patch_size: int = PATCH_SIZE
 ) -> float | None:
     """How much steeper the result is across the borders of cells than within them.
@@ -187,28 +194,30 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
             "", "higher", "SSIM, Gaussian 11x11 sigma 1.5, zeros beyond the border [LaMa]", ssim_full_zeropad
         ),
         "tv_grad255": Measure(
-            "grey levels", "lower", "mean sqrt(dx² + dy²) of r, wrapping around [PICNet]", tv_grad255
+            "grey levels", "neither", "mean sqrt(dx² + dy²) of r, wrapping around [PICNet]", tv_grad255
         ),
         "tv_l1_hole_pct": Measure(
-            "%", "lower", "100/127.5 (mean |dx| + mean |dy|) of r over hole [MMEditing's loss]", tv_l1_hole_pct
+            "%", "neither", "100/127.5 (mean |dx| + mean |dy|) of r over hole [MMEditing's loss]", tv_l1_hole_pct
         ),
-        "seam_ratio": Measure(
+        "seam_ratio_hole": Measure(
             "",
             "lower",
             "mean |difference| of neighbours in the hole across cell borders / within cells; photographs: about 1",
-            seam_ratio,
+            seam_ratio_hole,
         ),
-        "candidate_l1": Measure(
+        "retrieval_top_l1": Measure(
             "grey levels", "lower", "mean |first candidate - true cell|: what retrieval hands to PSNet"
         ),
-        "memory_l1": Measure("grey levels", "lower", "mean |best patch of the memory - true cell|: what it could have"),
-        "candidates_distinct": Measure(
+        "retrieval_best_l1": Measure(
+            "grey levels", "lower", "mean |best patch of the memory - true cell|: what it could have"
+        ),
+        "retrieval_distinct": Measure(
             "", "higher", "different first candidates of an image / its hole cells (or memory patches, if fewer)"
         ),
         "retrieval_gain": Measure(
             "",
             "higher",
-            "candidate_l1, (untrained - r) / (untrained - memory_l1): 0 = as without training, 1 = the best",
+            "(untrained - r) / (untrained - best) of retrieval_top_l1: 0 = as without training, 1 = the memory's best",
         ),
         "lpips_full": Measure("", "lower", "distance of deep features, by the network that was given [LaMa, MAT]"),
         "swd_full": Measure(
@@ -248,7 +257,7 @@ def measure(
     """
     check_images(result, truth, mask)
     of_one_image = {name: entry.function for name, entry in MEASURES.items() if entry.function}
-    of_one_image["seam_ratio"] = partial(seam_ratio, patch_size=patch_size)
+    of_one_image["seam_ratio_hole"] = partial(seam_ratio_hole, patch_size=patch_size)
     chosen = of_one_image if names is None else names
     if unknown := [name for name in chosen if name not in of_one_image]:
         raise ValueError(f"no measure of one image is called {', '.join(unknown)}; there are {', '.join(of_one_image)}")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from tmad.config import RetrievalConfig
 from tmad.patches import cut
+from tmad.rng import seed_of
 
 
 def similarity(query_BND: Tensor, memory_BPD: Tensor) -> Tensor:
@@ -95,6 +96,13 @@ class Retrieval(nn.Module):
             candidates: Tensor = StraightThroughGather.apply(weights, held, index)
             return candidates
         return gather_patches(held, index)
+
+
+def untrained_retrieval(config: RetrievalConfig) -> Retrieval:
+    """What training is compared with: the same layers with random weights, the same ones everywhere."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(0, "untrained retrieval"))
+        return Retrieval(config).requires_grad_(False).eval()
 
 
 def embedding(config: RetrievalConfig) -> nn.Sequential:

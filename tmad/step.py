@@ -23,7 +23,7 @@ from tmad.images import to_model
 from tmad.model import TMAD, TMADOutput
 from tmad.patches import cell_corners, cut
 from tmad.perceptual import perceptual_loss, style_loss
-from tmad.retrieval import intact_share, patch_distances, retrieval_statistics
+from tmad.retrieval import intact_share, patch_distances, retrieval_statistics, untrained_retrieval
 from tmad.rng import seed_of
 
 Phase = Literal["coarse", "joint"]
@@ -87,8 +87,7 @@ class TrainingState:
             torch.manual_seed(seed_of(seed, "init", "critics"))
             self.patch_critic = PatchCritic(config.critics).to(device)
             self.global_critic = GlobalCritic(config.critics).to(device)
-        # What retrieval is compared with: the embedding that the seed gave, whatever the run starts from.
-        self.untrained = copy.deepcopy(self.model.retrieval).requires_grad_(False).eval()
+        self.untrained = untrained_retrieval(config.model.retrieval).to(device)
         self.ema_model = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.images_seen = 0
         self.steps = 0

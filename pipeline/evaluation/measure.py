@@ -314,7 +314,11 @@ def retrieval_gains(overall: Mapping[str, Mapping[str, Any]]) -> dict[str, float
         value: float | None = overall.get(method, {}).get(name, {}).get("mean")
         return value
 
-    found, untrained, best = mean("tmad", "candidate_l1"), mean("blended", "candidate_l1"), mean("tmad", "memory_l1")
+    found, untrained, best = (
+        mean("tmad", "retrieval_top_l1"),
+        mean("blended", "retrieval_top_l1"),
+        mean("tmad", "retrieval_best_l1"),
+    )
     if found is None or untrained is None or best is None:
         return {}
     return {"tmad": retrieval_gain(found, untrained, best)}

@@ -14,6 +14,7 @@ from pipeline.evaluation.config import EvaluateConfig, behind
 from pipeline.evaluation.external import Results, result_name
 from tmad.inpaint import Inpainter, InpaintResult, UnusableInput
 from tmad.model import TMAD
+from tmad.retrieval import untrained_retrieval
 from tmad.rng import numpy_generator
 
 TITLES: Mapping[str, str] = {
@@ -141,13 +142,15 @@ def untrained(inpainter: Inpainter) -> Inpainter:
         psnet=replace(config.psnet, residual="detail", base_width=1, num_res_blocks=1, num_texture_res_blocks=1),
         coarse=replace(config.coarse, base_width=1, num_res_blocks=1),
     )
-    model = TMAD(config).to(inpainter.device)
+    model = TMAD(config)
+    model.retrieval = untrained_retrieval(config.retrieval)
+    model.to(inpainter.device)
     return Inpainter(model, policy=inpainter.policy, cells_per_chunk=inpainter.cells_per_chunk, seed=inpainter.seed)
 
 
 def retrieval_measures(result: InpaintResult, truth: np.ndarray) -> dict[str, float]:
-    """`candidate_l1`, `memory_l1` and `candidates_distinct` of `tmad.metrics` for one image; nothing where no cell lies
-    wholly in it."""
+    """`retrieval_top_l1`, `retrieval_best_l1` and `retrieval_distinct` of `tmad.metrics` for one image; nothing where
+    no cell lies wholly in it."""
     side = result.candidates.shape[2]
     whole = (result.cells_yx + side <= truth.shape[:2]).all(axis=1)
     if not whole.any():
@@ -159,7 +162,7 @@ def retrieval_measures(result: InpaintResult, truth: np.ndarray) -> dict[str, fl
     places = np.unique(result.candidates_yx[:, 0], axis=0)
     possible = min(len(result.cells_yx), len(memory))
     return {
-        "candidate_l1": float(first),
-        "memory_l1": float(best),
-        "candidates_distinct": min(1.0, len(places) / possible),
+        "retrieval_top_l1": float(first),
+        "retrieval_best_l1": float(best),
+        "retrieval_distinct": min(1.0, len(places) / possible),
     }

@@ -108,7 +108,7 @@ def markdown(summary: Mapping[str, Any], comparison: Comparison | None = None) -
                 cell = "–" if text is None else f"**{text}**" if best else text
                 cells.append(" ".join([cell, *([f"({under})"] if (under := small[method].get(name)) else [])]))
             unit = f", {entry.unit}" if entry.unit else ""
-            lines.append(_row([f"`{name}`{unit}, {entry.better} is better", *cells]))
+            lines.append(_row([f"`{name}`{unit}, {entry.direction}", *cells]))
     lines += ["", f"In brackets: {interval_note(summary)}", ""]
     lines += [f"- {name}: {value}" for name, value in facts(summary).items()]
     for entry in summary["methods"].values():
@@ -221,7 +221,7 @@ def difference_table(summary: Mapping[str, Any], titles: Mapping[str, str]) -> t
                 continue
             sure = entry["low"] is not None and (entry["low"] > 0 or entry["high"] < 0)
             cells.append(Figure(f"{entry['mean']:+.{digits}f}", _interval(entry, digits, sign="+"), sure))
-        rows.append([f"{name} {'↑' if MEASURES[name].better == 'higher' else '↓'}", *cells])
+        rows.append([f"{name} {MEASURES[name].direction[:1].replace('l', '')}", *cells])
     return ["measure, better", *(titles[method] for method in differences)], rows
 
 

@@ -37,7 +37,7 @@ from tmad.swd import SMALLEST_LEVEL, VARIANTS, SlicedWasserstein
 ONE_THREAD = {"env_vars": {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
 """Runtime environment of everything that computes: sums do not depend on how many processors a machine has."""
 
-RETRIEVAL_MEASURES = ("candidate_l1", "memory_l1", "candidates_distinct")
+RETRIEVAL_MEASURES = ("retrieval_top_l1", "retrieval_best_l1", "retrieval_distinct")
 """What `methods.retrieval_measures` gives of one image."""
 
 FACTS = ("image_id", "key", "variant", "mask_family", "label", "hole_fraction", "method")

@@ -16,11 +16,11 @@ from tmad.images import to_model, to_uint8
 from tmad.metrics import measure
 from tmad.model import TMAD
 from tmad.patches import cell_corners, cut
-from tmad.retrieval import Retrieval, patch_distances, retrieval_gain, retrieval_statistics
+from tmad.retrieval import Retrieval, patch_distances, retrieval_gain, retrieval_statistics, untrained_retrieval
 from tmad.step import Phase
 from tmad.swd import SMALLEST_LEVEL, SlicedWasserstein
 
-MEASURES = ("l1_hole_pct", "psnr_hole", "ssim_full", "seam_ratio")
+MEASURES = ("l1_hole_pct", "psnr_hole", "ssim_full", "seam_ratio_hole")
 """Of `tmad.metrics`, for the result and, with `coarse_` before the name, for the coarse result."""
 
 TEXTURE = "swd_hole_truthscaled"
@@ -53,7 +53,7 @@ def validate(
     kinds = ("coarse",) if phase == "coarse" else ("coarse", "result")
     names = [f"{'coarse_' if kind == 'coarse' else ''}{name}" for kind in kinds for name in MEASURES]
     names += [f"retrieval_{name}" for name in RETRIEVAL if phase == "joint"]
-    untrained = TMAD(model.config).retrieval.to(context.device).eval()
+    untrained = untrained_retrieval(model.config.retrieval).to(context.device)
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
     images = 0
     rows: list[tuple[str, dict[str, np.ndarray]]] = []

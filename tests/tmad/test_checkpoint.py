@@ -203,16 +203,16 @@ def test_a_missing_file_of_a_state_is_named(name: str, state_folder: Path) -> No
         load_state(make_state(EVERY_OTHER), state_folder)
 
 
-@pytest.mark.parametrize("version", [0, 2, None])
+@pytest.mark.parametrize("version", [0, 1, 3, None])
 def test_another_format_version_is_refused_with_both(version: int | None, model_folder: Path) -> None:
     edit_json(model_folder / "config.json", lambda c: c.update(format_version=version))
-    with pytest.raises(ValueError, match=rf"config\.json has format version {version}; this code reads version 1"):
+    with pytest.raises(ValueError, match=rf"config\.json has format version {version}; this code reads version 2"):
         load_model(model_folder)
 
 
 def test_a_state_of_another_format_version_is_refused(state_folder: Path) -> None:
-    edit_json(state_folder / "state.json", lambda c: c.update(format_version=2))
-    with pytest.raises(ValueError, match=r"state\.json has format version 2"):
+    edit_json(state_folder / "state.json", lambda c: c.update(format_version=3))
+    with pytest.raises(ValueError, match=r"state\.json has format version 3"):
         load_state(make_state(EVERY_OTHER), state_folder)
 
 

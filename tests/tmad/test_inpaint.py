@@ -129,14 +129,21 @@ def test_chunks_of_any_size_give_the_same_picture(model: TMAD) -> None:
 
 
 def test_no_chunk_is_larger_than_it_may_be(model: TMAD, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
+    asked, seen = [], []
+    forward = model.retrieval.forward
+    monkeypatch.setattr(
+        model.retrieval, "forward", lambda cells, *rest: asked.append(cells.shape[1]) or forward(cells, *rest)
+    )
     synthesize = model.synthesize
     monkeypatch.setattr(
-        model, "synthesize", lambda coarse, pool, cells: sizes.append(cells.shape[1]) or synthesize(coarse, pool, cells)
+        model, "synthesize", lambda coarse, *rest: seen.append(coarse.shape) or synthesize(coarse, *rest)
     )
-    result = Inpainter(model, cells_per_chunk=5)(picture(100, 90), box(100, 90))
-    assert max(sizes) == 5
-    assert sum(sizes) == len(result.cells_yx) == 12
+    result = Inpainter(model, cells_per_chunk=5)(picture(400, 90), box(400, 90))
+    assert max(asked) == 5
+    assert sum(asked) == len(result.cells_yx)
+    # Two cells a side of five, and what PSNet reaches around them.
+    around = 2 * (model.psnet.reach + 2 * 16)
+    assert max(height for *_, height, _ in seen) <= 2 * 16 + around < 400
 
 
 def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memory(model: TMAD) -> None:

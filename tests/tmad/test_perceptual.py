@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.tmad.tiny import Features
-from tmad.perceptual import VGG19Features, load_vgg19, perceptual_loss, untrained_vgg19
+from tmad.perceptual import VGG19Features, load_vgg19, perceptual_loss, style_loss, untrained_vgg19
 from tmad.rng import torch_generator
 
 TORCHVISION_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32)
@@ -74,24 +74,47 @@ def test_no_layer_beyond_conv5_3_is_computed(vgg: VGG19Features) -> None:
 def test_the_loss_is_the_mean_absolute_difference_of_each_map_summed(vgg: VGG19Features) -> None:
     fake, real = rand(2, 3, 16, 16), rand(2, 3, 16, 16, seed=1)
     expected = sum((a - b).abs().mean() for a, b in zip(maps_twin(vgg, fake), maps_twin(vgg, real), strict=True))
-    torch.testing.assert_close(perceptual_loss(vgg, fake, real), expected)
-    assert perceptual_loss(vgg, real, real) == 0
+    torch.testing.assert_close(perceptual_loss(vgg(fake), vgg(real)), expected)
+    assert perceptual_loss(vgg(real), vgg(real)) == 0
 
 
-def test_the_gradient_goes_to_the_fake_alone_and_the_network_stays_frozen(vgg: VGG19Features) -> None:
-    fake, real = rand(1, 3, 16, 16).requires_grad_(), rand(1, 3, 16, 16, seed=1).requires_grad_()
-    perceptual_loss(vgg, fake, real).backward()
+def test_the_gradient_goes_through_the_network_which_stays_frozen(vgg: VGG19Features) -> None:
+    fake, real = rand(1, 3, 16, 16).requires_grad_(), rand(1, 3, 16, 16, seed=1)
+    perceptual_loss(vgg(fake), vgg(real)).backward()
     assert fake.grad.abs().max() > 0
-    assert real.grad is None
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in vgg.parameters())
     assert not vgg.training
+
+
+def test_the_style_loss_is_that_of_gram_matrices_written_out_and_knows_no_places(vgg: VGG19Features) -> None:
+    fake, real = [rand(2, 3, 4, 5)], [rand(2, 3, 4, 5, seed=1)]
+    grams = []
+    for (maps,) in (fake, real):
+        flat = maps.clamp(min=0).reshape(2, 3, 20)
+        grams.append(torch.stack([one @ one.T for one in flat]) / 60)
+    torch.testing.assert_close(style_loss(fake, real), (grams[0] - grams[1]).abs().mean())
+    moved = [fake[0].flatten(2)[..., torch.randperm(20)].reshape(2, 3, 4, 5)]
+    torch.testing.assert_close(style_loss(fake, real), style_loss(moved, real))
+
+
+def test_fewer_convolutions_need_fewer_layers_and_a_file_of_those(vgg: VGG19Features, tmp_path: Path) -> None:
+    kept = {name: value for name, value in vgg.state_dict().items() if name.startswith(("features.0.", "features.2."))}
+    torch.save(kept, tmp_path / "two.pth")
+    short = load_vgg19(tmp_path / "two.pth", sha256="", convolutions=(1, 2))
+    images = rand(1, 3, 16, 16)
+    x = (images + 1) / 2
+    first = vgg.features[0]((x - vgg.mean) / vgg.std)
+    expected = [first, vgg.features[2](first.relu())]
+    torch.testing.assert_close(short(images), expected)
+    with pytest.raises(ValueError, match="does not hold VGG-19 weights"):
+        load_vgg19(tmp_path / "two.pth", sha256="", convolutions=(3,))
 
 
 def test_any_network_that_gives_maps_can_stand_in() -> None:
     features = Features()
     fake, real = rand(2, 3, 16, 16), rand(2, 3, 16, 16, seed=1)
     expected = sum((a - b).abs().mean() for a, b in zip(features(fake), features(real), strict=True))
-    torch.testing.assert_close(perceptual_loss(features, fake, real), expected)
+    torch.testing.assert_close(perceptual_loss(features(fake), features(real)), expected)
 
 
 def test_untrained_weights_are_a_function_of_the_generator_and_keep_the_signal_alive(vgg: VGG19Features) -> None:
