@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tmad.builtin import pack
 
-if len(sys.argv) != 2:
-    sys.exit(__doc__)
-pack(Path(sys.argv[1]), Path(__file__).parent)
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    pack(Path(sys.argv[1]), Path(__file__).parent)
