@@ -69,9 +69,17 @@ def test_n_steps_saved_and_loaded_and_k_more_equal_n_plus_k_steps(phases: tuple,
     save_state(unbroken, tmp_path)
     expected = run(unbroken, after, len(before))
 
-    resumed = make_state(EVERY_OTHER, seed=77)
+    resumed = make_state(EVERY_OTHER)
+    run(resumed, ["joint"], 50)
     load_state(resumed, tmp_path)
     assert run(resumed, after, len(before)) == expected
+    assert_same(resumed, unbroken)
+
+    # Another seed gives retrieval another embedding to be compared with, and nothing else.
+    resumed = make_state(EVERY_OTHER, seed=77)
+    load_state(resumed, tmp_path)
+    for metrics, wanted in zip(run(resumed, after, len(before)), expected, strict=True):
+        assert metrics | {"retrieval/untrained": 0} == wanted | {"retrieval/untrained": 0}
     assert_same(resumed, unbroken)
 
 
