@@ -98,14 +98,17 @@ def minus(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value - b[name] if name in b else value for name, value in a.items()}
 
 
-def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Equal up to rounding, relative to the largest gradient; a missing gradient is zero."""
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], minuend: dict[str, Tensor] | None = None) -> None:
+    """Equal up to rounding, relative to the largest gradient, and where *a* is a difference, to that of its *minuend*;
+    a missing gradient is zero."""
     largest = max(float(value.abs().max()) for value in [*a.values(), *b.values()])
     assert largest > 0
+    rounding = max((float(value.abs().max()) for value in (minuend or {}).values()), default=0.0)
+    assert rounding < 1000 * largest
     for name in a.keys() | b.keys():
         zero = torch.zeros(())
         difference = (a.get(name, zero) - b.get(name, zero)).abs().max()
-        assert float(difference) < 1e-4 * largest, name
+        assert float(difference) < 1e-4 * largest + 2e-6 * rounding, name
 
 
 # What learns
@@ -187,7 +190,9 @@ def test_on_one_batch_the_reconstruction_terms_fall(phase: str) -> None:
 def test_each_term_falls_when_it_is_the_only_one(weight: str) -> None:
     history = train(make_state(with_optim(only(weight), lr=5e-3)), 12, fixed=True)
     name = f"loss/{WEIGHTS[weight]}"
-    assert history[-1][name] < 0.95 * history[0][name]
+    # No choice of patches is nearer than the memory's nearest ones.
+    floors = [metrics["retrieval/best"] / 127.5 if weight == "weight_retrieval" else 0.0 for metrics in history]
+    assert history[-1][name] - floors[-1] < 0.95 * (history[0][name] - floors[0])
     assert history[-1]["loss/total"] == history[-1][name]
 
 
@@ -254,7 +259,7 @@ def test_a_term_contributes_its_own_gradient_and_with_weight_zero_nothing(
     alone, _ = gradients(with_loss(only(weight, still_critics), **{weight: getattr(still_critics.loss, weight)}))
     assert f"loss/{WEIGHTS[weight]}" not in metrics
     assert set(metrics) >= {f"loss/{name}" for other, name in WEIGHTS.items() if other != weight}
-    assert_close(minus(all_terms, without[-1]), alone[-1])
+    assert_close(minus(all_terms, without[-1]), alone[-1], all_terms)
 
 
 @pytest.mark.parametrize(("weight", "critic"), [("weight_gan_patch", "patch"), ("weight_gan_global", "global")])
@@ -367,11 +372,11 @@ def test_with_the_region_hole_the_patch_terms_see_the_cell_as_it_stands_in_the_r
 
 
 def test_a_residual_psnet_learns_although_most_pixels_of_its_cells_are_no_hole() -> None:
-    # Judged over the whole cell, where the median of what is to be added is zero, it gets to 0.62 instead of 0.37.
+    # Judged over the whole cell, where the median of what is to be added is zero, it is still at 1.0 instead of 0.33.
     model = replace(MODEL, psnet=replace(MODEL.psnet, residual="coarse"))
     config = with_optim(only("weight_l1", replace(TRAINING, model=model)), lr=5e-3, lr_coarse_joint=STILL)
     state, batch = make_state(with_loss(config, patch_region="hole")), make_batch()
-    train(state, 60, fixed=True)
+    train(state, 120, fixed=True)
     image, mask = to_model(batch.image), batch.mask.float()
     with torch.no_grad():
         out = state.model(image, mask, batch.pool_yx, batch.cells)
