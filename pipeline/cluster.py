@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import ray
 import torch
 
+from pipeline.cli import submitted
 from pipeline.errors import ClusterTooSmall, ClusterUnreachable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,8 +70,7 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
 
 def _start_or_join(dashboard: bool, object_store_bytes: int, quiet: dict[str, Any]) -> None:
     if joined():
-        submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": _python_path()}}
+        runtime_env = None if submitted() else {"env_vars": {"PYTHONPATH": _python_path()}}
         ray.init(runtime_env=runtime_env, **quiet)
         return
     os.environ["PYTHONPATH"] = _python_path()

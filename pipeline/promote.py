@@ -24,8 +24,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
+from pipeline.claim import claim_folder
 from pipeline.cli import one_line
-from pipeline.data.claim import claim_folder
+from pipeline.config import check_registered
 from pipeline.errors import FolderInUse, ModelNotFound, NotPromoted, TMADError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
@@ -87,6 +88,7 @@ class PromoteConfig:
     """Wait so long for another promotion of this name to end."""
 
     def __post_init__(self) -> None:
+        check_registered("name", self.name, "alias", self.alias)
         if not self.better and not self.rollback:
             raise ValueError("better must name a measure: without one, an equal version would be promoted")
         names = [one.measure for one in self.rule]

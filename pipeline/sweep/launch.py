@@ -20,10 +20,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import storage
+from pipeline.claim import claim_folder
 from pipeline.cli import one_line
 from pipeline.cluster import require, shortage, shown, start_ray
 from pipeline.config import to_json
-from pipeline.data.claim import claim_folder
 from pipeline.data.schema import read_manifest
 from pipeline.errors import ClusterTooSmall, ConfigMismatch, SweepFailed
 from pipeline.models import locate_model
@@ -163,7 +163,7 @@ def check_points(config: SweepConfig, space: Space, points: Sequence[Point] | No
     """Raise `ValueError` for a point that could not be trained, and for sets that do not fit one."""
     run = config.run
     train_set, _ = open_training_set(run, None)
-    sets = {"train": train_set, "val": read_manifest(run.data.val)}
+    sets = {"train": train_set, "val": read_manifest(run.data.validation_set)}
     known = points if points is not None else [{name: end} for name, domain in space.items() for end in domain.ends()]
     for point in [{}, *known]:
         try:

@@ -124,7 +124,7 @@ def measured(model: str, config: SweepConfig, out: str, *, limit: int | None) ->
     return evaluate(
         EvaluateConfig(
             model=model,
-            data=config.run.data.val,
+            data=config.run.data.validation_set,
             out=out,
             methods=("tmad",),
             limit=limit,

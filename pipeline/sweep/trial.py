@@ -87,9 +87,9 @@ def run_trial(config: dict[str, Any]) -> None:
         last = measures_of(finished["validation"], job.objectives)
         if missing := [measure for measure in job.objectives if measure not in last]:
             raise MissingInput(
-                f"the validation gave no value of {', '.join(missing)}: no image of {storage.redact(run.data.val)} has "
-                "one (SSIM needs sides of 11 pixels, texture 16 and patches inside the hole); take another objective "
-                "or set"
+                f"the validation gave no value of {', '.join(missing)}: no image of "
+                f"{storage.redact(run.data.validation_set)} has one (SSIM needs sides of 11 pixels, texture 16 and "
+                "patches inside the hole); take another objective or set"
             )
     except TrainingFailed as error:
         if not error.details.get("not_finite"):

@@ -24,7 +24,7 @@ from pipeline.pretrained import check_perceptual
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.footprint import Footprint, measure
 from pipeline.train.initial import find_initial
-from pipeline.train.launch import check_claim, check_set, open_training_set, resolve, resources
+from pipeline.train.launch import check_set, open_training_set, resolve, resources, was_begun
 from pipeline.train.loop import due, duration
 
 UNKNOWN_RATE = (
@@ -80,10 +80,10 @@ def preflight(config: RunConfig, *, images_per_s: float | None = None) -> Prefli
             checks.append(Check(name, False, storage.redact(one_line(error))))
 
     def look_at_set(which: str) -> str:
-        manifest = open_training_set(config, None)[0] if which == "train" else read_manifest(config.data.val)
+        manifest = open_training_set(config, None)[0] if which == "train" else read_manifest(config.data.validation_set)
         sets[which] = manifest
         check_set(config, manifest, which)
-        if (place := config.data.training_set if which == "train" else config.data.val) is not None:
+        if (place := config.data.training_set if which == "train" else config.data.validation_set) is not None:
             _complete(set_folder(place), manifest)
         return f"{manifest.records:,} records of {manifest.crop_size} pixels, {_where(config, which)}"
 
@@ -160,7 +160,7 @@ def _plan(
 
 
 def _where(config: RunConfig, which: str) -> str:
-    place = config.data.training_set if which == "train" else config.data.val
+    place = config.data.training_set if which == "train" else config.data.validation_set
     return storage.redact(place or config.data.images.source or "")
 
 
@@ -180,7 +180,7 @@ def _results(config: RunConfig) -> str:
     assert config.data.results is not None
     assert config.data.training_set is not None
     results = Results(config.data.results)
-    for place in (config.data.training_set, config.data.val):
+    for place in (config.data.training_set, config.data.validation_set):
         for record in read_records(place, 1):
             results.read(record.image_id, record.height, record.width)
     return f"{len(results.keys):,} results in {storage.redact(config.data.results)}"
@@ -212,7 +212,7 @@ def _absent(folder: Path) -> list[Path]:
 def _state_of_run(config: RunConfig, sets: dict[str, Manifest]) -> str:
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
-    if not check_claim(folder, config, sets):
+    if not was_begun(folder, config, sets):
         return f"{config.name} is new"
     if storage.exists(storage.join(folder, "finished.json")):
         return f"{config.name} is finished, nothing would be done"

@@ -1,4 +1,4 @@
-"""One job at a time in the folder of a prepared set: a claim that its holder renews, and that ends with its holder.
+"""One job at a time in a folder, whatever the job makes there: a claim that its holder renews, and that ends with it.
 
 The claim is a file, `claim.json`: who holds it, and the last sign of life, which a thread renews. What is promised:
 
@@ -211,8 +211,8 @@ def _has_ended(folder: str, theirs: Holder) -> bool:
 
 def _in_use(folder: str, theirs: Holder) -> FolderInUse:
     return FolderInUse(
-        f"another job writes to {redact(folder)}: {theirs}; wait for its end, stop it, or choose another out; if it "
-        f"was killed, the next job takes over {theirs.expiry_s:g} s after the last sign",
+        f"another job writes to {redact(folder)}: {theirs}; wait for its end, stop it, or name another folder; if "
+        f"it was killed, the next job takes over {theirs.expiry_s:g} s after the last sign",
         holder=dataclasses.asdict(theirs),
     )
 
