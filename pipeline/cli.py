@@ -202,15 +202,14 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     configure_logging()
     # `nohup` has the terminal's end ignored.
     heard = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, _end) for number in heard}
+    _signals.clear()
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         code = main(arguments)
     except KeyboardInterrupt:
-        log.error("stopped by Ctrl-C; the same command goes on where it was")
-        sys.exit(128 + signal.SIGINT)
-    except _Ended as end:
-        log.error("stopped by %s; the same command goes on where it was", signal.Signals(end.code - 128).name)
-        raise
+        number = _signals[0] if _signals else signal.SIGINT
+        log.error("stopped by %s; the same command goes on where it was", signal.Signals(number).name)
+        sys.exit(128 + number)
     except Interrupted as error:
         log.error("%s", one_line(error))
         sys.exit(128 + (error.details.get("signal") or signal.SIGTERM))
@@ -226,14 +225,14 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     sys.exit(code or 0)
 
 
-class _Ended(SystemExit):
-    """A signal ended the job."""
-
-    code: int
+_signals: list[int] = []
+"""Those that have ended the job."""
 
 
-def _end(number: int, _: Any) -> NoReturn:
-    raise _Ended(128 + number)
+def interrupt(number: int, _: Any = None) -> NoReturn:
+    """End the job by signal *number*, as Ctrl-C does: Ray's waiting calls let no other exception of a handler pass."""
+    _signals.append(number)
+    raise KeyboardInterrupt
 
 
 def configure_logging(run: str = "", rank: int | None = None) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import ray
 import torch
 
-from pipeline.cli import submitted
+from pipeline.cli import one_line, submitted
 from pipeline.errors import ClusterTooSmall, ClusterUnreachable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,10 @@ STARTS = 3
 _TOO_SLOW = "timed out during startup"
 
 CONNECT_TIMEOUT_S = 5.0
-"""A cluster has so long to take a connection before `available` calls it absent."""
+"""A cluster has so long to take a connection before it is called absent."""
+
+CLIENT_PORT = 10001
+"""Of `ray://host`."""
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +49,8 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     With `RAY_ADDRESS` set, which `ray job submit` does, the cluster there is joined; otherwise Ray starts on this
     machine and ends with the process. *dashboard* belongs to an embedded Ray only; sweeps need it, as without it the
     resources of a trial that is stopped are never given back. A joined cluster must have this project's packages: from
-    the submitted working directory, installed, or, on machines that share this one's files, from here.
+    the submitted working directory, installed, or, on machines that share this one's files, from here. Raises
+    `ClusterUnreachable` within seconds if nothing answers there.
     """
     if ray.is_initialized():
         return
@@ -60,7 +64,7 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     began = time.monotonic()
-    with _own_sigterm():
+    with _own_signals():
         _start_or_join(dashboard, object_store_bytes, quiet)
     if joined():
         log.info("joined the Ray cluster at %s: %s", os.environ["RAY_ADDRESS"], shown(ray.cluster_resources()))
@@ -70,8 +74,16 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
 
 def _start_or_join(dashboard: bool, object_store_bytes: int, quiet: dict[str, Any]) -> None:
     if joined():
+        address = os.environ["RAY_ADDRESS"]
         runtime_env = None if submitted() else {"env_vars": {"PYTHONPATH": _python_path()}}
-        ray.init(runtime_env=runtime_env, **quiet)
+        try:
+            _knock(address)
+            ray.init(runtime_env=runtime_env, **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ClusterUnreachable(
+                f"no Ray cluster at {address} (RAY_ADDRESS): {one_line(error)}; start it, correct RAY_ADDRESS, or "
+                "unset it for a Ray on this machine alone"
+            ) from error
         return
     os.environ["PYTHONPATH"] = _python_path()
     start_local(num_cpus=_embedded_cpus(), include_dashboard=dashboard, object_store_memory=object_store_bytes, **quiet)
@@ -93,34 +105,36 @@ def start_local(**options: Any) -> None:
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Ray puts a handler of its own in place of the job's, which ends with another code."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+def _own_signals() -> Iterator[None]:
+    """Ray puts a handler of SIGTERM in place of the job's, which ends with another code. The end of a terminal reaches
+    Ray's processes too: they ignore it, as they do Ctrl-C, so that the job can end in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    term, hang_up = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in ((signal.SIGTERM, term), (signal.SIGHUP, hang_up)):
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def available() -> dict[str, float]:
     """Resources of the cluster, which is joined for this, or those that an embedded Ray would have, which is not
-    started. Raises `ClusterUnreachable` if nothing answers at `RAY_ADDRESS`."""
+    started. Raises `ClusterUnreachable` as `start_ray`."""
     if not ray.is_initialized() and not joined():
         return {"CPU": float(_embedded_cpus()), "GPU": float(torch.cuda.device_count())}
-    address = os.environ.get("RAY_ADDRESS", "")
-    try:
-        if not ray.is_initialized():
-            _knock(address)
-        start_ray()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ClusterUnreachable(f"no Ray cluster at {address} (RAY_ADDRESS): {str(error).strip()}") from error
+    start_ray()
     return dict(ray.cluster_resources())
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` if nobody listens at `[ray://]host:port`: Ray itself asks for minutes, in lines of its own."""
+    """Raise `OSError` if nobody listens at `[ray://]host[:port]`: Ray itself asks for minutes, in lines of its own."""
     place = urlsplit(address if "://" in address else f"//{address}")
-    if place.hostname and place.port:
-        socket.create_connection((place.hostname, place.port), timeout=CONNECT_TIMEOUT_S).close()
+    port = place.port or (CLIENT_PORT if place.scheme == "ray" else None)
+    if place.hostname and port:
+        socket.create_connection((place.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:

@@ -25,7 +25,7 @@ from pipeline.cli import one_line
 from pipeline.cluster import require, shortage, shown, start_ray
 from pipeline.config import to_json
 from pipeline.data.schema import read_manifest
-from pipeline.errors import ClusterTooSmall, ConfigMismatch, SweepFailed
+from pipeline.errors import ClusterTooSmall, ConfigMismatch, Interrupted, SweepFailed
 from pipeline.models import locate_model
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_trial, winner
@@ -129,7 +129,7 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
         job = Job(folder, to_json(config.run), init_from, config.objectives, tracking_uri, parent)
         _tune(config, folder, job, space, points)
     except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
         raise
     trials = _read_trials(folder)
     _close_runs(tracking_uri, trials)
@@ -246,6 +246,8 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     # The newer output prints a table whatever `verbose` says.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune would take Ctrl-C for the end of the sweep.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     # A trial's traceback, at each attempt; its error is told in a line, by us.
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -286,7 +288,12 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
             ),
         )
     began = time.time()
-    tuner.fit()
+    ended = tuner.fit()
+    # Of a sweep that Tune was told to end (SIGUSR1) it returns what there is.
+    if (count := ended.num_terminated + ended.num_errors) < len(ended):
+        raise Interrupted(
+            f"sweep {config.name} was told to stop after {count} of {len(ended)} trials; the same command goes on"
+        )
     log.info("sweep %s: all trials ended, %.0f s in this call", config.name, time.time() - began)
 
 

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +23,8 @@ import ray.train
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+
+from pipeline.cli import interrupt
 
 ASK_DRIVER_S = 1.0
 """The first worker asks so often whether the driver was told to stop."""
@@ -149,7 +150,7 @@ def signals_stop(relay: Any, grace_s: float) -> Iterator[Stop]:
 
     def handle(number: int, _: Any) -> None:
         if stop.number is not None or not grace_s:
-            sys.exit(128 + number)
+            interrupt(number)
         stop.number = number
         log.warning("%s: a last checkpoint, within %g s; a second one ends the job at once", STOPS[number], grace_s)
         relay.stop.remote()

@@ -126,7 +126,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
         Tracker(tracking_uri, run_id).catch_up(metrics)
         finished = _finish(folder, config, summary, sets, tracking_uri, run_id)
     except BaseException as error:
-        told_to_end = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
+        told_to_end = isinstance(error, KeyboardInterrupt | Interrupted)
         Tracker(tracking_uri, run_id).finish("KILLED" if told_to_end else "FAILED")
         raise
     Tracker(tracking_uri, run_id).finish("FINISHED")
