@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import ray
 import torch
 
@@ -98,8 +99,13 @@ def start_local(**options: Any) -> None:
             ray.init(address="local", **options)
             return
         except Exception as error:  # Ray has no class for it
-            if not left or _TOO_SLOW not in str(error):
+            if _TOO_SLOW not in str(error):
                 raise
+            if not left:
+                raise ClusterUnreachable(
+                    f"Ray did not start on this machine in {STARTS} attempts of half a minute, as on a loaded one: "
+                    f"{one_line(error)}; try again when it is quieter, or set RAY_ADDRESS to a cluster that runs"
+                ) from error
             log.warning("Ray did not start in time, as happens on a loaded machine; starting it again")
             ray.shutdown()
 
@@ -130,11 +136,21 @@ def available() -> dict[str, float]:
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` if nobody listens at `[ray://]host[:port]`: Ray itself asks for minutes, in lines of its own."""
+    """Raise `OSError` unless a Ray may listen at `[ray://]host[:port]`: Ray itself asks for minutes, in lines of its
+    own."""
     place = urlsplit(address if "://" in address else f"//{address}")
     port = place.port or (CLIENT_PORT if place.scheme == "ray" else None)
-    if place.hostname and port:
-        socket.create_connection((place.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
+    if not place.hostname or not port:
+        return  # Ray says at once what is wrong with it
+    socket.create_connection((place.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
+    if os.environ.get("RAY_USE_TLS", "0") == "0":
+        with grpc.insecure_channel(f"{place.hostname}:{port}") as channel:
+            try:
+                grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+            except grpc.FutureTimeoutError:
+                raise ConnectionError(
+                    f"what listens there is no Ray, or is silent for {CONNECT_TIMEOUT_S:g} s"
+                ) from None
 
 
 def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:
