@@ -194,9 +194,9 @@ def _help_text(description: str, presets: Mapping[str, Callable[[], Any]]) -> st
 def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main(argv)` as a program: logging to stderr, errors as one line, exit code.
 
-    Exit code 1 with one line for `TMADError` and `ValueError`, with the traceback for anything unexpected or with
-    `--debug`; 130 after Ctrl-C. SIGTERM (code 143) and the end of its terminal (129) end it as Ctrl-C does, so that
-    what a job holds is released.
+    Exit code 1 with one line for `TMADError`, `ValueError` and what MLflow refuses, with the traceback for anything
+    unexpected or with `--debug`; 130 after Ctrl-C. SIGTERM (code 143) and the end of its terminal (129) end it as
+    Ctrl-C does, so that what a job holds is released.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
@@ -213,11 +213,13 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     except Interrupted as error:
         log.error("%s", one_line(error))
         sys.exit(128 + (error.details.get("signal") or signal.SIGTERM))
-    except (TMADError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, TMADError | ValueError) and not type(error).__module__.startswith("mlflow."):
+            raise
         if "--debug" in arguments:
             log.exception("failed")
         else:
-            log.error("%s", one_line(error))
+            log.error("%s", storage.redact(one_line(error)))
         sys.exit(1)
     finally:
         for number, handler in before.items():
@@ -247,6 +249,9 @@ def configure_logging(run: str = "", rank: int | None = None) -> None:
     root.setLevel(logging.WARNING)
     for ours in ("tmad", "pipeline", "jobs", "__main__"):
         logging.getLogger(ours).setLevel(logging.INFO)
+    # Ray Data shows what a task raised with all of its own frames, before whoever called it says it in a line.
+    for twice in ("exceptions", "_internal.execution.streaming_executor_state"):
+        logging.getLogger(f"ray.data.{twice}").setLevel(logging.CRITICAL)
 
 
 def one_line(error: BaseException) -> str:

@@ -357,6 +357,18 @@ class Tracker:
         else:
             self.artifact(path.read_bytes(), name)
 
+    def dataset(self, place: str, digest: str, context: str) -> None:
+        """Say that the run reads the set at *place* with that *digest*, for `training` or `validation`."""
+        if self._client is None:
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        tags = [InputTag("mlflow.data.context", context)]
+        source = json.dumps({"uri": place})
+        name = place.rstrip("/").rsplit("/", 1)[-1]
+        entry = DatasetInput(Dataset(name, digest, "prepared set", source), tags)
+        self._guard(f"data set {name}", "log_inputs", datasets=[entry])
+
     def image(self, name: str, array: np.ndarray, step: int | None = None) -> None:
         """Keep a picture, (H, W, 3) or (H, W) uint8; with *step* it joins the series *name* that MLflow can play."""
         if array.dtype != np.uint8:

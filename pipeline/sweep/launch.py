@@ -389,7 +389,7 @@ def _read_trials(folder: str) -> list[Trial]:
 
 
 def _close_runs(tracking_uri: str | None, trials: Sequence[Trial]) -> None:
-    """A trial that is stopped cannot close its run in MLflow: its process is ended."""
+    """Name the trials' runs in MLflow, and close those of trials that were stopped, whose processes cannot."""
     if tracking_uri is None:
         return
     client = mlflow_client(tracking_uri)
@@ -397,6 +397,7 @@ def _close_runs(tracking_uri: str | None, trials: Sequence[Trial]) -> None:
         if trial.mlflow_run_id is None:
             continue
         client.set_tag(trial.mlflow_run_id, "trial", trial.number)
+        client.update_run(trial.mlflow_run_id, name=trial.label)  # as report and summary call it
         client.set_tag(trial.mlflow_run_id, "trial_status", trial.status)
         if trial.status != "finished":
             client.set_terminated(trial.mlflow_run_id, "KILLED" if trial.status == "stopped early" else "FAILED")

@@ -260,6 +260,12 @@ def was_begun(folder: str, config: RunConfig, manifests: Mapping[str, Manifest])
     return True
 
 
+def place_of(config: RunConfig, which: str) -> str:
+    """Where the set `train` or `val`, or the photographs, are, for people."""
+    place = config.data.training_set if which == "train" else config.data.validation_set
+    return storage.redact(place or config.data.images.source or "")
+
+
 def _content_of(config: RunConfig, which: str) -> str:
     live = which == "train" and config.data.training_set is None
     return "data.images.source: names of the photographs or of their masks" if live else f"data.{which}: content"
@@ -294,7 +300,9 @@ def _open_tracking(
     assert config.name is not None
     check_tracking(tracking_uri)
     code = code_state()
-    tags = {"git_commit": str(code["commit"]), "git_dirty": str(code["dirty"]), "config_digest": digest(config)}
+    # Where the code arrives without its repository, TMAD_COMMIT may say what it is; else nothing does.
+    tags = {f"git_{name}": str(value) for name, value in code.items() if value is not None}
+    tags["config_digest"] = digest(config)
     tags |= {f"data_{which}": one.digest for which, one in sets.items()}
     if config.tracking.parent_run is not None:
         tags["mlflow.parentRunId"] = config.tracking.parent_run
@@ -302,6 +310,8 @@ def _open_tracking(
         tags |= {"init_digest": initial["digest"], "init_model": initial["model_digest"]}
     run_id = Tracker.create(tracking_uri, config.tracking.experiment, config.name, asdict(config), tags)
     tracker = Tracker(tracking_uri, run_id)
+    for which, one in sets.items():
+        tracker.dataset(place_of(config, which), one.digest, "training" if which == "train" else "validation")
     for name in ("config.json", "environment.json", *([REPORT_FILE] if initial is not None else [])):
         tracker.artifact(storage.read_bytes(storage.join(folder, name)), name)
     storage.write_atomic(uri, json.dumps({"uri": tracking_uri, "run_id": run_id}, indent=2).encode())

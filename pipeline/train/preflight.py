@@ -24,7 +24,7 @@ from pipeline.pretrained import check_perceptual
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.footprint import Footprint, measure
 from pipeline.train.initial import find_initial
-from pipeline.train.launch import check_set, open_training_set, resolve, resources, was_begun
+from pipeline.train.launch import check_set, open_training_set, place_of, resolve, resources, was_begun
 from pipeline.train.loop import due, duration
 
 UNKNOWN_RATE = (
@@ -85,7 +85,7 @@ def preflight(config: RunConfig, *, images_per_s: float | None = None) -> Prefli
         check_set(config, manifest, which)
         if (place := config.data.training_set if which == "train" else config.data.validation_set) is not None:
             _complete(set_folder(place), manifest)
-        return f"{manifest.records:,} records of {manifest.crop_size} pixels, {_where(config, which)}"
+        return f"{manifest.records:,} records of {manifest.crop_size} pixels, {place_of(config, which)}"
 
     def look_at_step() -> str:
         crop_size = sets["train"].crop_size if "train" in sets else config.data.images.crop_size
@@ -157,11 +157,6 @@ def _plan(
             f"{duration(total / images_per_s)} at {images_per_s:g} images/s, as stated; without start and validation"
         )
     return [*lines, ("checkpoints", checkpoints), ("memory", memory), ("duration", hours)]
-
-
-def _where(config: RunConfig, which: str) -> str:
-    place = config.data.training_set if which == "train" else config.data.validation_set
-    return storage.redact(place or config.data.images.source or "")
 
 
 def _complete(folder: str, manifest: Manifest) -> None:

@@ -130,6 +130,18 @@ def test_uri_and_run_id_go_together() -> None:
         Tracker("sqlite:////x/mlflow.db", None)
 
 
+def test_a_run_names_the_sets_that_it_reads(tracking_uri: str) -> None:
+    run_id = Tracker.create(tracking_uri, "tests", "sets")
+    tracker = Tracker(tracking_uri, run_id)
+    tracker.dataset("s3://bucket/places/train", "0123456789abcdef", "training")
+    tracker.dataset("/data/val", "fedcba9876543210", "validation")
+    inputs = mlflow_client(tracking_uri).get_run(run_id).inputs.dataset_inputs
+    assert sorted((one.tags[0].value, one.dataset.name, one.dataset.digest, one.dataset.source) for one in inputs) == [
+        ("training", "train", "0123456789abcdef", '{"uri": "s3://bucket/places/train"}'),
+        ("validation", "val", "fedcba9876543210", '{"uri": "/data/val"}'),
+    ]
+
+
 def test_values_that_json_lacks_become_null_and_mlflow_still_takes_them(tracking_uri: str, tmp_path: Path) -> None:
     run_id = Tracker.create(tracking_uri, "tests", "nan")
     jsonl = tmp_path / "metrics.jsonl"
