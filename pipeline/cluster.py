@@ -121,9 +121,9 @@ def _own_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in ((signal.SIGTERM, term), (signal.SIGHUP, hang_up)):
-            if handler is not None:
-                signal.signal(number, handler)
+        if callable(term):
+            signal.signal(signal.SIGTERM, term)
+        signal.signal(signal.SIGHUP, hang_up)
 
 
 def available() -> dict[str, float]:

@@ -134,6 +134,8 @@ def _client(uri: str) -> MlflowClient:
 def _make_database(path: Path) -> None:
     """A database at *path*, unless there is one. MLflow makes its tables one after the other, and a second process in
     between, or a kill, leaves a database that nothing opens any more: one process makes it, under another name."""
+    if path.exists():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

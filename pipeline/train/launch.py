@@ -70,9 +70,9 @@ loop in a thread of its own, where glibc would map and unmap every tensor: a ste
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
+def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: float = 0.0) -> dict[str, Any]:
     """Train, keep and register a model; returns the content of `finished.json`. *callbacks* are told of each
-    checkpoint, with the measures of the validation before it.
+    checkpoint, with the measures of the validation before it. A job that has the name is waited for, *wait_s* at most.
 
     Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
     `TrainingFailed` with the cause and the newest checkpoint, `Interrupted` when it was told to stop,
@@ -82,7 +82,7 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = ()) -> dict[str
     config = resolve(config)
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
-    with claim_folder(folder) as claim:
+    with claim_folder(folder, wait_s=wait_s) as claim:
         return _train(config, folder, claim, callbacks)
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import storage
+from pipeline.claim import holder_of
 from pipeline.cli import one_line
 from pipeline.cluster import available, joined, shortage, shown
 from pipeline.config import RunConfig
 from pipeline.data.results import Results
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
-from pipeline.errors import ClusterTooSmall, CorruptSet, StorageFailed, TMADError
+from pipeline.errors import ClusterTooSmall, CorruptSet, FolderInUse, StorageFailed, TMADError
 from pipeline.pretrained import check_perceptual
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.footprint import Footprint, measure
@@ -209,6 +210,8 @@ def _state_of_run(config: RunConfig, sets: dict[str, Manifest]) -> str:
     folder = storage.join(config.runs, config.name)
     if not was_begun(folder, config, sets):
         return f"{config.name} is new"
+    if (theirs := holder_of(folder)) is not None:
+        raise FolderInUse(f"another job trains {config.name}: {theirs}")
     if storage.exists(storage.join(folder, "finished.json")):
         return f"{config.name} is finished, nothing would be done"
     return f"{config.name} was begun before and would go on"

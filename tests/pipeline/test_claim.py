@@ -88,6 +88,15 @@ def test_a_second_job_is_told_at_once_who_has_the_folder_and_the_claim_is_gone_a
     assert storage.file_sizes(folder) == {"content": 1}
 
 
+def test_whoever_waits_has_the_folder_when_its_holder_has_ended(tmp_path, hold):
+    alive = hold(str(tmp_path), hold_s=2, name="theirs")
+    until_held(alive)
+    with claim_folder(str(tmp_path), wait_s=60) as claim:
+        assert alive.wait(60) == 0
+        claim.write("ours", b"")
+    assert storage.file_sizes(str(tmp_path)).keys() == {"theirs", "ours"}
+
+
 @pytest.mark.parametrize("left", ["nothing", "an expired claim"])
 def test_of_jobs_that_start_together_one_has_the_folder(folder, left):
     if left == "an expired claim":
