@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.data.claim import Claim
+from pipeline.claim import Claim
 from pipeline.storage import join, read_bytes
 
 LEDGER = "ledger.parquet"

@@ -23,8 +23,8 @@ import pyarrow.compute as pc
 import ray
 from PIL import Image
 
+from pipeline.claim import claim_folder
 from pipeline.cluster import joined, require, start_ray
-from pipeline.data.claim import claim_folder
 from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.choose import open_source
 from pipeline.data.tasks import iterate, run_on_actors

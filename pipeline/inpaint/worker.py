@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 from PIL import Image
 
-from pipeline.data.claim import Claim
+from pipeline.claim import Claim
 from pipeline.data.collection import OUTAGES
 from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.ahead import read_ahead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline import storage, tracking
+from pipeline.claim import claim_folder
 from pipeline.config import DataConfig, PerceptualConfig, RunConfig, TrackingConfig, to_json
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.prepare import PrepareConfig, prepare
@@ -149,6 +151,8 @@ def test_a_name_that_belongs_to_another_run_is_told(place: Path, tmp_path: Path)
     storage.write_atomic(f"{tmp_path}/old/data.json", str(sets).replace("'", '"').encode())
     assert "old was begun before and would go on" in preflight(config).text()
     assert "begun with other settings (seed: 0 -> 1)" in _failed(preflight(replace(config, seed=1)))["name"]
+    with claim_folder(f"{tmp_path}/old"):
+        assert f"another job trains old: process {os.getpid()} on" in _failed(preflight(config))["name"]
 
 
 def test_the_probe_in_object_storage_is_removed(place: Path, bucket: str) -> None:

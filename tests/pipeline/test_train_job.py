@@ -113,6 +113,12 @@ def test_two_workers_train_both_phases_and_register_the_model(place: Path, finis
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["schedule.joint_images"] == "16"
     assert {"loss/gan_patch", "val/psnr_hole", "rate/images_per_s"} <= tracked.data.metrics.keys()
+    digests = {one.tags[0].value: one.dataset.digest for one in tracked.inputs.dataset_inputs}
+    assert digests == {
+        "training": environment["data_digests"]["train"],
+        "validation": environment["data_digests"]["val"],
+    }
+    assert "None" not in tracked.data.tags.values()
 
 
 def test_the_models_card_says_what_it_has_seen_and_goes_with_it_everywhere(
