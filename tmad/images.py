@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
+from tmad import tiff
+
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded; formats whose readers run programs or draw vectors (EPS, WMF, ...) are not images here."""
 SUFFIXES = (
@@ -39,6 +41,8 @@ _SEGMENTS = frozenset(range(0xC0, 0xFF)) - set(range(0xD0, 0xDB))
 """Second bytes of JPEG markers that a length follows, but for that of the compressed pixels, 0xDA."""
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY_MODES = ("1", "L", "I", "F", *_GREY_16)
+DEEP_MODES = ("I", "F", *_GREY_16)
+"""Pillow's modes of more than eight bits a channel: grey ones."""
 
 
 class UnreadableImage(ValueError):
@@ -87,6 +91,10 @@ def decode_stored(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:  # as above, from the decoder
         reason = "truncated" if "truncated" in str(error) else "damaged"
         raise UnreadableImage(reason, f"{type(error).__name__}: {error}") from None
+    if image.format == "TIFF" and (planes := tiff.deep_planes(data)) is not None:
+        if planes.shape != (*image.size[::-1], len(image.getbands())):
+            raise UnreadableImage("unsupported", f"TIFF with {planes.shape[2]} channels of 16 bits that lie apart")
+        image.frombytes(planes.tobytes())
     return image
 
 
@@ -184,7 +192,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
     Raises `UnreadableImage` (`unsupported-mode`) for any other mode.
     """
-    if image.mode in (*_GREY_16, "I", "F"):
+    if image.mode in DEEP_MODES:
         grey = _deep_grey(image)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("RGBa", "La"):
@@ -236,7 +244,7 @@ def paste(original: Image.Image, fills: Iterable[tuple[tuple[int, int], np.ndarr
     transparency), premultiplied alpha plain alpha, because the colours of the fill have no place in them. Grey of 16
     and 32 bits and float stay as deep as they are, the fill has 256 steps in them. Alpha stays as it is.
     """
-    if original.mode in (*_GREY_16, "I", "F"):
+    if original.mode in DEEP_MODES:
         return _paste_deep(original, fills)
     see_through = original.mode in ("PA", "RGBa") or (original.mode == "P" and "transparency" in original.info)
     kept = {"1": "L", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "P": "RGBA" if see_through else "RGB"}
