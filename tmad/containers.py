@@ -13,8 +13,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 
-from PIL import Image
-
 from tmad import tiff
 
 Parts = list[tuple[str, bytes]]
@@ -464,10 +462,3 @@ def ppm_header(data: bytes) -> tuple[list[int], list[bytes], int]:
             found.append(int(match[2]))
         place = match.end()
     return found, comments, place + 1
-
-
-def further_pictures(image: Image.Image) -> bool:
-    """Whether an opened TIFF file is a camera's raw file, of which Pillow shows a preview alone."""
-    tags = getattr(image, "tag_v2", {})
-    reduced = isinstance(tags.get(254), int) and tags[254] & 1
-    return bool(reduced or 50706 in tags)

@@ -212,6 +212,16 @@ def read_samples(data: bytes) -> np.ndarray | None:
     return samples if samples.shape == (height, width, channels) else None
 
 
+def shows_a_preview(data: bytes) -> bool:
+    """Whether this is a camera raw file that shows a small picture first: DNG, CR2, or said to be reduced."""
+    try:
+        directory = read_directory(data)
+    except ValueError:
+        return False
+    reduced = numbers(directory, 254, (0,))[:1] == (1,)
+    return reduced or 50706 in directory or data[8:10] == b"CR"
+
+
 def deep_planes(data: bytes) -> np.ndarray | None:
     """(H, W, channels), uint8, of a file with channels of 16 bits that lie apart, which Pillow misreads; else none."""
     try:

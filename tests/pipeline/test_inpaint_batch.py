@@ -33,11 +33,11 @@ MASK = png_bytes(make_mask() * np.uint8(255))
 PHOTO = png_bytes(make_image(0))
 
 
-def fill_here(job: Job, keys: list[str], folder: Path) -> Iterator[pa.Table]:
+def fill_here(job: Job, todo: dict[str, str], folder: Path) -> Iterator[pa.Table]:
     """What the actors do, in this process."""
     worker = InpaintWorker({name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}, job)
-    for number in range(0, len(keys), 3):
-        yield worker.work({"number": number, "keys": keys[number : number + 3]})
+    for number in range(0, len(todo), 3):
+        yield worker.work({"number": number, "made_of": dict(list(todo.items())[number : number + 3])})
 
 
 @pytest.fixture
@@ -174,13 +174,15 @@ def test_failed_inputs_are_tried_again_only_if_asked_and_new_masks_are_found(her
     images = {"a.png": PHOTO, "b.png": b"", "c.png": PHOTO}
     config = job(images, {"a.png": MASK, "b.png": MASK})
     assert inpaint_all(config).failed == 1
-    write(tmp_path / "images", {"b.png": PHOTO})
     again = inpaint_all(config)
     assert (again.done, again.kept, again.failed, again.skipped) == (0, 2, 1, 1)
     write(tmp_path / "masks", {"c.png": MASK})
     assert inpaint_all(config).done == 1
     retried = inpaint_all(replace(config, retry_failed=True))
-    assert (retried.done, retried.kept, retried.failed) == (1, 2, 0)
+    assert (retried.done, retried.kept, retried.failed) == (0, 2, 1)
+    write(tmp_path / "images", {"b.png": PHOTO})
+    repaired = inpaint_all(config)
+    assert (repaired.done, repaired.kept, repaired.failed) == (1, 2, 0)
 
 
 def test_another_model_or_setting_does_everything_again_and_workers_and_tasks_do_not(here, job, tmp_path) -> None:
@@ -199,7 +201,9 @@ def test_a_result_does_not_depend_on_the_batch_it_fell_into(here, job, tmp_path,
     inpaint_all(job(images, masks))
     together = results(tmp_path / "out")
     monkeypatch.setattr(
-        run, "_fill_all", lambda job, keys, folder: (t for key in reversed(keys) for t in fill_here(job, [key], folder))
+        run,
+        "_fill_all",
+        lambda job, todo, folder: (t for key in reversed(todo) for t in fill_here(job, {key: todo[key]}, folder)),
     )
     inpaint_all(job(None, masks, output=tmp_path / "alone"))
     assert results(tmp_path / "alone") == together
