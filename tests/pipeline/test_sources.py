@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
 from collections.abc import Iterable
@@ -652,3 +653,18 @@ def test_the_table_of_partitions_says_what_the_code_says():
     ]
     shown = [line for line in text.splitlines() if line.startswith(tuple(f"| `{name}`" for name in PARTITIONS))]
     assert shown == rows
+
+
+@pytest.mark.ray
+def test_an_odd_name_is_one_photograph_left_out_and_its_set_is_made(ray_session, tmp_path):
+    folder = tmp_path / "in"
+    for key, data in PHOTOS.items():
+        storage.write_atomic(str(folder / key), data)
+    data = next(iter(PHOTOS.values()))
+    for name in (b"back\\slash.jpg", b"caf\xe9.jpg", b"new\nline.jpg", b"a::b.jpg"):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(data)
+    prepare(settings(tmp_path / "set", uri=str(folder), max_bad_fraction=0.9))
+    text = storage.read_bytes(str(tmp_path / "set" / "quarantine.jsonl")).decode()
+    reasons = {row["key"]: row["reason"] for row in map(json.loads, text.splitlines())}
+    assert {key for key, reason in reasons.items() if reason == "unsafe-name"} == {"back\\slash.jpg", "caf\\xe9.jpg"}
