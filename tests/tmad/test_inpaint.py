@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.tmad.tiny import MODEL, make_image, make_mask, with_noise
 from tmad.config import MemoryConfig, RetrievalConfig
+from tmad.holes import MaskRule
 from tmad.images import to_model, to_rgb, to_uint8
 from tmad.inpaint import EmptyMaskWarning, Inpainter, MaskPolarityWarning, UnusableInput, hole_mask
 from tmad.model import TMAD
@@ -316,6 +317,12 @@ def test_a_large_hole_inside_the_image_does_not_warn(inpainter: Inpainter) -> No
     assert inpainter(picture(64, 64), mask).notes == ()
 
 
+def in_palette(indices: list, palette: list[int]) -> Image.Image:
+    image = Image.frombytes("P", (len(indices[0]), len(indices)), np.array(indices, np.uint8).tobytes())
+    image.putpalette(palette)
+    return image
+
+
 @pytest.mark.parametrize(
     ("mask", "expected"),
     [
@@ -329,6 +336,12 @@ def test_a_large_hole_inside_the_image_does_not_warn(inpainter: Inpainter) -> No
         (Image.fromarray(np.array([[0, 255]], dtype=np.uint8)).convert("1"), [[0, 1]]),
         (Image.fromarray(np.array([[[0, 0, 0, 255], [255, 255, 255, 0]]], dtype=np.uint8)), [[0, 1]]),
         (Image.fromarray(np.array([[0, 40000]], dtype=np.uint16)), [[0, 1]]),
+        (np.array([[[0], [1]]], dtype=np.uint8), [[0, 1]]),
+        (Image.fromarray(np.array([[[0, 0, 0], [255, 0, 0], [0, 0, 200]]], dtype=np.uint8)), [[0, 1, 1]]),
+        (in_palette([[0, 1]], [0, 0, 0, 128, 0, 0]), [[0, 1]]),
+        (Image.fromarray(np.array([[0, 70000]], dtype=np.int32).clip(0, 65535)), [[0, 1]]),
+        (Image.fromarray(np.array([[0.0, 0.5, 0.6]], dtype=np.float32)), [[0, 0, 1]]),
+        (Image.fromarray(np.array([[0.0, 127.0, 200.0]], dtype=np.float32)), [[0, 0, 1]]),
     ],
 )
 def test_every_kind_of_mask_is_read_by_the_stated_rule(mask: np.ndarray | Image.Image, expected: list) -> None:
@@ -338,8 +351,43 @@ def test_every_kind_of_mask_is_read_by_the_stated_rule(mask: np.ndarray | Image.
     assert notes == ()
 
 
+SOFT = np.array([[[0, 0, 0, 0], [0, 0, 0, 90], [0, 0, 0, 255]]], dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "rule", "expected"),
+    [
+        (np.array([[0, 40, 41, 255]], np.uint8), {"threshold": 40}, [[0, 0, 1, 1]]),
+        (np.array([[0, 40 * 257, 41 * 257, 65535]], np.uint16), {"threshold": 40}, [[0, 0, 1, 1]]),
+        (np.array([[0, 1]], np.uint8), {"threshold": 200}, [[0, 1]]),
+        (np.array([[0, 1, 20]], np.uint8), {"value": "nonzero"}, [[0, 1, 1]]),
+        (np.array([[0, 1, 65535]], np.uint16), {"value": "nonzero"}, [[0, 1, 1]]),
+        (in_palette([[0, 1, 2]], [0, 0, 0, 5, 5, 5, 0, 0, 0]), {"value": "nonzero"}, [[0, 1, 1]]),
+        (Image.fromarray(SOFT), {"value": "alpha"}, [[0, 0, 1]]),
+        (Image.fromarray(SOFT), {"value": "alpha", "threshold": 0}, [[0, 1, 1]]),
+        (Image.fromarray(SOFT), {"value": "alpha", "hole": "black"}, [[1, 1, 0]]),
+        (Image.fromarray(SOFT), {"value": "nonzero", "hole": "black"}, [[1, 1, 1]]),
+        (np.array([[0, 127, 128]], np.uint8), {"hole": "black"}, [[1, 1, 0]]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the mask is black")
+def test_colour_value_and_threshold_of_a_mask_are_settings(mask, rule, expected) -> None:
+    assert hole_mask(mask, MaskRule(**rule))[0].tolist() == expected
+
+
+def test_a_mask_whose_hole_may_lie_elsewhere_says_where(inpainter: Inpainter) -> None:
+    with pytest.warns(EmptyMaskWarning, match="the mask is black, with a hole in its alpha channel: mask_value alpha"):
+        hole_mask(Image.fromarray(SOFT))
+    with pytest.raises(UnusableInput, match="no alpha channel, which mask_value=alpha asks for"):
+        hole_mask(Image.new("RGB", (4, 4)), MaskRule(value="alpha"))
+    with pytest.raises(ValueError, match="0 to 254, got 255"):
+        MaskRule(threshold=255)
+    with pytest.raises(ValueError, match="does not go with mask_value=nonzero"):
+        MaskRule(value="nonzero", threshold=3)
+
+
 def test_a_grey_mask_without_a_hole_warns() -> None:
-    with pytest.warns(EmptyMaskWarning, match="values up to 9, none above 127: nothing counts as hole"):
+    with pytest.warns(EmptyMaskWarning, match="values up to 9, none above 127: nothing is white; mask_value nonzero"):
         hole, notes = hole_mask(np.array([[0, 9]], dtype=np.uint8))
     assert hole.sum() == 0
     assert len(notes) == 1
