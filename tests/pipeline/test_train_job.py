@@ -361,8 +361,8 @@ def test_a_set_prepared_for_another_model_is_refused(place: Path) -> None:
     model = replace(smoke().model, patch_size=16)
     with pytest.raises(ValueError, match=r"prepared for patch_size 8, model.patch_size is 16"):
         train(_config(place, "other-patch", model=model))
-    with pytest.raises(ValueError, match=r"patches_per_image is 17, but a crop of 32 pixels has 16 cells"):
-        train(_config(place, "many-cells", schedule=replace(smoke().schedule, patches_per_image=17)))
+    with pytest.raises(ValueError, match=r"patches_per_image is 25, but a crop of 32 pixels has 16 cells"):
+        train(_config(place, "many-cells", schedule=replace(smoke().schedule, patches_per_image=25)))
 
 
 def test_a_missing_set_is_refused(place: Path) -> None:
