@@ -124,6 +124,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
             summary = _fit(folder, config, {**job, "relay": relay}, callbacks, stop)
         wait_for_tracking(tracking_uri, config.tracking.wait_s)
         Tracker(tracking_uri, run_id).catch_up(metrics)
+        claim.check()  # a server may have been waited for
         finished = _finish(folder, config, summary, sets, tracking_uri, run_id)
     except BaseException as error:
         told_to_end = isinstance(error, KeyboardInterrupt | Interrupted)

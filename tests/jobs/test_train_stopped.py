@@ -79,7 +79,7 @@ def test_ctrl_c_keeps_a_last_checkpoint_a_second_one_ends_at_once_and_a_second_j
 
     kept = training.checkpoints()[-1]
     job = training.start_and_reach(1)
-    assert f"continuing after {kept} images" in job.said()
+    assert f"continuing after {kept:,} images" in job.said()
     began = time.monotonic()
     os.killpg(job.process.pid, signal.SIGHUP)
     assert job.wait_for(lambda: "closed terminal: a last checkpoint" in job.said())
@@ -88,7 +88,7 @@ def test_ctrl_c_keeps_a_last_checkpoint_a_second_one_ends_at_once_and_a_second_j
     # Where the second comes too late, the first has ended it.
     assert (code, said.splitlines()[-1].split(";")[0][9:]) in (
         (130, "E stopped by SIGINT"),
-        (129, f"E the job was told to stop after {training.images()} images"),
+        (129, f"E the job was told to stop after {training.images():,} images"),
     ), said
     assert time.monotonic() - began < 25
     assert "Traceback" not in said

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from jobs.train_places import main
+from pipeline.claim import CLAIM_NAME
 from pipeline.cluster import require
 from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
 from pipeline.data.collection import ImagesConfig
@@ -30,6 +31,7 @@ from pipeline.data.schema import read_manifest
 from pipeline.errors import CheckpointsDamaged, ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
 from pipeline.models import load_any_model
 from pipeline.presets import smoke
+from pipeline.storage import write_atomic
 from pipeline.tracking import mlflow_client, read_json_lines
 from pipeline.train.launch import train
 from tests.conftest import ROOT, make_photo
@@ -187,6 +189,25 @@ def test_a_worker_that_is_killed_changes_nothing_in_the_result(
     assert len(killed) == 1
     assert "continuing after" in caplog.text
     assert summary["model_digest"] == finished["model_digest"]
+
+
+def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(place: Path) -> None:
+    claim = place / "runs" / "taken" / CLAIM_NAME
+
+    def take_over() -> None:
+        deadline = time.monotonic() + 300
+        while not claim.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        theirs = {**json.loads(claim.read_text()), "token": "another", "process": "elsewhere"}
+        write_atomic(str(claim), json.dumps(theirs).encode())
+
+    other = threading.Thread(target=take_over, daemon=True)
+    other.start()
+    with pytest.raises(TrainingFailed, match=r"images_0+8 was not kept: .*runs/taken was taken over: process"):
+        train(_config(place, "taken"))
+    other.join(timeout=10)
+    assert not list((place / "runs" / "taken" / "checkpoints").glob("images_*"))
+    assert json.loads(claim.read_text())["token"] == "another"
 
 
 def _unfinished_copy(place: Path, name: str) -> Path:
