@@ -451,7 +451,7 @@ def _printable(name: str) -> str:
 
 
 def _is_hidden(key: str) -> bool:
-    return any(part.startswith(".") for part in key.split("/"))
+    return any(part.startswith(".") and part not in (".", "..") for part in key.split("/"))
 
 
 def local_copy(uri: str) -> Path:

@@ -30,7 +30,7 @@ from pipeline.cluster import joined, require, start_ray
 from pipeline.data.collection import UNUSABLE, drop_of
 from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.base import Source
-from pipeline.data.sources.choose import OURS, open_source
+from pipeline.data.sources.choose import is_ledger, open_source
 from pipeline.data.tasks import iterate, run_on_actors
 from pipeline.errors import MissingInput
 from pipeline.inpaint.config import InpaintConfig
@@ -358,7 +358,7 @@ def _check_places(config: InpaintConfig) -> None:
 def _without_output(keys: list[str], config: InpaintConfig) -> list[str]:
     """The keys that are no results of an earlier call."""
     if config.output == config.input:
-        return [key for key in keys if not key.startswith(OURS)]
+        return [key for key in keys if not is_ledger(key)]
     if not config.output.startswith(config.input + "/"):
         return keys
     below = config.output[len(config.input) + 1 :] + "/"
@@ -409,7 +409,7 @@ class _Progress:
     def __init__(self, total: int) -> None:
         self.total, self.count, self.done, self.megapixels = total, 0, 0, 0.0
         self.reasons: Counter[str] = Counter()
-        self.last = time.monotonic()
+        self.began = self.last = time.monotonic()
         self.first: tuple[float, int, float] | None = None
         """When the first images were there, how many, and their megapixels: before them models are loaded."""
 
@@ -425,9 +425,9 @@ class _Progress:
         if now - self.last < PROGRESS_S and self.count < self.total:
             return
         self.last = now
-        since, before, pixels = self.first
+        loaded = self.count > self.first[1]
+        since, before, pixels = self.first if loaded else (self.began, 0, 0.0)
         spent = max(now - since, 1e-9)
-        # Of one task alone, nothing is known of the time that it took beside loading.
         rate = (self.count - before) / spent
         log.info(
             "%d of %d images, %.2f images/s, %.2f megapixels/s, %s to go%s",
@@ -435,6 +435,7 @@ class _Progress:
             self.total,
             rate,
             (self.megapixels - pixels) / spent,
-            f"{(self.total - self.count) / rate:.0f} s" if rate else "?",
+            # Of the first task nothing is known of the time that it took beside loading.
+            f"{(self.total - self.count) / rate:.0f} s" if loaded or self.count == self.total else "?",
             f"; not filled: {by_reason(self.reasons)}" if self.reasons else "",
         )

@@ -19,9 +19,6 @@ LIST_SUFFIXES = (".txt", ".lst", ".flist")
 ARCHIVE_SUFFIXES = (".tgz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".rar", ".7z")
 """Files from which no image can be read by itself."""
 
-OURS = ("ledger.parquet", "ledger/")
-"""What an inpainting job leaves in a folder beside its results."""
-
 _SHOWN = 5
 
 logger = logging.getLogger(__name__)
@@ -77,7 +74,7 @@ def _open(
         return ParquetTable(uri, (), image_column, key_column, label_column)
     if uri.lower().endswith(ARCHIVE_SUFFIXES):
         raise _compressed(uri)
-    files = {key: file for key, file in listing(uri).items() if not key.startswith(OURS)}
+    files = {key: file for key, file in listing(uri).items() if not is_ledger(key)}
     images = [key for key in files if is_picture(key) and not files[key].link]
     tars, tables, archives = (
         tuple(key for key in files if key.lower().endswith(suffix)) for suffix in (".tar", ".parquet", ARCHIVE_SUFFIXES)
@@ -101,6 +98,11 @@ def _open(
     if read is tables and tables:
         return ParquetTable(uri, tables, image_column, key_column, label_column, left_out=rest)
     return ImageTree(uri, files)
+
+
+def is_ledger(key: str) -> bool:
+    """Whether an inpainting job has left *key* in a folder, beside its results."""
+    return key == "ledger.parquet" or (key.startswith("ledger/") and key.endswith(".parquet"))
 
 
 def _tell(uri: str, rest: Sequence[str], files: Mapping[str, Listed]) -> None:
