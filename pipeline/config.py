@@ -22,6 +22,7 @@ from pipeline.cli import one_line
 from pipeline.data.collection import ImagesConfig
 from pipeline.tracking import flatten
 from tmad.config import (
+    SMALLEST_IMAGE,
     STRICT,
     CriticsConfig,
     LossConfig,
@@ -317,6 +318,13 @@ class RunConfig:
                     f"schedule.batch_images must be a multiple of {what} ({number}), "
                     f"got {self.schedule.batch_images}: every worker takes an equal share of each batch"
                 )
+        block = math.isqrt(self.schedule.patches_per_image) * self.model.patch_size
+        if self.loss.weight_gan_global and block < SMALLEST_IMAGE:
+            raise ValueError(
+                f"the global discriminator needs {SMALLEST_IMAGE} pixels: schedule.patches_per_image "
+                f"({self.schedule.patches_per_image}) cells of {self.model.patch_size} are a block of {block}; take more "
+                "cells, or set loss.weight_gan_global to 0"
+            )
         if self.data.results is not None and self.schedule.coarse_images:
             raise ValueError(
                 f"with data.results the coarse network is not trained: schedule.coarse_images must be 0, got "

@@ -193,7 +193,7 @@ def smoke() -> RunConfig:
             coarse_images=8,
             joint_images=16,
             batch_images=4,
-            patches_per_image=4,
+            patches_per_image=16,
             validate_every_images=8,
             validation_images=4,
             checkpoint_every_images=8,

@@ -109,7 +109,7 @@ def test_a_model_that_does_not_fit_is_refused_with_tensors_and_settings(checkpoi
         find_initial(_from(checkpoint / "model", WIDER), None)
     report = caught.value.details["report"]
     assert all("psnet" in name for kind in ("missing", "unexpected", "reshaped") for name in report[kind])
-    assert "model/psnet.encoder.0.parametrizations.weight.original (4, 3, 1, 1) -> (8, 3, 1, 1)" in report["reshaped"]
+    assert "model/psnet.encoder.0.parametrizations.weight.original (4, 4, 1, 1) -> (8, 4, 1, 1)" in report["reshaped"]
 
 
 def test_what_fits_is_taken_on_request_layer_by_layer(
@@ -120,12 +120,16 @@ def test_what_fits_is_taken_on_request_layer_by_layer(
     with caplog.at_level(logging.WARNING):
         initial = find_initial(config, None)
     assert "takes a part of the model" in caplog.text
-    # Three candidates reach the first convolution of the texture encoder and nothing else: its vector u would fit.
-    (layer,) = {name.split(".parametrizations")[0].split(" ")[0] for name in initial.report["reshaped"]}
+    # Three candidates reach the first convolution of the texture encoder, whose vector u would fit, and their gains.
+    layers = {name.split(".parametrizations")[0].split(" ")[0] for name in initial.report["reshaped"]}
+    gains = {"model/psnet.gains.weight", "model/psnet.gains.bias"}
+    assert layers > gains
+    (layer,) = layers - gains
     assert f"{layer}.parametrizations.weight.0._u" in initial.report["left_out"]
     assert not any(name.startswith(layer) for name in initial.tensors)
     started, fresh = _started(config), make_state(config.training).tensors()
     assert _same(started, fresh, layer)
+    assert _same(started, fresh, "model/psnet.gains")
     assert _same({k: v for k, v in started.items() if k.startswith("global_critic/")}, trained.tensors(), "")
 
 
