@@ -322,8 +322,8 @@ class RunConfig:
         if self.loss.weight_gan_global and block < SMALLEST_IMAGE:
             raise ValueError(
                 f"the global discriminator needs {SMALLEST_IMAGE} pixels: schedule.patches_per_image "
-                f"({self.schedule.patches_per_image}) cells of {self.model.patch_size} are a block of {block}; take more "
-                "cells, or set loss.weight_gan_global to 0"
+                f"({self.schedule.patches_per_image}) cells of {self.model.patch_size} are a block of {block}; take "
+                "more cells, or set loss.weight_gan_global to 0"
             )
         if self.data.results is not None and self.schedule.coarse_images:
             raise ValueError(

@@ -245,8 +245,8 @@ def _write_report(
 ) -> None:
     report = Report(
         "T-MAD demo",
-        "The model in the box, fine-tuned for minutes on crops of a handful of photographs by every part of the system, "
-        "fills holes in photographs that it has never seen.",
+        "The model in the box, fine-tuned for minutes on crops of a handful of photographs by every part of the "
+        "system, fills holes in photographs that it has never seen.",
     )
     evaluation.write_sections(report)
     report.heading("Whole photographs, filled from folders")
