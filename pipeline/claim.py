@@ -173,7 +173,8 @@ def _acquire_within(claim: Claim, mine: Holder, wait_s: float) -> None:
     deadline, announced = time.monotonic() + wait_s, False
     while True:
         try:
-            return _acquire(claim, mine)
+            _acquire(claim, mine)
+            return
         except FolderInUse as error:
             if time.monotonic() >= deadline:
                 raise

@@ -32,7 +32,7 @@ ASK_DRIVER_S = 1.0
 ASK_RAY_S = 10.0
 """All workers ask Ray so often whether one of their machines is taken away."""
 
-STOPS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "closed terminal"}
+STOPS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "closed terminal"}
 """Signals that stop a training, in words."""
 
 Kind = Literal["stop", "restart", "drain"]
