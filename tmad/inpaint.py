@@ -31,10 +31,9 @@ from tmad.holes import hole_mask as hole_mask
 from tmad.images import decode_image, paste, scale, to_model, to_rgb, to_uint8
 from tmad.memory import select_pool
 from tmad.model import TMAD
+from tmad.psnet import Part
 from tmad.rng import numpy_generator
 
-Part = tuple[slice, slice]
-"""Rows and columns of a picture."""
 Policy = Literal["original", "resize", "crop"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -302,9 +301,9 @@ class Inpainter:
             local = torch.from_numpy(rows * (coarse.shape[-1] // k) + columns).to(self.device)
             chosen = torch.from_numpy(inside).to(self.device)
             candidates = self.model.retrieval.hand_out(weights[chosen][None], memory, index[chosen][None])
-            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None]))
-            made = made[top - y : bottom - y, left - x : right - x][: target.shape[0], : target.shape[1]]
-            target[wanted] = made[wanted]
+            inner = slice(top - y, bottom - y), slice(left - x, right - x)
+            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None], inner))
+            target[wanted] = made[: target.shape[0], : target.shape[1]][wanted]
         return filled, self._found(index, memory, pool_yx, corners)
 
     def _retrieve(self, read: Callable[[Part], Tensor], corners: np.ndarray, memory: Tensor) -> tuple[Tensor, Tensor]:
