@@ -132,7 +132,7 @@ def _opened(uri: str, options: dict[str, Any]) -> tuple[Any, str]:
     if "::" in rest and "::" not in scheme:
         fs = fsspec.filesystem(scheme, **options)
         return fs, fs._strip_protocol(uri)
-    return fsspec.core.url_to_fs(uri, **options)  # type: ignore[no-any-return]
+    return fsspec.core.url_to_fs(uri, **options)
 
 
 def for_ray(uri: str) -> tuple[str, Any]:

@@ -386,12 +386,12 @@ def _png_16(data: bytes, colour_type: int) -> np.ndarray:
     halves = []
     for order in "BL":
         picture = Image.open(io.BytesIO(data), formats=("PNG",))
-        tile = picture.tile[0]  # type: ignore[attr-defined]
+        tile = picture.tile[0]
         if colour_type == 4:  # grey with alpha: as long as four channels of eight bits
-            picture._mode, raw = "RGBA", "RGBA"  # type: ignore[attr-defined]
+            picture._mode, raw = "RGBA", "RGBA"
         else:
             raw = {2: "RGB", 6: "RGBA"}[colour_type] + ";16" + order
-        picture.tile = [tile._replace(args=raw)]  # type: ignore[attr-defined]
+        picture.tile = [tile._replace(args=raw)]
         picture.load()
         halves.append(np.asarray(picture).astype(np.uint16))
         if colour_type == 4:
