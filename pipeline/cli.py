@@ -110,11 +110,10 @@ def parse(
 def _refused_value(end: BaseException) -> ValueError | None:
     """What a configuration said against its values, if that is why the command line's reader ended: it would show
     pydantic's own text."""
-    error: BaseException | None = end
-    while (error := error.__context__) is not None:
-        if isinstance(error, ValidationError):
-            return error
-    return None
+    error = end.__context__
+    while error is not None and not isinstance(error, ValidationError):
+        error = error.__context__
+    return error
 
 
 def submitted() -> bool:

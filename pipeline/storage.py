@@ -509,8 +509,8 @@ def _own_errors(uri: str, verb: str) -> Iterator[None]:
 def _translated(uri: str, verb: str, error: Exception) -> TMADError | None:
     remote = is_remote(uri)
     if remote and (cause := _cause(uri, error)) is not None:
-        kind = MissingInput if cause.kind == "bucket" else StorageFailed
-        return kind(f"cannot {verb} {redact(uri)}: {redact(cause.words)}", kind=cause.kind)
+        made = MissingInput if cause.kind == "bucket" else StorageFailed
+        return made(f"cannot {verb} {redact(uri)}: {redact(cause.words)}", kind=cause.kind)
     if isinstance(error, FileNotFoundError):
         return MissingInput(f"cannot {verb} {redact(uri)}: it is not there")
     if isinstance(error, OSError | ValueError | ImportError):

@@ -90,7 +90,7 @@ def test_where_all_is_there_every_check_passes_and_nothing_is_left_behind(place:
     plan = dict(found.plan)
     assert plan["batch"] == "4 images a step, 2 a worker"
     assert plan["steps"].startswith("6: 2 coarse (8 images), then 4 jointly (16 images), 8.0 times through 3 records")
-    assert plan["checkpoints"].startswith("3, every 8 images and at the end, 2 kept; 1.1 MB each")
+    assert plan["checkpoints"].startswith("3, every 8 images and at the end, 2 kept; 1.2 MB each")
     assert plan["duration"].startswith("40 min at 0.01 images/s, as stated")
     assert dict(preflight(config).plan)["duration"].startswith("unknown; ")
 
