@@ -165,6 +165,7 @@ def test_a_stored_model_brings_an_example_that_it_takes(model_folder: Path, tmp_
     assert not np.array_equal(filled, example["image"])
 
 
+@pytest.mark.filterwarnings("ignore:.*Any type hint")  # of MLflow, about its own base class
 def test_a_picture_is_filled_the_same_wherever_it_stands_and_a_bad_one_fails_alone(
     model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

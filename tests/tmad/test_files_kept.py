@@ -47,7 +47,7 @@ def pixels(data: bytes) -> np.ndarray:
             if page.bitspersample > 1 and page.photometric.name not in ("PALETTE", "YCBCR"):
                 try:
                     found = page.asarray()
-                except (ValueError, KeyError):  # a compression that needs another package
+                except (ValueError, KeyError, ImportError):  # a compression that needs another package
                     return np.asarray(Image.open(io.BytesIO(data)))
                 found = found.transpose(1, 2, 0) if page.planarconfig == 2 and found.ndim == 3 else found
                 return found.reshape(*found.shape[:2], -1)
