@@ -75,9 +75,13 @@ class HolesConfig:
             raise ValueError(
                 f"mask_hole does not go with mask_from={self.mask_from}, which says itself what the hole is"
             )
-        changed = [name for name in _OF_PICTURES if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        changed = [
+            name for name in _OF_PICTURES if getattr(self, name) != type(self).__dataclass_fields__[name].default
+        ]
         if changed and self.mask_from not in ("paired", "one", "column"):
-            raise ValueError(f"{' and '.join(changed)} go with masks that are pictures: mask_from paired, one or column")
+            raise ValueError(
+                f"{' and '.join(changed)} go with masks that are pictures: mask_from paired, one or column"
+            )
         self.mask_rule  # noqa: B018 - refuses what contradicts itself
         if self.mask_tolerance and self.mask_from != "colour":
             raise ValueError("mask_tolerance goes with mask_from=colour")
