@@ -56,9 +56,9 @@ def test_a_missing_folder_is_one_line_and_exit_code_1(dry: list[str], tmp_path: 
 
 def test_a_required_option_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(PLACES[:6])
+        main(PLACES[:4])
     assert end.value.code == 2
-    assert "--model" in capsys.readouterr().err
+    assert "--output" in capsys.readouterr().err
 
 
 @pytest.mark.ray
