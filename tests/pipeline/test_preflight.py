@@ -114,7 +114,7 @@ def test_all_that_is_wrong_is_listed_at_once(place: Path, tmp_path: Path) -> Non
         "data.train": "nowhere does not exist",
         "data.val": "prepared for patch_size 8, model.patch_size is 16",
         "runs": r"cannot write .*NotADirectoryError",
-        "tracking": "no answer from MLflow .*Connection refused.*--tracking.uri none",
+        "tracking": "no answer from MLflow .*Connection refused.*go without where the job can",
         "resources": r"asked for 2001 CPU, this machine has \d+ CPU.* missing",
         "perceptual": "no VGG-19 weights at .*--perceptual.features off",
         "init_from": "no model at ",

@@ -93,7 +93,7 @@ def _open(
         )
     rest = tuple(key for key in files if key not in set(read))
     _tell(uri, rest, files)
-    if read is tars:
+    if tars and read is tars:
         return TarShards(uri, tars, cache=cache, left_out=rest)
     if read is tables and tables:
         return ParquetTable(uri, tables, image_column, key_column, label_column, left_out=rest)
