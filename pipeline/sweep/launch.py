@@ -26,7 +26,7 @@ from pipeline.cluster import require, shortage, shown, start_ray
 from pipeline.config import to_json
 from pipeline.data.schema import read_manifest
 from pipeline.errors import ClusterTooSmall, ConfigMismatch, Interrupted, SweepFailed
-from pipeline.models import locate_model
+from pipeline.models import absolute_model, locate_model
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_trial, winner
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
@@ -62,9 +62,7 @@ class Finished:
 
 def resolve(config: SweepConfig) -> SweepConfig:
     """With absolute places, as trials run in other working directories."""
-    init_from = config.init_from
-    if init_from is not None and "://" not in init_from and ":/" not in init_from:
-        init_from = storage.absolute(init_from)
+    init_from = absolute_model(config.init_from) if config.init_from else None
     return replace(config, init_from=init_from, run=replace(resolve_run(config.run), name=None))
 
 

@@ -40,7 +40,7 @@ from pipeline.data.shared import start_reader
 from pipeline.environment import code_state, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.model_card import CARD_FILE, model_card
-from pipeline.models import MLFLOW_SCHEMES
+from pipeline.models import absolute_model
 from pipeline.pretrained import resolve_perceptual
 from pipeline.registry import reference, register_model
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
@@ -154,9 +154,7 @@ def resolve(config: RunConfig) -> RunConfig:
         images=images.with_absolute_places(),
         results=config.data.results and storage.absolute(config.data.results),
     )
-    init_from = config.init_from
-    if init_from is not None and not init_from.startswith(MLFLOW_SCHEMES):
-        init_from = storage.absolute(init_from)
+    init_from = absolute_model(config.init_from) if config.init_from else None
     runs = storage.absolute(config.runs)
     return replace(with_name(config, name), runs=runs, init_from=init_from, data=data, perceptual=perceptual)
 
