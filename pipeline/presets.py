@@ -72,6 +72,8 @@ def places_rectangle() -> RunConfig:
         base,
         data=DataConfig(train="data/places-rectangle/train", val="data/places-rectangle/val"),
         model=replace(base.model, memory=MemoryConfig(rule="clean", stride_divisor=2)),
+        # Sec. IV's weights of Eq. 1 for rectangles; Table II has 6 and 1.
+        loss=replace(base.loss, weight_hole=5.0, weight_valid=0.0),
         schedule=replace(base.schedule, patches_per_image=25),
     )
 
