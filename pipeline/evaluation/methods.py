@@ -20,7 +20,7 @@ from tmad.rng import numpy_generator
 TITLES: Mapping[str, str] = {
     "tmad": "T-MAD",
     "coarse": "coarse result of T-MAD",
-    "blended": "coarse + blended detail, nothing trained",
+    "blended": "blended detail, untrained",
     "patchmatch": "PatchMatch",
     "telea": "Telea (OpenCV)",
     "navier_stokes": "Navier-Stokes (OpenCV)",
