@@ -196,9 +196,11 @@ def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(plac
 
     def take_over() -> None:
         deadline = time.monotonic() + 300
-        while not claim.exists() and time.monotonic() < deadline:
+        text = ""
+        while not text and time.monotonic() < deadline:  # a claim is created empty and then written
             time.sleep(0.01)
-        theirs = {**json.loads(claim.read_text()), "token": "another", "process": "elsewhere"}
+            text = claim.read_text() if claim.exists() else ""
+        theirs = {**json.loads(text), "token": "another", "process": "elsewhere"}
         write_atomic(str(claim), json.dumps(theirs).encode())
 
     other = threading.Thread(target=take_over, daemon=True)
