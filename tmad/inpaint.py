@@ -125,8 +125,8 @@ class Inpainter:
 
         `builtin`, the one in the box; a folder, that of an artifact, a checkpoint or a run; a URI of one;
         `models:/tmad@champion` or `runs:/<id>/model` of MLflow at *tracking_uri*, else `MLFLOW_TRACKING_URI`. Raises
-        what `load_model`, `builtin_model` and, for names that are no folder with a model in it, `pipeline.models` raise,
-        and `ValueError` for a device that this machine does not have.
+        what `load_model` and `builtin_model` raise, `ModelNotFound` where there is none, and `ValueError` for a device
+        that this machine does not have.
         """
         _check_device(device)
         folder = _model_folder(model, tracking_uri)
@@ -167,9 +167,9 @@ class Inpainter:
     ) -> InpaintResult:
         """Fill the hole of one image (Sec. III; inference takes the hole cells and nothing else).
 
-        *image*: a file's path or bytes, the open file, a Pillow image of any mode, an array (H, W), (H, W, 1), (H, W, 3)
-        or (H, W, 4) of uint8 or of floats in [0, 1], uint16 (H, W), or such a tensor with its channels first. *mask*:
-        the same, of the same size, 1 = hole; see `hole_mask` for its types. *filled*: somebody else's result for this
+        *image*: a file's path or bytes, the open file, a Pillow image of any mode, an array (H, W), (H, W, 1),
+        (H, W, 3) or (H, W, 4) of uint8 or of floats in [0, 1], uint16 (H, W), or such a tensor with its channels first.
+        *mask*: the same, of the same size, 1 = hole; see `hole_mask` for its types. *filled*: somebody else's result for this
         image and mask; retrieval and PSNet then work behind it and the coarse network is not asked (Table V).
         *image_id* and `seed` key the choice of the memory, so the same call gives the same result anywhere.
 
