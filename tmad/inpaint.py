@@ -169,8 +169,8 @@ class Inpainter:
 
         *image*: a file's path or bytes, the open file, a Pillow image of any mode, an array (H, W), (H, W, 1),
         (H, W, 3) or (H, W, 4) of uint8 or of floats in [0, 1], uint16 (H, W), or such a tensor with its channels first.
-        *mask*: the same, of the same size, 1 = hole; see `hole_mask` for its types. *filled*: somebody else's result for this
-        image and mask; retrieval and PSNet then work behind it and the coarse network is not asked (Table V).
+        *mask*: the same, of the same size, 1 = hole; see `hole_mask` for its types. *filled*: somebody else's result
+        for this image and mask; retrieval and PSNet then work behind it and the coarse network is not asked (Table V).
         *image_id* and `seed` key the choice of the memory, so the same call gives the same result anywhere.
 
         Sides are padded to `size_multiple` (reflected, repeated at the edge where a side is too short) and cropped
