@@ -80,8 +80,10 @@ class PSNet(nn.Module):
         half = self.texture_half(mosaics[..., *texture_part].flatten(1, 2))
         quarter = self.texture_quarter(half)[..., *within(quarter_part, reduced(texture_part, 4))]
         half = half[..., *within(half_part, reduced(texture_part, 2))]
-        decoded = self.up_half(torch.cat([features, quarter], dim=1))[..., *within(half_part, enlarged(quarter_part, 2))]
-        decoded = self.up_full(torch.cat([decoded, half], dim=1))[..., *within(decoded_part, enlarged(half_part, 2))]
+        decoded = self.up_half(torch.cat([features, quarter], dim=1))
+        decoded = decoded[..., *within(half_part, enlarged(quarter_part, 2))]
+        decoded = self.up_full(torch.cat([decoded, half], dim=1))
+        decoded = decoded[..., *within(decoded_part, enlarged(half_part, 2))]
         decoded = self.decode(decoded)[..., *within(inner, decoded_part)]
         coarse, details = coarse[..., *inner], details[..., *inner]
         result: Tensor = self.output(decoded).float()
