@@ -37,6 +37,8 @@ def training_batch(config: TMADConfig, *, side: int, images: int, cells: int) ->
             rule=config.memory.rule,
             rng=rng,
         )
-        sizes = {"patch_size": config.patch_size, "num_cells": cells}
-        samples.append(make_sample(str(number), picture(side, number), mask, pool_yx, **sizes, rng=rng))
+        image = picture(side, number)
+        samples.append(
+            make_sample(str(number), image, mask, pool_yx, patch_size=config.patch_size, num_cells=cells, rng=rng)
+        )
     return collate(samples)
