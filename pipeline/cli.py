@@ -14,7 +14,6 @@ import difflib
 import io
 import json
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +23,9 @@ from typing import Any, Generic, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from pipeline import storage
-from pipeline.errors import Interrupted, TMADError
+from pipeline.errors import Interrupted, TMADError, one_line
 from pipeline.logs import formatter
+from pipeline.runs.progress import LogHandler
 from tmad.config import from_dict
 
 ConfigT = TypeVar("ConfigT")
@@ -116,11 +116,6 @@ def _refused_value(end: BaseException) -> ValueError | None:
     return error
 
 
-def submitted() -> bool:
-    """Whether `ray job submit` started this process."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
 def _check_places(config: Any) -> None:
     """Raise `ValueError` for a relative place in a submitted job: it would lie in Ray's copy of the uploaded folder,
     which is another one after each change of the code."""
@@ -129,7 +124,7 @@ def _check_places(config: Any) -> None:
         for name, place in _places(config)
         if not storage.is_remote(place) and not place.startswith(("/", "file://"))
     ]
-    if submitted() and relative:
+    if storage.submitted() and relative:
         raise ValueError(
             "a submitted job runs in Ray's copy of the uploaded folder, where nothing lasts: each place must be a URI "
             f"(s3://bucket/...) or an absolute folder that all machines see, got {', '.join(relative)}"
@@ -239,7 +234,7 @@ def interrupt(number: int, _: Any = None) -> NoReturn:
 def configure_logging(run: str = "", rank: int | None = None) -> None:
     """Send log lines to stderr with time, level, run name and rank where given (`pipeline.logs` says how they look);
     libraries only from warnings up."""
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(formatter(run, rank))
     root = logging.getLogger()
     for old in [one for one in root.handlers if isinstance(one, logging.StreamHandler)]:
@@ -251,19 +246,3 @@ def configure_logging(run: str = "", rank: int | None = None) -> None:
     # Ray Data shows what a task raised with all of its own frames, before whoever called it says it in a line.
     for twice in ("exceptions", "_internal.execution.streaming_executor_state"):
         logging.getLogger(f"ray.data.{twice}").setLevel(logging.CRITICAL)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of *error* without line breaks and without Ray's traceback around it; pydantic's are reduced to
-    `field: what is wrong`."""
-    # An error from a Ray task is a class of both kinds, whose text is the remote traceback.
-    if isinstance(cause := getattr(error, "cause", None), Exception):
-        error = cause
-    if isinstance(error, ValidationError):
-        parts = []
-        for item in error.errors(include_url=False):
-            place = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            parts.append(f"{place}: {message}, got {item['input']!r}" if place else message)
-        return "; ".join(parts)
-    return " ".join(str(error).split()) or type(error).__name__

@@ -18,8 +18,8 @@ import grpc
 import ray
 import torch
 
-from pipeline.cli import one_line, submitted
-from pipeline.errors import ClusterTooSmall, ClusterUnreachable
+from pipeline.errors import ClusterTooSmall, ClusterUnreachable, one_line
+from pipeline.storage import submitted
 
 ROOT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages: the checkout, an uploaded working directory, or site-packages."""
@@ -197,3 +197,14 @@ def _embedded_cpus() -> int:
 def _python_path() -> str:
     there = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     return os.pathsep.join([str(ROOT), *(part for part in there if part != str(ROOT))])
+
+
+def models_side_by_side(*, use_gpu: bool, cpus_each: float = 1) -> int:
+    """Copies of a model that the cluster has room for: one a GPU, or *cpus_each* processors."""
+    there = ray.cluster_resources()
+    if use_gpu:
+        return max(1, int(there.get("GPU", 0)))
+    cpus = there.get("CPU", 1)
+    # An embedded Ray counts more CPUs than this machine may have; the model needs real ones.
+    cpus = cpus if joined() else min(cpus, os.cpu_count() or 1)
+    return max(1, int(cpus / cpus_each))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 
 class TMADError(Exception):
     """Root of the errors that end a job with one clear line instead of a traceback.
@@ -133,3 +135,19 @@ class SweepFailed(TMADError):
 
 class NotPromoted(TMADError):
     """A version of a model stays without the alias; the message has the reason, `details["reasons"]` all of them."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of *error* without line breaks and without Ray's traceback around it; pydantic's are reduced to
+    `field: what is wrong`."""
+    # An error from a Ray task is a class of both kinds, whose text is the remote traceback.
+    if isinstance(cause := getattr(error, "cause", None), Exception):
+        error = cause
+    if isinstance(error, ValidationError):
+        parts = []
+        for item in error.errors(include_url=False):
+            place = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            parts.append(f"{place}: {message}, got {item['input']!r}" if place else message)
+        return "; ".join(parts)
+    return " ".join(str(error).split()) or type(error).__name__

@@ -24,9 +24,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
 from pipeline.claim import Claim, claim_folder
-from pipeline.cli import one_line
 from pipeline.config import check_registered
-from pipeline.errors import ModelNotFound, NotPromoted, TMADError
+from pipeline.errors import ModelNotFound, NotPromoted, TMADError, one_line
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
 from pipeline.evaluation.side_by_side import side_by_side

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import errno
 import io
+import json
 import logging
 import os
 import random
@@ -80,6 +81,11 @@ def redact(text: str) -> str:
 def is_remote(uri: str) -> bool:
     """True if *uri* is not on a local file system of this machine."""
     return "://" in uri and not uri.startswith(("file://", "local://"))
+
+
+def submitted() -> bool:
+    """Whether `ray job submit` started this process: in a copy of the uploaded folder, where nothing lasts."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def absolute(uri: str) -> str:
@@ -189,6 +195,11 @@ def read_bytes(uri: str) -> bytes:
         return begin + b"".join(read_range(uri, *part) for part in parts)
     with ThreadPoolExecutor(_PART_READERS, thread_name_prefix="read") as pool:
         return begin + b"".join(pool.map(lambda part: read_range(uri, *part), parts))
+
+
+def read_json(uri: str) -> Any:
+    """The value of the JSON file at *uri*, none if there is no such file."""
+    return json.loads(read_bytes(uri)) if exists(uri) else None
 
 
 def _begin(uri: str) -> bytes:

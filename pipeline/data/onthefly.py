@@ -33,6 +33,7 @@ from pipeline.data.schema import Manifest, Shard
 from pipeline.data.sources.base import Source
 from pipeline.data.tasks import run_ahead
 from pipeline.errors import TooManyBadImages
+from pipeline.runs.progress import by_reason
 from pipeline.storage import redact
 from tmad.config import MemoryConfig
 
@@ -169,7 +170,7 @@ class Tally:
         if self.looked >= LOOKED_AT_LEAST and self.replaced > self.config.max_bad_fraction * self.looked:
             raise TooManyBadImages(
                 f"{self.replaced} of {self.looked} images looked at cannot be used, more than "
-                f"data.images.max_bad_fraction={self.config.max_bad_fraction:g} allows: {_by_reason(self.reasons)}; "
+                f"data.images.max_bad_fraction={self.config.max_bad_fraction:g} allows: {by_reason(self.reasons)}; "
                 "the log names each one with its reason",
                 reasons=dict(self.reasons),
             )
@@ -263,7 +264,7 @@ def make_portion(portion: dict[str, Any], *, photographs: ray.ObjectRef[Photogra
                 drops[row["reason"]] += 1
             else:
                 raise TooManyBadImages(
-                    f"none of the {len(order)} images that are shuffled together can be used: {_by_reason(drops)}; "
+                    f"none of the {len(order)} images that are shuffled together can be used: {by_reason(drops)}; "
                     f"the first of them is {own['key']}: {redact(own['detail'])}",
                     reasons=dict(drops),
                 )
@@ -276,7 +277,3 @@ def _shuffled_records(seed: int, groups: list[tuple[str, int, int]], images: Pho
     firsts = [int(file) + number * images.config.row_group_rows for file, number, _ in groups]
     records = np.concatenate([first + np.arange(rows) for first, (_, _, rows) in zip(firsts, groups, strict=True)])
     return records[shuffled(seed, len(records))]
-
-
-def _by_reason(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))

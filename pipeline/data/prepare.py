@@ -11,8 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import observe
 from pipeline.claim import Claim, claim_folder
 from pipeline.cluster import start_ray
 from pipeline.data.collection import UNUSABLE, drop_of, open_collection
@@ -33,7 +31,6 @@ from pipeline.data.plan import PLAN_NAME, ShardPlan, extend_plan, read_plan
 from pipeline.data.pool_pixels import with_patches
 from pipeline.data.prepare_config import PrepareConfig as PrepareConfig
 from pipeline.data.receipts import (
-    by_reason,
     count_drops,
     make_manifest,
     read_receipts,
@@ -54,13 +51,12 @@ from pipeline.data.sources.ahead import read_ahead
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
 from pipeline.data.tasks import iterate, run_tasks
-from pipeline.errors import ConfigMismatch, MissingInput, TooManyBadImages, WrongCount
-from pipeline.storage import absolute, exists, file_sizes, join, read_bytes, redact
+from pipeline.errors import MissingInput, TooManyBadImages, WrongCount
+from pipeline.runs.progress import Progress, by_reason
+from pipeline.runs.settings import settle
+from pipeline.storage import absolute, file_sizes, join, read_bytes, redact
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_S = 5.0
-"""Seconds between two progress lines."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -103,17 +99,19 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
         _check_drops(receipts, len(plan), source, claim, config)
         _tell(manifest, receipts, config)
         return manifest
-    progress = _Progress(len(plan), receipts.values(), redact(out))
     make_shard = partial(_make_shard, source=source, claim=claim, config=config, masks=masks)
 
     def make(indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         return _run(plan.tasks(indices, inputs), make_shard)
 
-    for receipt in make(todo):
-        receipts[receipt["index"]] = receipt
-        progress.add(receipt)
-        if progress.dropped > config.max_bad_fraction * len(plan):
-            _check_drops(receipts, len(plan), source, claim, config)
+    done = sum(receipt["images"] for receipt in receipts.values())
+    with Progress(len(plan), done=done, exported_as=(redact(out), "prepare")) as progress:
+        progress.reasons.update(count_drops(list(receipts.values())))
+        for receipt in make(todo):
+            receipts[receipt["index"]] = receipt
+            progress.add(receipt["images"], reasons=count_drops([receipt]))
+            if progress.reasons.total() > config.max_bad_fraction * len(plan):
+                _check_drops(receipts, len(plan), source, claim, config)
     facts = read_facts(out, list(inputs))
     copies = find_copies(facts, other, config)
     planned = {
@@ -172,20 +170,13 @@ def _tell(manifest: Manifest, receipts: Mapping[int, dict[str, Any]], config: Pr
 
 def _settle_settings(claim: Claim, config: PrepareConfig) -> None:
     """Write `settings.json`, or compare with the one that is there."""
-    uri = join(claim.folder, "settings.json")
-    mine = {"schema_version": SCHEMA_VERSION, **config.settings()}
-    if not exists(uri):
-        claim.write("settings.json", (json.dumps(mine, indent=2, sort_keys=True) + "\n").encode())
-        return
-    theirs = json.loads(read_bytes(uri))
-    names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
-    if names:
-        shown = "; ".join(f"{name} was {theirs.get(name)!r}, now {mine.get(name)!r}" for name in names)
-        raise ConfigMismatch(
-            f"{redact(claim.folder)} holds a set prepared with other settings ({shown}); choose another out or "
-            "remove it",
-            differences={name: (theirs.get(name), mine.get(name)) for name in names},
-        )
+    settle(
+        join(claim.folder, "settings.json"),
+        {"schema_version": SCHEMA_VERSION, **config.settings()},
+        what=f"the set in {redact(claim.folder)}",
+        remedy="choose another out or remove it",
+        write=partial(claim.write, "settings.json"),
+    )
 
 
 def _settle_plan(claim: Claim, keys: Sequence[str], config: PrepareConfig) -> ShardPlan:
@@ -358,37 +349,4 @@ def _check_drops(
             f"{by_reason(drops)}; each one's reason is in {redact(out)}/quarantine.jsonl, pictures are in "
             f"{redact(report)}",
             reasons=drops,
-        )
-
-
-class _Progress:
-    """A line with rate and remaining time, and metrics for Prometheus, at most every `PROGRESS_S` seconds."""
-
-    def __init__(self, total: int, finished: Iterable[dict[str, Any]], out: str) -> None:
-        self.total, self.done, self.dropped, self.out = total, 0, 0, out
-        for receipt in finished:
-            self._count(receipt)
-        self.first = self.done
-        self.start = self.last = time.monotonic()
-
-    def _count(self, receipt: dict[str, Any]) -> None:
-        self.done += receipt["images"]
-        self.dropped += len(receipt["drops"])
-
-    def add(self, receipt: dict[str, Any]) -> None:
-        self._count(receipt)
-        now = time.monotonic()
-        if now - self.last < PROGRESS_S and self.done < self.total:
-            return
-        self.last = now
-        rate = (self.done - self.first) / max(now - self.start, 1e-9)
-        shown = {"images": self.done, "of": self.total, "left_out": self.dropped, "images_per_s": rate}
-        observe.export(self.out, {f"prepare/{name}": value for name, value in shown.items()})
-        logger.info(
-            "%d/%d images, %.0f images/s, %d left out, %.0f s to go",
-            self.done,
-            self.total,
-            rate,
-            self.dropped,
-            (self.total - self.done) / max(rate, 1e-9),
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import one_line, parse, run_job
+from pipeline.cli import parse, run_job
 from pipeline.cluster import shortage
 from pipeline.config import (
     DataConfig,
@@ -32,7 +32,7 @@ from pipeline.config import (
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.sources.partitions import PARTITIONS, PartitionName
-from pipeline.errors import TMADError
+from pipeline.errors import TMADError, one_line
 from pipeline.presets import PRESETS, celebahq, paris, places, places_rectangle, smoke
 from pipeline.promote import PromoteConfig
 from pipeline.sweep.config import SweepConfig
