@@ -24,7 +24,7 @@ def similarity(query_BND: Tensor, memory_BPD: Tensor) -> Tensor:
 
 
 START_SHARPNESS = 8.0
-"""theta over phi at the start: S is neither uniform nor one patch (entropy about 3 of at most 4.6 for 100 patches) [D]."""
+"""theta over phi at the start: S is then neither uniform nor one patch [D]."""
 
 
 class StraightThroughGather(torch.autograd.Function):
