@@ -58,7 +58,8 @@ class AblateConfig:
     """One ablation."""
 
     study: Literal["candidates", "retrieval", "relativistic", "blending", "mask_size"] = "candidates"
-    """`candidates`: Table IV; `retrieval`: Eq. 5 or the expected distance; `relativistic`: Fig. 7; `blending`: Fig. 8; `mask_size`: Fig. 9."""
+    """`candidates`: Table IV; `relativistic`: Fig. 7; `blending`: Fig. 8; `mask_size`: Fig. 9; `retrieval`: Eq. 5
+    against the expected distance."""
     name: str = "ablation"
     """The folder below run.runs is <name>-<study>. The same command with the same name goes on."""
     seeds: PositiveInt = 1
