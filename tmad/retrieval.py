@@ -102,7 +102,7 @@ class Retrieval(nn.Module):
             weight[-1], bias[-1] = 0.0, 1.0
         self.embed_query.load_state_dict(self.embed_memory.state_dict())
         for parameter in list(self.embed_query.parameters())[-2:]:
-            parameter *= START_SHARPNESS
+            parameter.mul_(START_SHARPNESS)
 
     def hand_out(self, weights: Tensor, held: Tensor, index: Tensor) -> Tensor:
         """The candidates (B, N, C, ...) that S *weights* (B, N, P) and *index* (B, N, C) choose of *held*."""
