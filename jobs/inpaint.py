@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> int:
     command = parse(InpaintConfig, argv, prog="inpaint.py", description=DESCRIPTION)
     # Ray takes seconds to import; --help and a wrong option should not.
     from pipeline.inpaint.ledger import LEDGER
-    from pipeline.inpaint.run import by_reason, check, inpaint_all
+    from pipeline.inpaint.run import check, inpaint_all
+    from pipeline.runs.progress import by_reason
 
     if command.dry_run:
         print(command.resolved())

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from types import TracebackType
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -62,8 +63,7 @@ class Progress:
         rate = (self.done - before) / spent
         if self._exported_as is not None:
             job, group = self._exported_as
-            left_out = self.reasons.total()
-            values = {"images": self.done, "of": self.total, "left_out": left_out, "images_per_s": rate}
+            values = {"images": self.done, "of": self.total, "left_out": self.reasons.total(), "images_per_s": rate}
             observe.export(job, {f"{group}/{name}": value for name, value in values.items()})
         if not self._bar.disable and self.done < self.total:
             return
@@ -78,7 +78,7 @@ class Progress:
         log.info("%s%s", ", ".join(parts), left_out)
 
 
-class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+class LogHandler(logging.StreamHandler[TextIO]):
     """Writes log lines above a bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
