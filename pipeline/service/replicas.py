@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -42,33 +44,34 @@ class Model:
         torch.set_num_threads(config.cpus)
         allow_pixels(config.max_pixels)
         warnings.simplefilter("ignore", UserWarning)  # what they say stands in the answer's notes
-        self._version = model_version(config.model, tracking_uri=config.tracking_uri)
-        self._model = self._load()
-        self._refreshing = asyncio.get_running_loop().create_task(self._refresh())
-        self.fill.set_max_batch_size(config.max_batch)
-        self.fill.set_batch_wait_timeout_s(config.batch_wait_s)
+        self._current = self._load(), model_version(config.model, tracking_uri=config.tracking_uri)
+        batches: Any = self.fill
+        batches.set_max_batch_size(config.max_batch)
+        batches.set_batch_wait_timeout_s(config.batch_wait_s)
+        if "@" in config.model:
+            threading.Thread(target=self._refresh, daemon=True).start()
 
     def _load(self) -> Any:
         config = self._config
         return load_model(find_model(config.model, tracking_uri=config.tracking_uri), device=self._device)
 
-    async def _refresh(self) -> None:
+    def _refresh(self) -> None:
         config = self._config
-        while "@" in config.model:
-            await asyncio.sleep(config.refresh_s)
+        while True:
+            time.sleep(config.refresh_s)
             try:
-                version = await asyncio.to_thread(model_version, config.model, tracking_uri=config.tracking_uri)
-                if version != self._version:
+                version = model_version(config.model, tracking_uri=config.tracking_uri)
+                if version != self._current[1]:
                     # Batches that have begun keep the model that they began with.
-                    self._model, self._version = await asyncio.to_thread(self._load), version
+                    self._current = self._load(), version
                     log.info("%s is now %s", config.model, version)
             except Exception as error:
-                log.warning("%s cannot be looked up, %s goes on: %s", config.model, self._version, error)
+                log.warning("%s cannot be looked up, %s goes on: %s", config.model, self._current[1], error)
 
     @serve.batch
     async def fill(self, requests: list[Request]) -> list[tuple[str, Answer | Refused]]:
         """(version of the model, answer) for each of *requests*."""
-        return await asyncio.to_thread(self._fill_all, self._model, self._version, requests)
+        return await asyncio.to_thread(self._fill_all, *self._current, requests)
 
     def _fill_all(self, model: Any, version: str, requests: list[Request]) -> list[tuple[str, Answer | Refused]]:
         return [(version, self._fill_one(model, request)) for request in requests]
@@ -158,13 +161,14 @@ def application(config: ServiceConfig, *, token: str | None = None, loopback: bo
             page=config.page,
         )
 
-    front = serve.deployment(
+    front: Any = serve.deployment(
         serve.ingress(build_front)(_Ingress),
         name="Front",
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=10 * config.max_waiting,
     )
-    return front.bind(model.bind(config))
+    application: serve.Application = front.bind(model.bind(config))
+    return application
 
 
 class _Ingress:
