@@ -1,6 +1,6 @@
 """jobs/prepare.py killed at random moments, stopped, and started twice: real processes, Ray included.
 
-Every kind of source is killed and completed, one with Ray, whose start is most of the time, the others with tasks run
+Every kind of source is killed and completed, one with Ray, whose start is most of the time, the others with shards made
 in the job's process. `TMAD_SOAK_S=300` has Ray in all of them and goes on for so many seconds, killing the same job
 several times, each round with another seed, from `TMAD_SOAK_SEED` on.
 """
@@ -40,13 +40,12 @@ KINDS = ["tree", "tar", "parquet", "list", "tree on s3"]
 SOAK_S = float(os.environ.get("TMAD_SOAK_S", 0))
 
 INLINE = """
+from pytest import MonkeyPatch
 from jobs.prepare import main
 from pipeline.cli import run_job
-from pipeline.data import prepare as module
+from tests.pipeline.test_contract import run_here
 
-module.start_ray = lambda: None
-module.run_tasks = lambda tasks, function, **_: map(function, tasks)
-module.iterate = lambda tables, **_: (table.to_pydict() for table in tables)
+run_here(MonkeyPatch())
 run_job(main)
 """
 
