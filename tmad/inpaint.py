@@ -32,7 +32,7 @@ from tmad.images import paste, scale, to_model, to_rgb, to_uint8
 from tmad.inputs import Picture, as_pillow, like, opened
 from tmad.memory import select_pool
 from tmad.model import TMAD
-from tmad.psnet import Part
+from tmad.patches import Part
 from tmad.rng import numpy_generator
 
 Policy = Literal["original", "resize", "crop"]
@@ -253,7 +253,7 @@ class Inpainter:
         mask = torch.from_numpy(padded_hole).to(device)[None, None].float()
         pool_yx = torch.from_numpy(self._pool(hole, key).astype(np.int64)).to(device)[None]
         if donor is None:
-            coarse = compose(self.model.predict_coarse(image, mask), image, mask)
+            coarse = self._predict(image, mask, _around(padded_hole, config.patch_size))
         else:
             coarse = compose(_to_tensor(_pad(donor, config.size_multiple), device), image, mask)
         memory = self.model.read_memory(coarse, pool_yx)
@@ -264,6 +264,12 @@ class Inpainter:
         before = np.where(hole[..., None] > 0, before, rgb)
         filled, found = self._synthesize(lambda part: coarse[..., *part], before, inside, memory, pool_yx[0])
         return filled, before, found
+
+    def _predict(self, image: Tensor, mask: Tensor, part: Part) -> Tensor:
+        """I^_s of *image*, whose holes lie in *part*."""
+        coarse = image.clone()
+        coarse[..., *part] = compose(self.model.predict_coarse(image, mask, part), image[..., *part], mask[..., *part])
+        return coarse
 
     def _synthesize(
         self, read: Callable[[Part], Tensor], before: np.ndarray, hole: np.ndarray, memory: Tensor, pool_yx: Tensor
@@ -297,7 +303,8 @@ class Inpainter:
             chosen = torch.from_numpy(inside).to(self.device)
             candidates = self.model.retrieval.hand_out(weights[chosen][None], memory, index[chosen][None])
             inner = slice(top - y, bottom - y), slice(left - x, right - x)
-            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None], inner))
+            ends = [(slice(a * k, (b + 1) * k)) for a, b in ((rows.min(), rows.max()), (columns.min(), columns.max()))]
+            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None], inner, (ends[0], ends[1])))
             target[wanted] = made[: target.shape[0], : target.shape[1]][wanted]
         return filled, self._found(index, memory, pool_yx, corners)
 
@@ -334,7 +341,7 @@ class Inpainter:
         small = scale(rgb, size, "bilinear")
         image = _to_tensor(_pad(small, config.size_multiple), self.device)
         mask = torch.from_numpy(_pad(small_hole, config.size_multiple)).to(self.device)[None, None].float()
-        coarse = _to_array(compose(self.model.predict_coarse(image, mask), image, mask))
+        coarse = _to_array(self._predict(image, mask, _around(small_hole, config.size_multiple)))
         return scale(np.ascontiguousarray(coarse[: size[0], : size[1]]), (height, width))
 
     def _fill_in_tiles(
@@ -458,6 +465,12 @@ def _pad(array: np.ndarray, multiple: int) -> np.ndarray:
         widths = [(0, extra if index == axis else 0) for index in range(array.ndim)]
         array = np.pad(array, widths, mode="reflect" if extra < side else "edge")
     return array
+
+
+def _around(hole: np.ndarray, multiple: int) -> Part:
+    """The rows and columns that hold all of *hole*, to multiples of *multiple*."""
+    rows, columns = (np.flatnonzero(hole.any(axis=axis)) // multiple * multiple for axis in (1, 0))
+    return slice(rows[0], rows[-1] + multiple), slice(columns[0], columns[-1] + multiple)
 
 
 def _to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from pipeline import storage
 from pipeline.inpaint import run
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import inpaint_all
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from tests.conftest import ROOT
 from tests.jobs.processes import Job
 from tests.pipeline.test_inpaint_batch import MASK, fill_here, jpeg

@@ -25,7 +25,7 @@ from pipeline.inpaint import run
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import Summary, inpaint_all
 from pipeline.inpaint.worker import InpaintWorker, Job
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from pipeline.tracking import mlflow_client
 from tests.conftest import ROOT
 from tests.tmad.tiny import make_image, make_mask
