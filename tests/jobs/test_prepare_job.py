@@ -11,7 +11,6 @@ import pytest
 
 from jobs.prepare import main
 from pipeline import storage
-from pipeline.cli import run_job
 from pipeline.data.schema import read_records
 from pipeline.report.pictures import png_bytes
 from tests.pipeline.test_sources import tar_of
@@ -21,15 +20,12 @@ JOB = Path(__file__).resolve().parents[2] / "jobs" / "prepare.py"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs the job in *tmp_path*; returns exit code, standard output and standard error."""
+def run(call_job):
+    """Calls the job; returns exit code, standard output, and standard error without its line breaks."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as done:
-            run_job(main, [str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return int(done.value.code), shown.out, " ".join(shown.err.replace("│", " ").split())
+        code, out, shown = call_job(main, *arguments)
+        return code, out, " ".join(shown.replace("│", " ").split())
 
     return call
 
