@@ -193,9 +193,10 @@ def ray_free_slots() -> int:
 def test_a_second_job_on_one_output_ends_at_once_and_the_first_is_undisturbed(kind, start, source):
     arguments, place = source(kind)
     out = f"{place}/set"
-    first = start(arguments, out, with_ray=False)
+    # Stopped, it has the folder for as long as the second takes to start, and is not missed for minutes.
+    first = start(arguments, out, with_ray=False, claim_expiry_s=3600)
     assert first.wait_for(lambda: CLAIM_NAME in storage.file_sizes(out))
-    first.send(signal.SIGSTOP)  # it has the folder for as long as the second takes to start
+    first.send(signal.SIGSTOP)
     code, said = start(arguments, out, with_ray=False).end()
     first.send(signal.SIGCONT)
     assert code == 1, said

@@ -20,7 +20,6 @@ from pipeline import storage
 from pipeline.claim import CLAIM_NAME, Holder, claim_folder
 from pipeline.errors import FolderInUse
 from tests.conftest import ROOT
-from tests.jobs.processes import hear_interrupts
 
 HOLD = """
 import sys, time
@@ -50,9 +49,7 @@ def hold() -> Iterator:
     ) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", code, folder, str(expiry_s), str(hold_s), name]
         pipe = subprocess.PIPE
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_interrupts)
-        )
+        started.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
         return started[-1]
 
     yield start
