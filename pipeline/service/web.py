@@ -109,6 +109,7 @@ def address(host: str, port: int, token: str | None) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises `ValueError` if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
