@@ -1,1 +1,1 @@
-"""One picture at a time for people and programs: the page of `tmad web`, the service of `tmad serve`."""
+"""One picture at a time over HTTP: the page of `tmad web`."""
