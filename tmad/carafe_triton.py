@@ -1,11 +1,12 @@
 """CARAFE's up-sampling as one operator for GPUs: softmax over the taps and reassembly in one kernel, and its gradients.
 
-`tmad.carafe` says what is computed and uses this module on CUDA devices only. Nothing is unfolded or padded, the kernels
-read and write any memory layout by its strides, and sums run in float32 (in float64 for float64). Every value is
-written once, by one program, without atomics: the same inputs give the same bits.
+`tmad.carafe` says what is computed and uses this module on CUDA devices only. Nothing is unfolded or padded, the
+kernels read and write any memory layout by its strides, and sums run in float32 (in float64 for float64). Every value
+is written once, by one program, without atomics: the same inputs give the same bits.
 
 A program works on a strip of pixels and a block of channels, and makes the four outputs of each pixel from one reading
-of its neighbours. Legend: P pixels of a strip, in raster order; C channels of a block; T taps, filled up to a power of 2.
+of its neighbours. Legend: P pixels of a strip, in raster order; C channels of a block; T taps; TAPS, T filled up to a
+power of 2.
 """
 
 from __future__ import annotations
@@ -265,8 +266,8 @@ def _backward_logits(
 
 
 def upsample(features: Tensor, logits: Tensor, kernel: int) -> Tensor:
-    """`tmad.carafe.upsample` for GPUs: (B, C, H, W) and (B, 4 kernel^2, H, W) -> (B, C, 2H, 2W), in the memory layout of
-    *features*. Weights stay in float32 whatever the dtypes. Differentiable once in both."""
+    """`tmad.carafe.upsample` for GPUs: (B, C, H, W) and (B, 4 kernel^2, H, W) -> (B, C, 2H, 2W), laid out as *features*
+    are. Weights stay in float32 whatever the dtypes. Differentiable once in both."""
     out: Tensor = _carafe(features, logits, kernel)[0]
     return out
 
@@ -305,9 +306,7 @@ def _(features: Tensor, logits: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("tmad::carafe_backward", mutates_args=())
-def _carafe_backward(
-    grad: Tensor, features: Tensor, logits: Tensor, lse: Tensor, kernel: int
-) -> tuple[Tensor, Tensor]:
+def _carafe_backward(grad: Tensor, features: Tensor, logits: Tensor, lse: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = features.shape
     grad_features, grad_logits = torch.empty_like(features), torch.empty_like(logits)
     strip, block = _tile(height * width, channels)
