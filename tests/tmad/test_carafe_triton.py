@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -16,17 +17,18 @@ from tmad import carafe
 from tmad.carafe import Carafe, reassemble
 from tmad.config import CarafeConfig
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    # Triton's own functions read it too, when they are imported: before any test, hence here.
+    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton comes with the CUDA builds of PyTorch and with the dev packages")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The operator's module; on a CPU its kernels are interpreted, some seconds a call."""
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+def fused() -> ModuleType:
+    """The operator's module; on a CPU its kernels are interpreted, which takes up to some seconds a call."""
     return importlib.import_module("tmad.carafe_triton")
 
 
