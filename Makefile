@@ -2,10 +2,12 @@
 #   PYTHON    the interpreter that makes .venv (3.11 or newer)
 #   PIP_ARGS  passed to `pip install`, e.g. an index with other builds of torch (see README.md, "CPU and GPU")
 #   TEST_WORKERS  test files at a time
+#   MLFLOW_PORT  where `make mlflow` listens
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 TEST_WORKERS ?= 2
+MLFLOW_PORT ?= 5000
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -66,7 +68,10 @@ docs-check: $(READY)  ## run the documents' commands and follow their links
 	$(BIN)/python docs/check.py
 
 mlflow: $(READY)  ## open the MLflow UI on the runs of this machine
-	$(BIN)/mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db"
+	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", $(MLFLOW_PORT))).close()' 2>/dev/null \
+	    || { echo "port $(MLFLOW_PORT) is taken; make mlflow MLFLOW_PORT=5001"; exit 1; }
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --port $(MLFLOW_PORT) \
+	    --backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db"
 
 clean:  ## remove .venv and the tools' caches (runs/ stays)
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

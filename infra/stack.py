@@ -224,7 +224,7 @@ class Stack:
             worker = [f"--address={host}:{gcs}", f"--num-cpus={self._cpus}"]
             place = self._network.node(number)
             self._start_node(f"ray-worker-{number}", place, worker, lambda: alive() == 1 + self.workers)
-        self.addresses["Ray dashboard"] = address
+        self.addresses["Ray dashboard"] = f"{address}, which asks for the token in {token}"
 
     def _start_node(
         self, name: str, place: tuple[str, list[str]], arguments: list[str], ready: Callable[[], bool]
@@ -284,6 +284,10 @@ class Stack:
             # Jobs start with a bare `python`, as they do on a cluster.
             "PATH": os.pathsep.join([here, kept.get("PATH", os.defpath)]),
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            # Its job consumers, which serve language models, take gigabytes.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            # What `ray job stop` gives a training for its last checkpoint, three seconds otherwise.
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
             # Ray looks at the memory of the whole machine; a neighbour's must not end our workers.
             "RAY_memory_monitor_refresh_ms": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",

@@ -32,7 +32,7 @@ SMALL = ["--crop-size", "64", "--short-side", "64", "128", "--patch-size", "8", 
 JOBS: dict[str, list[str]] = {
     "prepare train": ["prepare.py", "--source", f"{PLACE}/photographs/train", "--out", f"{PLACE}/train", *SMALL],
     "prepare val": [
-        *("prepare.py", "--source", f"{PLACE}/photographs/val", "--out", f"{PLACE}/val", *SMALL),
+        *("prepare.py", "--split", "val", "--source", f"{PLACE}/photographs/val", "--out", f"{PLACE}/val", *SMALL),
         *("--crops-per-image", "2", "--against", f"{PLACE}/train"),
     ],
     "train": [

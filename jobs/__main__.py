@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that *argv* (default: the process's) names; ends the process with its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = commands()
+    if arguments == ["--version"]:
+        print(f"tmad {version('tmad')}")
+        sys.exit(0)
     if not arguments or arguments[0] not in known:
         asked_for_help = arguments[:1] in (["-h"], ["--help"])
         usage = f"usage: tmad {{{','.join(known)}}} ...\n\ntmad COMMAND --help explains each; one picture:\n"

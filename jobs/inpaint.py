@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,11 @@ Fill the holes of a collection of images: a folder, tar files, Parquet or a list
 the names, the format and the metadata; every pixel outside the holes is bit-identical where the format is lossless.
 --output gets ledger.parquet too: a row for each input, done, skipped or failed with its reason.
 
-The same command again does only what is missing. Exit codes: 0 all is well, 3 some inputs failed (the ledger says which
-and why), 1 the job could not go on, 2 wrong options.
+The same command again does only what is missing, or whose image or mask has changed; --dry-run reads the pairs of image
+and mask and says what would be done. TMAD_MODEL saves naming the model.
+
+Exit codes: 0 all is well, 3 some inputs failed (the ledger says which and why), 1 the job could not go on, 2 wrong
+options.
 
 Examples:
   python jobs/inpaint.py --input photos --masks masks --output filled --model runs/demo
@@ -37,14 +41,19 @@ One picture, without Ray: tmad inpaint photo.jpg mask.png -o filled.jpg --model 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, inpaint, print the counts; returns the exit code."""
+    model = os.environ.get("TMAD_MODEL")
+    if model and not any(one in ("--config", "--model") or one.startswith(("--config=", "--model=")) for one in argv):
+        argv = [*argv, "--model", model]
     command = parse(InpaintConfig, argv, prog="inpaint.py", description=DESCRIPTION)
-    if command.dry_run:
-        print(command.resolved())
-        return 0
     # Ray takes seconds to import; --help and a wrong option should not.
     from pipeline.inpaint.ledger import LEDGER
-    from pipeline.inpaint.run import by_reason, inpaint_all
+    from pipeline.inpaint.run import by_reason, check, inpaint_all
 
+    if command.dry_run:
+        print(command.resolved())
+        for line in check(command.config):
+            print(line, file=sys.stderr)
+        return 0
     summary = inpaint_all(command.config)
     print(
         f"{summary.done} filled in {summary.seconds:.0f} s, {summary.kept} were settled before, "

@@ -6,8 +6,8 @@ Examples:
   python jobs/prepare.py --source photos/train --out data/train --short-side 256 384 --crops-per-image 4
   python jobs/prepare.py --source s3://bucket/paris --out s3://bucket/sets/paris --mask rectangle \
       --memory.rule clean --memory.stride-divisor 2
-  python jobs/prepare.py --source lists/places365_val.txt --root s3://bucket/places/val_256.tar/val_256 \
-      --expect places365-val --out s3://bucket/sets/places-val
+  python jobs/prepare.py --split val --source lists/places365_val.txt \
+      --root s3://bucket/places/val_256.tar/val_256 --expect places365-val --out s3://bucket/sets/places-val
   python jobs/prepare.py --source photos/train --mask-from paired --masks masks/train --mask-hole white --out data/train
   ray job submit --working-dir . -- python jobs/prepare.py --source s3://bucket/places --out s3://bucket/sets/places
 

@@ -8,13 +8,16 @@ a caller can cause into one line and exit code 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import logging
+import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -26,6 +29,20 @@ from pipeline.logs import formatter
 from tmad.config import from_dict
 
 ConfigT = TypeVar("ConfigT")
+
+PLACES = {
+    "runs": "runs",
+    "out": "out",
+    "output": "output",
+    "export": "export",
+    "data": "data",
+    "training_set": "train",
+    "validation_set": "val",
+}
+"""Attributes of configurations that are places of runs, sets and results, each with its option."""
+
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a job as Ctrl-C does."""
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +72,8 @@ def parse(
 
     *presets* are functions that make complete configurations; *description* is printed above the options and should
     show examples. `--debug` is left to `run_job`. Exits 0 after `--help`, 2 on an option that is unknown or out of
-    range. Raises `ValueError` for an unknown preset and for a configuration file that does not fit.
+    range. Raises `ValueError` for an unknown preset, for a configuration file that does not fit, and for relative
+    places in a submitted job.
     """
     import tyro
 
@@ -73,8 +91,59 @@ def parse(
         start["default"] = _preset(known.preset, presets or {})
     elif known.config:
         start["default"] = _from_file(kind, known.config)
-    config = tyro.cli(kind, args=rest, prog=prog, description=_help_text(description, presets or {}), **start)
+    if start:
+        _check_sets(rest, start["default"])
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(kind, args=rest, prog=prog, description=_help_text(description, presets or {}), **start)
+    except SystemExit as end:
+        if (wrong := _refused_value(end)) is None:
+            print(said.getvalue(), end="", file=sys.stderr)
+            raise
+        print(f"{one_line(wrong)}; --help explains the options", file=sys.stderr)
+        sys.exit(2)
+    _check_places(config)
     return Command(config=config, dry_run=known.dry_run)
+
+
+def _refused_value(end: BaseException) -> ValueError | None:
+    """What a configuration said against its values, if that is why the command line's reader ended: it would show
+    pydantic's own text."""
+    error = end.__context__
+    while error is not None and not isinstance(error, ValidationError):
+        error = error.__context__
+    return error
+
+
+def submitted() -> bool:
+    """Whether `ray job submit` started this process."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _check_places(config: Any) -> None:
+    """Raise `ValueError` for a relative place in a submitted job: it would lie in Ray's copy of the uploaded folder,
+    which is another one after each change of the code."""
+    relative = [
+        f"--{name} {place}"
+        for name, place in _places(config)
+        if not storage.is_remote(place) and not place.startswith(("/", "file://"))
+    ]
+    if submitted() and relative:
+        raise ValueError(
+            "a submitted job runs in Ray's copy of the uploaded folder, where nothing lasts: each place must be a URI "
+            f"(s3://bucket/...) or an absolute folder that all machines see, got {', '.join(relative)}"
+        )
+
+
+def _places(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Option and value of each place."""
+    for attribute, option in PLACES.items():
+        if isinstance(place := getattr(config, attribute, None), str):
+            yield prefix + option, place
+    for field in dataclasses.fields(config):
+        if dataclasses.is_dataclass(inner := getattr(config, field.name)):
+            yield from _places(inner, f"{prefix}{field.name.replace('_', '-')}.")
 
 
 def _preset(name: str, presets: Mapping[str, Callable[[], ConfigT]]) -> ConfigT:
@@ -96,6 +165,19 @@ def _from_file(kind: type[ConfigT], uri: str) -> ConfigT:
     return from_dict(kind, values)
 
 
+def _check_sets(arguments: Sequence[str], start: Any) -> None:
+    """Raise `ValueError` if *arguments* name another training set than *start* has, and leave it its validation set."""
+    options = {argument.split("=", 1)[0] for argument in arguments}
+    for option in options:
+        beside = option.removesuffix("train") + "val"
+        if option.endswith("data.train") and beside not in options:
+            val = getattr(start, "run", start).data.val
+            raise ValueError(
+                f"{option} without {beside}: the run would be validated on {val}, which goes with another training "
+                f"set; give both, or `{beside} None` for the folder val beside the training set"
+            )
+
+
 def _help_text(description: str, presets: Mapping[str, Callable[[], Any]]) -> str:
     lines = [description.strip(), "", "Before single settings:"]
     if presets:
@@ -111,29 +193,47 @@ def _help_text(description: str, presets: Mapping[str, Callable[[], Any]]) -> st
 def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main(argv)` as a program: logging to stderr, errors as one line, exit code.
 
-    Exit code 1 with one line for `TMADError` and `ValueError`, with the traceback for anything unexpected or with
-    `--debug`; 130 after Ctrl-C. SIGTERM ends it as Ctrl-C does, so that what a job holds is released, with code 143.
+    Exit code 1 with one line for `TMADError`, `ValueError` and what MLflow refuses, with the traceback for anything
+    unexpected or with `--debug`; 130 after Ctrl-C. SIGTERM (code 143) and the end of its terminal (129) end it as
+    Ctrl-C does, so that what a job holds is released.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # `nohup` has the terminal's end ignored.
+    heard = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
+    _signals.clear()
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         code = main(arguments)
     except KeyboardInterrupt:
-        log.error("interrupted; the same command with the same --name goes on")
-        sys.exit(130)
+        number = _signals[0] if _signals else signal.SIGINT
+        log.error("stopped by %s; the same command goes on where it was", signal.Signals(number).name)
+        sys.exit(128 + number)
     except Interrupted as error:
         log.error("%s", one_line(error))
-        sys.exit(128 + signal.SIGTERM)
-    except (TMADError, ValueError) as error:
+        sys.exit(128 + (error.details.get("signal") or signal.SIGTERM))
+    except Exception as error:
+        if not isinstance(error, TMADError | ValueError) and not type(error).__module__.startswith("mlflow."):
+            raise
         if "--debug" in arguments:
             log.exception("failed")
         else:
-            log.error("%s", one_line(error))
+            log.error("%s", storage.redact(one_line(error)))
         sys.exit(1)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(code or 0)
+
+
+_signals: list[int] = []
+"""Those that have ended the job."""
+
+
+def interrupt(number: int, _: Any = None) -> NoReturn:
+    """End the job by signal *number*, as Ctrl-C does: Ray's waiting calls let no other exception of a handler pass."""
+    _signals.append(number)
+    raise KeyboardInterrupt
 
 
 def configure_logging(run: str = "", rank: int | None = None) -> None:
@@ -148,6 +248,9 @@ def configure_logging(run: str = "", rank: int | None = None) -> None:
     root.setLevel(logging.WARNING)
     for ours in ("tmad", "pipeline", "jobs", "__main__"):
         logging.getLogger(ours).setLevel(logging.INFO)
+    # Ray Data shows what a task raised with all of its own frames, before whoever called it says it in a line.
+    for twice in ("exceptions", "_internal.execution.streaming_executor_state"):
+        logging.getLogger(f"ray.data.{twice}").setLevel(logging.CRITICAL)
 
 
 def one_line(error: BaseException) -> str:

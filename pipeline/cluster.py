@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import ray
 import torch
 
+from pipeline.cli import one_line, submitted
 from pipeline.errors import ClusterTooSmall, ClusterUnreachable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +36,10 @@ STARTS = 3
 _TOO_SLOW = "timed out during startup"
 
 CONNECT_TIMEOUT_S = 5.0
-"""A cluster has so long to take a connection before `available` calls it absent."""
+"""A cluster has so long to take a connection before it is called absent."""
+
+CLIENT_PORT = 10001
+"""Of `ray://host`."""
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +50,8 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     With `RAY_ADDRESS` set, which `ray job submit` does, the cluster there is joined; otherwise Ray starts on this
     machine and ends with the process. *dashboard* belongs to an embedded Ray only; sweeps need it, as without it the
     resources of a trial that is stopped are never given back. A joined cluster must have this project's packages: from
-    the submitted working directory, installed, or, on machines that share this one's files, from here.
+    the submitted working directory, installed, or, on machines that share this one's files, from here. Raises
+    `ClusterUnreachable` within seconds if nothing answers there.
     """
     if ray.is_initialized():
         return
@@ -59,7 +65,7 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     began = time.monotonic()
-    with _own_sigterm():
+    with _own_signals():
         _start_or_join(dashboard, object_store_bytes, quiet)
     if joined():
         log.info("joined the Ray cluster at %s: %s", os.environ["RAY_ADDRESS"], shown(ray.cluster_resources()))
@@ -69,9 +75,16 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
 
 def _start_or_join(dashboard: bool, object_store_bytes: int, quiet: dict[str, Any]) -> None:
     if joined():
-        submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": _python_path()}}
-        ray.init(runtime_env=runtime_env, **quiet)
+        address = os.environ["RAY_ADDRESS"]
+        runtime_env = None if submitted() else {"env_vars": {"PYTHONPATH": _python_path()}}
+        try:
+            _knock(address)
+            ray.init(runtime_env=runtime_env, **quiet)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ClusterUnreachable(
+                f"no Ray cluster at {address} (RAY_ADDRESS): {one_line(error)}; start it, correct RAY_ADDRESS, or "
+                "unset it for a Ray on this machine alone"
+            ) from error
         return
     os.environ["PYTHONPATH"] = _python_path()
     start_local(num_cpus=_embedded_cpus(), include_dashboard=dashboard, object_store_memory=object_store_bytes, **quiet)
@@ -86,41 +99,58 @@ def start_local(**options: Any) -> None:
             ray.init(address="local", **options)
             return
         except Exception as error:  # Ray has no class for it
-            if not left or _TOO_SLOW not in str(error):
+            if _TOO_SLOW not in str(error):
                 raise
+            if not left:
+                raise ClusterUnreachable(
+                    f"Ray did not start on this machine in {STARTS} attempts of half a minute, as on a loaded one: "
+                    f"{one_line(error)}; try again when it is quieter, or set RAY_ADDRESS to a cluster that runs"
+                ) from error
             log.warning("Ray did not start in time, as happens on a loaded machine; starting it again")
             ray.shutdown()
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Ray puts a handler of its own in place of the job's, which ends with another code."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+def _own_signals() -> Iterator[None]:
+    """Ray puts a handler of SIGTERM in place of the job's, which ends with another code. The end of a terminal reaches
+    Ray's processes too: they ignore it, as they do Ctrl-C, so that the job can end in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    term, hang_up = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        if callable(term):
+            signal.signal(signal.SIGTERM, term)
+        signal.signal(signal.SIGHUP, hang_up)
 
 
 def available() -> dict[str, float]:
     """Resources of the cluster, which is joined for this, or those that an embedded Ray would have, which is not
-    started. Raises `ClusterUnreachable` if nothing answers at `RAY_ADDRESS`."""
+    started. Raises `ClusterUnreachable` as `start_ray`."""
     if not ray.is_initialized() and not joined():
         return {"CPU": float(_embedded_cpus()), "GPU": float(torch.cuda.device_count())}
-    address = os.environ.get("RAY_ADDRESS", "")
-    try:
-        if not ray.is_initialized():
-            _knock(address)
-        start_ray()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ClusterUnreachable(f"no Ray cluster at {address} (RAY_ADDRESS): {str(error).strip()}") from error
+    start_ray()
     return dict(ray.cluster_resources())
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` if nobody listens at `[ray://]host:port`: Ray itself asks for minutes, in lines of its own."""
+    """Raise `OSError` unless a Ray may listen at `[ray://]host[:port]`: Ray itself asks for minutes, in lines of its
+    own."""
     place = urlsplit(address if "://" in address else f"//{address}")
-    if place.hostname and place.port:
-        socket.create_connection((place.hostname, place.port), timeout=CONNECT_TIMEOUT_S).close()
+    port = place.port or (CLIENT_PORT if place.scheme == "ray" else None)
+    if not place.hostname or not port:
+        return  # Ray says at once what is wrong with it
+    socket.create_connection((place.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
+    if os.environ.get("RAY_USE_TLS", "0") == "0":
+        with grpc.insecure_channel(f"{place.hostname}:{port}") as channel:
+            try:
+                grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
+            except grpc.FutureTimeoutError:
+                raise ConnectionError(
+                    f"what listens there is no Ray, or is silent for {CONNECT_TIMEOUT_S:g} s"
+                ) from None
 
 
 def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:

@@ -22,6 +22,7 @@ from pipeline.cli import one_line
 from pipeline.data.collection import ImagesConfig
 from pipeline.tracking import flatten
 from tmad.config import (
+    SMALLEST_IMAGE,
     STRICT,
     CriticsConfig,
     LossConfig,
@@ -49,7 +50,10 @@ ValidationMeasure = Literal[
 """What `train.validate` measures."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""What a run may be called: it becomes a folder and a part of URIs."""
+"""What a run or a registered model may be called: it becomes a folder and a part of URIs."""
+
+ALIAS = re.compile(r"(?!(?:latest|v\d+)$)[a-z0-9_-]{1,100}", re.IGNORECASE)
+"""What an alias of a registered model may be called; MLflow keeps `latest` and `v3` for itself."""
 
 VGG19_ADDRESS = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 """torchvision's ImageNet weights of VGG-19."""
@@ -75,8 +79,9 @@ class DataConfig:
 
     train: str | None = None
     """Folder or URI of the prepared training set; none = data/train, unless images.source names photographs."""
-    val: str = "data/val"
-    """Folder or URI of the prepared validation set; its images are never trained on."""
+    val: str | None = None
+    """Folder or URI of the prepared validation set, whose images are never trained on; none = the folder val beside the
+    training set, data/val with images.source."""
     results: str | None = None
     """Folder or URI with somebody's results for the images of both sets, one by each image's name with any ending and
     of the crops' size: PSNet is trained on them alone, and the coarse network not at all (Table V)."""
@@ -92,13 +97,21 @@ class DataConfig:
             )
         if self.results is not None and self.images.source is not None:
             raise ValueError("data.results goes with a prepared set (data.train), not with data.images.source")
-        if self.training_set == self.val:
-            raise ValueError(f"data.train and data.val must be different sets, both are {self.val!r}")
+        if self.training_set == self.validation_set:
+            raise ValueError(f"data.train and data.val must be different sets, both are {self.training_set!r}")
 
     @property
     def training_set(self) -> str | None:
         """`train`, resolved; none = photographs are trained on."""
         return (self.train or "data/train") if self.images.source is None else None
+
+    @property
+    def validation_set(self) -> str:
+        """`val`, resolved."""
+        if self.val is not None:
+            return self.val
+        beside, _, _ = (self.training_set or "data/train").rstrip("/").rpartition("/")
+        return f"{beside}/val" if beside else "val"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -212,7 +225,7 @@ class TrackingConfig:
     wait_s: Annotated[float, Field(ge=0)] = 600.0
     """At the end of a run, wait so long for a server that is away. Then the job ends with code 1, the model is in the
     run's folder, and the same command does the rest."""
-    experiment: str = "tmad"
+    experiment: Annotated[str, Field(min_length=1, max_length=500)] = "tmad"
     """MLflow experiment."""
     register: bool = True
     """Register the model at the end."""
@@ -223,6 +236,23 @@ class TrackingConfig:
     (jobs/promote.py)."""
     parent_run: str | None = None
     """Id of the MLflow run that this one is nested in, a sweep's."""
+
+    def __post_init__(self) -> None:
+        check_registered("tracking.registered_name", self.registered_name, "tracking.alias", self.alias)
+
+
+def check_registered(name_setting: str, name: str, alias_setting: str, alias: str) -> None:
+    """Raise `ValueError` unless `models:/<name>@<alias>` can be; the settings are those that say so."""
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{name_setting} must be letters, digits, '.', '_' and '-', at most 100, starting with a letter or digit, "
+            f"got {name!r}"
+        )
+    if not ALIAS.fullmatch(alias):
+        raise ValueError(
+            f"{alias_setting} must be letters, digits, '_' and '-', at most 100, and neither `latest` nor like `v3`, "
+            f"which MLflow keeps for itself, got {alias!r}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -288,6 +318,13 @@ class RunConfig:
                     f"schedule.batch_images must be a multiple of {what} ({number}), "
                     f"got {self.schedule.batch_images}: every worker takes an equal share of each batch"
                 )
+        block = math.isqrt(self.schedule.patches_per_image) * self.model.patch_size
+        if self.loss.weight_gan_global and block < SMALLEST_IMAGE:
+            raise ValueError(
+                f"the global discriminator needs {SMALLEST_IMAGE} pixels: schedule.patches_per_image "
+                f"({self.schedule.patches_per_image}) cells of {self.model.patch_size} are a block of {block}; take "
+                "more cells, or set loss.weight_gan_global to 0"
+            )
         if self.data.results is not None and self.schedule.coarse_images:
             raise ValueError(
                 f"with data.results the coarse network is not trained: schedule.coarse_images must be 0, got "

@@ -85,6 +85,11 @@ def locate_model(ref: str, *, tracking_uri: str | None = None) -> str:
     )
 
 
+def absolute_model(ref: str) -> str:
+    """*ref* as it can be said in another folder: relative places become absolute, names stay."""
+    return ref if ref == builtin.NAME or ref.startswith(MLFLOW_SCHEMES) else storage.absolute(ref)
+
+
 def model_version(ref: str, *, tracking_uri: str | None = None) -> str:
     """*ref* for a record that lasts: `models:/tmad@champion` as the version that it stands for now, others as they
     are, without credentials. For a reference that `find_model` has found."""

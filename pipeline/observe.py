@@ -18,10 +18,10 @@ UNGROUPED = "training"
 
 
 def export(run: str, values: Mapping[str, float]) -> None:
-    """Show the newest *values* of *run*, and this process's GPU memory. Never waits."""
+    """Show the newest *values* of *run*. Never waits."""
     if not _in_ray():
         return
-    for name, value in {**values, **_gpu_memory()}.items():
+    for name, value in values.items():
         group, _, rest = name.rpartition("/")
         _gauge(re.sub(r"\W", "_", group or UNGROUPED)).set(float(value), {"run": run, "name": rest})
 
@@ -33,16 +33,9 @@ def count(event: str, amount: int = 1) -> None:
 
 
 def _in_ray() -> bool:
-    # Storage counts too, and must not import Ray, nor this PyTorch, for it.
+    # Storage counts too, and must not import Ray for it.
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
-
-
-def _gpu_memory() -> dict[str, float]:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return {}
-    return {"gpu/allocated_bytes": torch.cuda.memory_allocated(), "gpu/peak_bytes": torch.cuda.max_memory_allocated()}
 
 
 @cache

@@ -72,6 +72,8 @@ def places_rectangle() -> RunConfig:
         base,
         data=DataConfig(train="data/places-rectangle/train", val="data/places-rectangle/val"),
         model=replace(base.model, memory=MemoryConfig(rule="clean", stride_divisor=2)),
+        # Sec. IV's weights of Eq. 1 for rectangles; Table II has 6 and 1.
+        loss=replace(base.loss, weight_hole=5.0, weight_valid=0.0),
         schedule=replace(base.schedule, patches_per_image=25),
     )
 
@@ -109,35 +111,42 @@ def _rectangles(name: str, *, images: int) -> RunConfig:
 
 
 def photographs() -> RunConfig:
-    """Some thousand photographs of any kind, from the model in the box or from nothing: the run that made that model.
+    """Some thousand photographs of any kind, from a given coarse network: the run that made the model in the box.
 
     `python jobs/train_places.py --preset photographs --name photographs --init-from builtin --init-networks coarse
-    --data.train data/train --data.val data/val` after preparing both sets (docs/recipe.md). The coarse network stays as
-    it came; PSNet and retrieval learn in an hour or two on two cores, in minutes on a GPU. Without a start, train the
-    coarse network first: `--schedule.coarse-images 200000 --init-from None --init-networks all`.
+    --data.train data/train --data.val data/val` after preparing both sets (docs/recipe.md, which also says why these
+    settings). The coarse network stays as it came; PSNet and retrieval learn in an hour on two quiet cores.
     """
     return RunConfig(
-        model=TMADConfig(coarse=CoarseConfig(base_width=32)),
+        model=TMADConfig(coarse=CoarseConfig(base_width=32), memory=MemoryConfig(overlap=0.5)),
         critics=CriticsConfig(global_base_width=24),
-        loss=LossConfig(weight_perceptual=0.1, weight_tv=0.0, gp_every=4),
+        loss=LossConfig(
+            weight_l1=0.5,
+            weight_perceptual=0.05,
+            weight_style=60.0,
+            weight_tv=0.0,
+            weight_gan_patch=0.0,
+            weight_gan_global=0.0,
+            gp_every=4,
+        ),
         optim=OptimConfig(
             lr=4e-4,
-            lr_retrieval=2e-3,
+            lr_retrieval=4e-3,
             lr_coarse_joint=0.0,
             betas=(0.5, 0.99),
             cosine_periods=1,
-            ema_halflife_images=500,
+            ema_halflife_images=300,
         ),
         data=DataConfig(train="data/train", val="data/val"),
         schedule=ScheduleConfig(
             coarse_images=0,
-            joint_images=6_000,
+            joint_images=3_600,
             batch_images=4,
             patches_per_image=16,
-            validate_every_images=1_500,
+            validate_every_images=1_200,
             validation_images=32,
             checkpoint_every_images=500,
-            log_every_images=100,
+            log_every_images=60,
         ),
         workers=WorkersConfig(num_workers=2),
         perceptual=PerceptualConfig(convolutions=(3, 5)),
@@ -150,15 +159,22 @@ def demo() -> RunConfig:
 
     `make demo` runs it after preparing its photographs; by hand: `python jobs/train_places.py --preset demo`. The
     settings are those of `photographs`, at an eighth of the rate and without VGG-19, whose weights would have to be
-    downloaded.
+    downloaded; the discriminators take part with a tenth of the paper's weights, so that every module is trained.
     """
     base = photographs()
     return replace(
         base,
         name="demo",
         init_from="builtin",
-        loss=replace(base.loss, weight_perceptual=0.0, weight_style=0.0),
-        optim=replace(base.optim, lr=5e-5, lr_retrieval=2e-4, lr_critics=4e-4, ema_halflife_images=100),
+        loss=replace(
+            base.loss,
+            weight_l1=0.1,
+            weight_perceptual=0.0,
+            weight_style=0.0,
+            weight_gan_patch=0.005,
+            weight_gan_global=0.002,
+        ),
+        optim=replace(base.optim, lr=5e-5, lr_retrieval=2e-4, ema_halflife_images=100),
         data=DataConfig(train="runs/demo-data/train", val="runs/demo-data/val"),
         schedule=replace(
             base.schedule,
@@ -166,7 +182,7 @@ def demo() -> RunConfig:
             validate_every_images=160,
             validation_images=12,
             checkpoint_every_images=80,
-            log_every_images=16,
+            log_every_images=20,
         ),
         perceptual=PerceptualConfig(features="off"),
         tracking=TrackingConfig(experiment="demo", registered_name="tmad-demo"),
@@ -193,7 +209,7 @@ def smoke() -> RunConfig:
             coarse_images=8,
             joint_images=16,
             batch_images=4,
-            patches_per_image=4,
+            patches_per_image=16,
             validate_every_images=8,
             validation_images=4,
             checkpoint_every_images=8,

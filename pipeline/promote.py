@@ -13,9 +13,8 @@ import json
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,9 +23,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
+from pipeline.claim import Claim, claim_folder
 from pipeline.cli import one_line
-from pipeline.data.claim import claim_folder
-from pipeline.errors import FolderInUse, ModelNotFound, NotPromoted, TMADError
+from pipeline.config import check_registered
+from pipeline.errors import ModelNotFound, NotPromoted, TMADError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
 from pipeline.models import find_model
@@ -87,6 +87,7 @@ class PromoteConfig:
     """Wait so long for another promotion of this name to end."""
 
     def __post_init__(self) -> None:
+        check_registered("name", self.name, "alias", self.alias)
         if not self.better and not self.rollback:
             raise ValueError("better must name a measure: without one, an equal version would be promoted")
         names = [one.measure for one in self.rule]
@@ -334,20 +335,6 @@ def _holder(client: Any, config: PromoteConfig) -> int | None:
     return int(held) if held is not None else None
 
 
-@contextmanager
-def _turn(config: PromoteConfig) -> Iterator[None]:
+def _turn(config: PromoteConfig) -> AbstractContextManager[Claim]:
     """One promotion of a name at a time."""
-    folder = storage.join(storage.absolute(config.out), config.name)
-    deadline, announced = time.monotonic() + config.wait_s, False
-    while True:
-        try:
-            with claim_folder(folder):
-                yield
-                return
-        except FolderInUse as error:
-            if "holder" not in error.details or time.monotonic() > deadline:
-                raise
-            if not announced:
-                log.info("another promotion of %s is under way: waiting", config.name)
-                announced = True
-            time.sleep(0.5)
+    return claim_folder(storage.join(storage.absolute(config.out), config.name), wait_s=config.wait_s)

@@ -1,11 +1,13 @@
 """The inpainter as an MLflow model: this file is what MLflow stores and runs ("models from code").
 
 It needs the installed `tmad` package and the model artifact beside it, nothing of Ray. In: `image` (n, H, W, 3) uint8
-and `mask` (n, H, W) uint8, 1 or 255 = hole; out: (n, H, W, 3) uint8, valid pixels bit-identical to the input.
+and `mask` (n, H, W) uint8, 1 or 255 = hole; out: (n, H, W, 3) uint8, valid pixels bit-identical to the input. It fills
+as `Inpainter.load` and the commands do.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from tmad.checkpoint import load_model
-from tmad.inpaint import Inpainter
+from tmad.inpaint import Inpainter, UnusableInput
+
+logger = logging.getLogger(__name__)
 
 ARTIFACT = "tmad_model"
 """Name of the model artifact (folder with `config.json` and `model.safetensors`) inside the MLflow model."""
@@ -28,7 +31,7 @@ class InpainterModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Load the weights, once a process; on the GPU where there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.inpainter = Inpainter(load_model(Path(context.artifacts[ARTIFACT]), device=device))
+        self.inpainter = Inpainter.load(Path(context.artifacts[ARTIFACT]), device=device)
 
     # The signature states the types; MLflow would warn that hints of `predict` are missing, or not its own kind.
     _skip_type_hint_validation = True
@@ -36,14 +39,18 @@ class InpainterModel(PythonModel):
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Fill the holes of a stack of images of one size.
 
-        Each image is treated as if it came alone. Raises `ValueError` that names what is wrong with which input.
+        Each image is treated as if it came alone: its place in the stack decides nothing. One that cannot be filled
+        (nothing but hole) comes back as it was, and the log says which and why. Raises `ValueError` that names what is
+        wrong with which input.
         """
         image, mask = _checked(model_input)
-        results = [
-            self.inpainter(one_image, one_mask, image_id=str(index)).output
-            for index, (one_image, one_mask) in enumerate(zip(image, mask, strict=True))
-        ]
-        return np.stack([np.asarray(result) for result in results]) if results else image.copy()
+        filled = image.copy()
+        for number in range(len(image)):
+            try:
+                filled[number] = self.inpainter(image[number], mask[number]).output
+            except UnusableInput as error:
+                logger.warning("image %d of %d comes back as it was: %s", number, len(image), error)
+        return filled
 
 
 def _checked(model_input: Any) -> tuple[np.ndarray, np.ndarray]:

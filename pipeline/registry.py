@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,8 @@ def register_model(
         raise MissingInput(f"cannot register {folder}: no {' and no '.join(missing)} in it; save_model writes both")
     client = mlflow_client(tracking_uri)
     digest = model_digest(folder)
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
+    # It may be there, or another run makes it in this moment; what else is wrong, the next call says.
+    with suppress(MlflowException):
         client.create_registered_model(name, description="T-MAD image inpainting: image and mask in, filled image out")
     version = _version_with(client, name, run_id, digest)
     if version is None:

@@ -9,6 +9,7 @@ a job names the place and the cause and never shows credentials.
 from __future__ import annotations
 
 import atexit
+import errno
 import io
 import logging
 import os
@@ -18,9 +19,10 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -42,6 +44,9 @@ _WRITE_PART_BYTES = 50 * 2**20  # s3fs writes larger files in parts of this size
 _MAX_PAUSE_S = 20.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # as `write_atomic` names them
 
+_NOBODYS_FAULT = (*(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.EMFILE, errno.ENFILE),)
+"""A disk or quota that is full, a disk that went away: no property of the file that is read or written."""
+
 _SECRET_VARIABLES = (
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
@@ -56,6 +61,10 @@ _SECRET_FIELD = re.compile(
     r"(?i)\b([\w.-]*(?:secret|token|password|passwd|signature|credential|access_?key|api_?key)[\w.-]*|sig)"
     r"(\s*[=:]\s*[\"']?)([^\s&\"',;]+)"
 )
+
+
+class UnsafeName(ValueError):
+    """A key that is no relative path with forward slashes: one of a collection is left out for this reason."""
 
 
 def redact(text: str) -> str:
@@ -81,12 +90,13 @@ def absolute(uri: str) -> str:
 
 
 def join(uri: str, *keys: str) -> str:
-    """The URI of *keys* below the folder *uri*. Raises `ValueError` if a key would leave that folder."""
+    """The URI of *keys* below the folder *uri*. Raises `UnsafeName` if a key would leave that folder, or is no name
+    that every system here can write: names come from disks and buckets, which allow nearly anything."""
     for key in keys:
         if not key or key.startswith("/") or "\\" in key or "\0" in key or "://" in key:
-            raise ValueError(f"a key must be a relative path with forward slashes, got {key!r} below {redact(uri)}")
+            raise UnsafeName(f"a key must be a relative path with forward slashes, got {key!r} below {redact(uri)}")
         if any(part in ("", ".", "..") for part in key.split("/")):
-            raise ValueError(f"a key must not contain empty parts, '.' or '..', got {key!r} below {redact(uri)}")
+            raise UnsafeName(f"a key must not contain empty parts, '.' or '..', got {key!r} below {redact(uri)}")
     return "/".join([uri.rstrip("/"), *keys])
 
 
@@ -105,13 +115,24 @@ def file_system(uri: str) -> tuple[Any, str]:
             )
         options["config_kwargs"] = patience.client_settings()
     try:
-        fs, path = fsspec.core.url_to_fs(absolute(uri), **options)
+        fs, path = _opened(absolute(uri), options)
     except (ValueError, ImportError) as error:
         raise StorageFailed(f"cannot open storage for {redact(uri)}: {redact(str(error))}") from None
     if on_s3:
         # s3fs repeats what botocore has repeated: 25 attempts for one request, 125 for a file.
         fs.retries = 1
     return fs, path
+
+
+def _opened(uri: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """fsspec's own `url_to_fs`, which takes `::` in a file's name for a chain of file systems."""
+    scheme, _, rest = uri.partition("://")
+    if not is_remote(uri):
+        return LocalFileSystem(), uri
+    if "::" in rest and "::" not in scheme:
+        fs = fsspec.filesystem(scheme, **options)
+        return fs, fs._strip_protocol(uri)
+    return fsspec.core.url_to_fs(uri, **options)
 
 
 def for_ray(uri: str) -> tuple[str, Any]:
@@ -273,7 +294,8 @@ def write_atomic(uri: str, data: bytes, *, ready: Callable[[], None] | None = No
         _guard(uri, "write", lambda: fs.pipe_file(path, data, **_bounded(fs, parts)))
         return
     folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
+    # A part of the name: the whole may be as long as a name can be.
+    temporary = os.path.join(folder, f".{name[:40]}.{uuid.uuid4().hex}.tmp")
 
     def write() -> None:
         os.makedirs(folder, exist_ok=True)
@@ -349,37 +371,87 @@ def remove_folder(uri: str) -> None:
 def file_sizes(uri: str) -> dict[str, int]:
     """Bytes of every file below the folder *uri* by its key, by one listing, hidden ones left out; none if there is no
     such folder."""
-    fs, path = file_system(uri)
-    root = path.rstrip("/") + "/"
-    found = _guard(uri, "list", lambda: fs.find(path, detail=True))
-    inside = {name: info for name, info in found.items() if name.startswith(root) and not name.endswith("/")}
-    keys = {name[len(root) :]: int(info["size"]) for name, info in inside.items()}
-    return {key: size for key, size in keys.items() if not _is_hidden(key)}
+    return {key: int(info["size"] or 0) for key, info in _listed(uri).items()}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file as a listing shows it."""
+
+    size: int
+    version: str
+    """A text that changes when the file is replaced."""
+    link: bool = False
+    """A symbolic link to a folder, which is not followed."""
+
+
+def listing(uri: str) -> dict[str, Listed]:
+    """All files below the folder *uri* by their keys, by one listing, hidden ones (`.name`) left out, in the order of
+    code points. Links to folders are among them and not followed. Names that are no UTF-8 are shown with backslashes,
+    which `join` refuses. Raises `MissingInput` if there is no such folder or if it is a file."""
+    found = _listed(uri)
+    if not found:
+        _check_folder(uri)
+    return {
+        key: Listed(int(info["size"] or 0), _version(info), bool(info.get("islink")) and os.path.isdir(info["name"]))
+        for key, info in sorted(found.items())
+    }
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
-    """Keys of all files below the folder *uri*, sorted by code point, hidden ones (`.name`) left out.
+    """The keys of `listing`. *suffixes*: lower-case endings to keep, matched without regard to case; none = all."""
+    return [key for key in listing(uri) if not suffixes or key.lower().endswith(tuple(suffixes))]
 
-    *suffixes*: lower-case endings to keep, matched without regard to case; none = all files. Raises `MissingInput` if
-    there is no such folder or if it is a file.
-    """
+
+def names_in(uri: str) -> list[str]:
+    """Names of the files and folders in the folder *uri* itself, sorted; none if it is not there."""
+    fs, path = file_system(uri)
+    try:
+        found = _guard(uri, "list", lambda: fs.ls(path, detail=False))
+    except MissingInput:
+        return []
+    return sorted(_printable(name.rstrip("/").rsplit("/", 1)[-1]) for name in found)
+
+
+def version(uri: str) -> str:
+    """That of `listing`, of one file; empty if it is not there."""
+    fs, path = file_system(uri)
+    try:
+        return _version(_guard(uri, "look up", lambda: fs.info(path, **_bounded(fs))))
+    except MissingInput:
+        return ""
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    stamp = next((info[name] for name in ("ETag", "etag", "mtime", "LastModified", "created") if info.get(name)), "")
+    return f"{info.get('size')} {stamp}"
+
+
+def _listed(uri: str) -> dict[str, Any]:
+    """What file systems know of the visible files below *uri*, by key."""
     fs, path = file_system(uri)
     root = path.rstrip("/") + "/"
-    # Listed first, as only the answer to a listing says why it was refused.
-    found = _guard(uri, "list", lambda: fs.find(path))
+    found = _guard(uri, "list", lambda: fs.find(path, detail=True))
     # An object whose name ends with a slash stands for a folder; Arrow writes such, and so does Ray for checkpoints.
-    keys = [name[len(root) :] for name in found if name.startswith(root) and not name.endswith("/")]
-    if not keys:
-        if not exists(uri):
-            raise MissingInput(f"there is no folder {redact(uri)}")
-        if _guard(uri, "look up", lambda: fs.isfile(path)):
-            raise MissingInput(f"{redact(uri)} is a file; a folder is needed here")
-    visible = (key for key in keys if not _is_hidden(key))
-    return sorted(key for key in visible if not suffixes or key.lower().endswith(tuple(suffixes)))
+    inside = {name: info for name, info in found.items() if name.startswith(root) and not name.endswith("/")}
+    keys = {_printable(name[len(root) :]): info for name, info in inside.items()}
+    return {key: info for key, info in keys.items() if not _is_hidden(key)}
+
+
+def _check_folder(uri: str) -> None:
+    fs, path = file_system(uri)
+    if not exists(uri):
+        raise MissingInput(f"there is no folder {redact(uri)}")
+    if _guard(uri, "look up", lambda: fs.isfile(path)):
+        raise MissingInput(f"{redact(uri)} is a file; a folder is needed here")
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _is_hidden(key: str) -> bool:
-    return any(part.startswith(".") for part in key.split("/"))
+    return any(part.startswith(".") and part not in (".", "..") for part in key.split("/"))
 
 
 def local_copy(uri: str) -> Path:
@@ -437,12 +509,13 @@ def _own_errors(uri: str, verb: str) -> Iterator[None]:
 def _translated(uri: str, verb: str, error: Exception) -> TMADError | None:
     remote = is_remote(uri)
     if remote and (cause := _cause(uri, error)) is not None:
-        kind = MissingInput if cause.kind == "bucket" else StorageFailed
-        return kind(f"cannot {verb} {redact(uri)}: {redact(cause.words)}", kind=cause.kind)
+        made = MissingInput if cause.kind == "bucket" else StorageFailed
+        return made(f"cannot {verb} {redact(uri)}: {redact(cause.words)}", kind=cause.kind)
     if isinstance(error, FileNotFoundError):
         return MissingInput(f"cannot {verb} {redact(uri)}: it is not there")
     if isinstance(error, OSError | ValueError | ImportError):
-        return StorageFailed(f"cannot {verb} {redact(uri)}: {redact(f'{type(error).__name__}: {error}')}", kind="other")
+        kind = "full" if isinstance(error, OSError) and error.errno in _NOBODYS_FAULT else "other"
+        return StorageFailed(f"cannot {verb} {redact(uri)}: {redact(f'{type(error).__name__}: {error}')}", kind=kind)
     return None
 
 

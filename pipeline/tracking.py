@@ -8,6 +8,7 @@ the wrong experiment.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import os
 import re
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -26,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import logs, observe, storage
+from pipeline.cli import one_line, submitted
 from pipeline.errors import TrackingUnreachable
 
 if TYPE_CHECKING:
@@ -77,13 +80,20 @@ def default_tracking_uri(storage_root: str) -> str | None:
 def resolve_tracking_uri(uri: str | None, storage_root: str) -> str | None:
     """The tracking URI that a setting means: `None` = the default place, `"none"` = off (gives `None`), else itself.
 
-    A relative `sqlite:///` path is made absolute here, once, before workers in other directories read it.
+    A relative `sqlite:///` path is made absolute here, once, before workers in other directories read it. Raises
+    `ValueError` for what MLflow no longer takes, and for a relative path in a submitted job.
     """
     if uri is None:
         return default_tracking_uri(storage_root)
     if uri.lower() == NO_TRACKING:
         return None
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        if submitted():
+            raise ValueError(
+                "a submitted job runs in Ray's copy of the uploaded folder, where nothing lasts: the tracking URI must "
+                f"be a server or an absolute sqlite:////folder/mlflow.db, not the relative {uri}; set "
+                "MLFLOW_TRACKING_URI"
+            )
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
     if uri.startswith("file:") or "://" not in uri:
         raise ValueError(
@@ -95,7 +105,22 @@ def resolve_tracking_uri(uri: str | None, storage_root: str) -> str | None:
 
 
 def mlflow_client(uri: str) -> MlflowClient:
-    """A client of the tracking server or SQLite file at *uri*, with MLflow imported here because that takes seconds.
+    """A client of the tracking server or SQLite file at *uri*, which answers. Raises `TrackingUnreachable` within
+    seconds if it does not; what happens later takes MLflow its minutes."""
+    if uri not in _answered:
+        check_tracking(uri)
+        if uri.startswith("sqlite:///"):
+            _make_database(Path(uri.removeprefix("sqlite:///")))
+        _answered.add(uri)
+    return _client(uri)
+
+
+_answered: set[str] = set()
+"""Where this process has found MLflow."""
+
+
+def _client(uri: str) -> MlflowClient:
+    """With MLflow imported here because that takes seconds.
 
     MLflow's usage reports to its makers are switched off unless the environment says otherwise: training machines
     often have no way out, and nobody asked for them.
@@ -103,9 +128,21 @@ def mlflow_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow import MlflowClient
 
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _make_database(path: Path) -> None:
+    """A database at *path*, unless there is one. MLflow makes its tables one after the other, and a second process in
+    between, or a kill, leaves a database that nothing opens any more: one process makes it, under another name."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+            _client(f"sqlite:///{new}").search_experiments(max_results=1)
+            new.rename(path)
 
 
 def check_tracking(uri: str | None) -> str:
@@ -121,12 +158,15 @@ def check_tracking(uri: str | None) -> str:
     before = {name: os.environ.get(name) for name in patience}
     os.environ.update(patience)
     try:
-        mlflow_client(uri).search_experiments(max_results=1)
+        _client(uri).search_experiments(max_results=1)
     except Exception as error:
         # Errors of MLflow's HTTP and SQL libraries come through, as everywhere here.
+        what = (
+            f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S} s" if database == uri else f"{shown} is unfit"
+        )
         raise TrackingUnreachable(
-            f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S} s: {storage.redact(str(error))}; start the "
-            "server, correct tracking.uri or MLFLOW_TRACKING_URI, or train without it (--tracking.uri none)"
+            f"{what}: {storage.redact(one_line(error))}; start the server, correct the tracking URI "
+            "(MLFLOW_TRACKING_URI or the job's option), or go without where the job can (`none`)"
         ) from error
     finally:
         for name, value in before.items():
@@ -224,7 +264,7 @@ class Tracker:
             raise ValueError(f"uri and run_id go together: both or neither, got {uri!r} and {run_id!r}")
         self.uri = uri
         self.run_id = run_id
-        self._client = mlflow_client(uri) if uri is not None else None
+        self._client = _client(uri) if uri is not None else None
         self._jsonl = JsonLines(jsonl) if jsonl is not None else None
         self._pending: list[tuple[str, float, int, int]] = []
         self._thread = ThreadPoolExecutor(1, "mlflow") if background and uri is not None else None
@@ -319,6 +359,18 @@ class Tracker:
         else:
             self.artifact(path.read_bytes(), name)
 
+    def dataset(self, place: str, digest: str, context: str) -> None:
+        """Say that the run reads the set at *place* with that *digest*, for `training` or `validation`."""
+        if self._client is None:
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        tags = [InputTag("mlflow.data.context", context)]
+        source = json.dumps({"uri": place})
+        name = place.rstrip("/").rsplit("/", 1)[-1]
+        entry = DatasetInput(Dataset(name, digest, "prepared set", source), tags)
+        self._guard(f"data set {name}", "log_inputs", datasets=[entry])
+
     def image(self, name: str, array: np.ndarray, step: int | None = None) -> None:
         """Keep a picture, (H, W, 3) or (H, W) uint8; with *step* it joins the series *name* that MLflow can play."""
         if array.dtype != np.uint8:
@@ -400,7 +452,9 @@ def _experiment_id(client: MlflowClient, uri: str, name: str) -> str:
             # MLflow's own default is relative to the current directory, which differs between workers.
             location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
         try:
-            created: str = client.create_experiment(name, artifact_location=location)
+            # Without it the UI opens on pages for language models.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            created: str = client.create_experiment(name, artifact_location=location, tags=tags)
             return created
         except MlflowException:
             continue  # another process was faster; the second round finds its experiment or fails for good

@@ -83,6 +83,21 @@ def test_what_the_stacks_demo_looks_for_is_what_the_jobs_write() -> None:
     assert f"train/{MANIFEST_NAME}" in RESULTS
 
 
+def test_every_set_that_the_documents_validate_on_is_prepared_as_one() -> None:
+    """Without `--split val` it is another set, which `evaluate --against` does not take for the same."""
+    texts = [
+        path.read_text() for path in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md", *(ROOT / "jobs").glob("*.py"))
+    ]
+    commands = [
+        " ".join(match.split())
+        for text in texts
+        for match in re.findall(r"jobs/prepare\.py(?:.*\\\n)*.*", text)
+        if re.search(r"--out \S*\bval\b", match)
+    ]
+    assert len(commands) >= 4
+    assert [command for command in commands if "--split val" not in command] == []
+
+
 def test_the_quickstart_has_every_job_in_what_is_run() -> None:
     run = check.runnable(ROOT / "docs" / "quickstart.md")
     assert re.findall(r"^python jobs/(\w+)\.py", run, re.M) == [

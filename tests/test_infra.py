@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import jsonschema
 import pytest
 import ray
 import yaml
+
+from pipeline.config import WorkersConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 INFRA = ROOT / "infra"
@@ -221,3 +224,181 @@ def tool(name: str) -> str:
     if found is None:
         pytest.skip(f"{name} is not installed; `make setup` brings it")
     return found
+
+
+def test_a_submission_uploads_the_code_and_nothing_else(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import _dir_travel
+
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    large = (
+        "photos/a.jpg",
+        "data/train/shards/0.parquet",
+        "runs/first/model",
+        "my sets/a",
+        "model.safetensors",
+        "mlruns/1",
+    )
+    for name in (*large, "jobs/train_places.py", "pipeline/data/order.py", "tmad/step.py", "tmad/__pycache__/step.pyc"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    uploaded: list[str] = []
+    _dir_travel(
+        tmp_path,
+        [],
+        lambda path: uploaded.append(str(path.relative_to(tmp_path))) if path.is_file() else None,
+        include_gitignore=True,
+    )
+    assert sorted(uploaded) == [
+        *(".gitignore", ".rayignore", "jobs/train_places.py", "pipeline/data/order.py", "tmad/step.py"),
+    ]
+
+
+def test_the_image_has_every_optional_package_that_a_job_can_ask_for() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (installed,) = re.findall(r'"\.\[([a-z,]+)\]"', (INFRA / "Dockerfile").read_text())
+    assert {*installed.split(",")} == extras.keys() - {"dev"}
+
+
+def test_every_head_gives_a_stopped_training_the_time_for_its_last_checkpoint() -> None:
+    """Ray's own three seconds are too short for it; clusters of the image have the image's environment."""
+    grace = WorkersConfig().stop_grace_s
+    for path in (INFRA / "Dockerfile", INFRA / "slurm" / "train.sh", INFRA / "stack.py"):
+        (seconds,) = re.findall(r'RAY_JOB_STOP_WAIT_TIME_S(?:=|": ")(\d+)', path.read_text())
+        assert int(seconds) >= 2 * grace, path.name
+
+
+# What the operator refuses beyond the schema (KubeRay 1.6, `validation.go`): a rule in words, and whether an object
+# breaks it, and a change that does.
+Rule = tuple[str, Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], object]]
+
+
+def _groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def _is_label(name: str, longest: int) -> bool:
+    return len(name) <= longest and re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) is not None
+
+
+JOB_RULES: list[Rule] = [
+    (
+        "a name is a DNS label of 47 characters at most",
+        lambda job: not _is_label(job["metadata"]["name"], 47),
+        lambda job: job["metadata"].update(name="Places_2"),
+    ),
+    (
+        "ttlSecondsAfterFinished goes with shutdownAfterJobFinishes",
+        lambda job: job["spec"].get("ttlSecondsAfterFinished", 0) > 0 and not job["spec"]["shutdownAfterJobFinishes"],
+        lambda job: job["spec"].update(ttlSecondsAfterFinished=86400),
+    ),
+    (
+        "a cluster is selected or described",
+        lambda job: not job["spec"].get("clusterSelector") and not job["spec"].get("rayClusterSpec"),
+        lambda job: job["spec"].pop("clusterSelector"),
+    ),
+    (
+        "a selector names the cluster",
+        lambda job: "clusterSelector" in job["spec"] and not job["spec"]["clusterSelector"].get("ray.io/cluster"),
+        lambda job: job["spec"].update(clusterSelector={"cluster": "tmad"}),
+    ),
+    (
+        "a job with a selector is neither suspended nor submitted from a sidecar",
+        lambda job: (
+            "clusterSelector" in job["spec"]
+            and (job["spec"].get("suspend", False) or job["spec"].get("submissionMode") == "SidecarMode")
+        ),
+        lambda job: job["spec"].update(submissionMode="SidecarMode"),
+    ),
+    (
+        "a deletion strategy needs a feature gate",
+        lambda job: "deletionStrategy" in job["spec"],
+        lambda job: job["spec"].update(deletionStrategy={}),
+    ),
+    (
+        "deadlines are positive, retries not negative, and there are none in the interactive mode",
+        lambda job: (
+            job["spec"].get("activeDeadlineSeconds", 1) <= 0
+            or job["spec"].get("backoffLimit", 0) < 0
+            or (job["spec"].get("submissionMode") == "InteractiveMode" and job["spec"].get("backoffLimit", 0) > 0)
+        ),
+        lambda job: job["spec"].update(activeDeadlineSeconds=0),
+    ),
+    (
+        "the runtime environment is YAML",
+        lambda job: not isinstance(yaml.safe_load(job["spec"]["runtimeEnvYAML"]), dict),
+        lambda job: job["spec"].update(runtimeEnvYAML="env_vars"),
+    ),
+]
+
+CLUSTER_RULES: list[Rule] = [
+    (
+        "a name is a DNS label of 63 characters at most",
+        lambda cluster: not _is_label(cluster["metadata"]["name"], 63),
+        lambda cluster: cluster["metadata"].update(name="1st"),
+    ),
+    (
+        "a group has its resources from `ray start` or from its own field",
+        lambda cluster: any(
+            group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & group["rayStartParams"].keys()
+            for group in _groups(cluster["spec"])
+        ),
+        lambda cluster: cluster["spec"]["headGroupSpec"].update(resources={"CPU": "0"}),
+    ),
+    (
+        "labels of a group are not an argument of `ray start`",
+        lambda cluster: any("labels" in group["rayStartParams"] for group in _groups(cluster["spec"])),
+        lambda cluster: cluster["spec"]["headGroupSpec"]["rayStartParams"].update(labels="a=b"),
+    ),
+    (
+        "with the autoscaler a group is not suspended, with its second version a pod is not restarted",
+        lambda cluster: any(
+            group.get("suspend") or group["template"]["spec"].get("restartPolicy", "Never") != "Never"
+            for group in _groups(cluster["spec"])
+        ),
+        lambda cluster: cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"].update(restartPolicy="Always"),
+    ),
+    (
+        "a token needs a Ray version of 2.52 or newer",
+        lambda cluster: tuple(map(int, cluster["spec"].get("rayVersion", "0").split("."))) < (2, 52),
+        lambda cluster: cluster["spec"].pop("rayVersion"),
+    ),
+    (
+        "Redis, the autoscaler's version and the user's name are set by fields, not by variables or arguments",
+        lambda cluster: bool(
+            {"redis-password", "redis-username"} & cluster["spec"]["headGroupSpec"]["rayStartParams"].keys()
+            or {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_enable_autoscaler_v2"}
+            & {one["name"] for _, _, container in containers(cluster) for one in container.get("env", [])}
+        ),
+        lambda cluster: cluster["spec"]["headGroupSpec"]["rayStartParams"].update({"redis-password": "x"}),
+    ),
+]
+
+
+@pytest.mark.parametrize("rule", [*JOB_RULES, *CLUSTER_RULES], ids=lambda rule: rule[0])
+def test_the_operator_takes_the_manifests(rule: Rule) -> None:
+    _, is_broken, do_break = rule
+    if rule in JOB_RULES:
+        manifests = [yaml.safe_load((INFRA / "kubernetes" / "job.yaml").read_text())]
+    else:
+        plain = yaml.safe_load(CLUSTER.read_text())
+        patch = yaml.safe_load((INFRA / "kubernetes" / "fault-tolerant-head.yaml").read_text())
+        manifests = [plain, merged(plain, patch)]
+    assert not any(map(is_broken, manifests))
+    broken = copy.deepcopy(manifests[0])
+    do_break(broken)
+    assert is_broken(broken)
+
+
+def test_no_container_of_the_cluster_gains_privileges_or_keeps_capabilities() -> None:
+    cluster = yaml.safe_load(CLUSTER.read_text())
+    job = yaml.safe_load((INFRA / "kubernetes" / "job.yaml").read_text())
+    submitter = job["spec"]["submitterPodTemplate"]["spec"]
+    pods = [*((pod, container) for _, pod, container in containers(cluster)), (submitter, submitter["containers"][0])]
+    assert submitter["containers"][0]["image"] == pods[0][1]["image"]
+    secured = [container["securityContext"] for _, container in pods]
+    for context in (*secured, cluster["spec"]["autoscalerOptions"]["securityContext"]):
+        assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    for pod, _ in pods:
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}

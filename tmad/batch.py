@@ -34,7 +34,7 @@ class Sample:
     """(N_ps + 1,) float32 in [0, 1): interpolation weights of the gradient penalty, one a cell and one for the
     image."""
     filled: np.ndarray | None = None
-    """(H, W, 3) uint8: somebody's result that stands in for the coarse network's (Table V)."""
+    """(H, W, 3) uint8: another method's result in place of the coarse network's (Table V)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Batch:
     mix: Tensor
     """(B, N_ps + 1) float32."""
     filled: Tensor | None = None
-    """(B, 3, H, W) uint8: somebody's results, if the coarse network is not to be asked."""
+    """(B, 3, H, W) uint8: another method's results, if the coarse network is not to be asked."""
 
     def __len__(self) -> int:
         return len(self.image_id)
@@ -80,7 +80,7 @@ def make_sample(
     """Draw what is random about one image, as `draws.draw` does, and mirror it with its mask and memory.
 
     *image* (H, W, 3) uint8, sides multiples of patch_size; *mask* (H, W) {0, 1}; *pool_yx* (N_pool, 2); *filled* (H, W,
-    3) uint8, somebody's result. Raises `ValueError` if image and mask differ in size.
+    3) uint8, another method's result. Raises `ValueError` if image and mask differ in size.
     """
     if image.shape[:2] != mask.shape:
         raise ValueError(f"{image_id}: image is {image.shape[:2]}, its mask is {mask.shape}")
@@ -103,7 +103,7 @@ def mirror(image: np.ndarray) -> np.ndarray:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples of one size into a batch; all of them have somebody's result, or none has."""
+    """Stack samples of one size into a batch; all of them have another method's result, or none has."""
     results = [sample.filled for sample in samples if sample.filled is not None]
     return Batch(
         image_id=[sample.image_id for sample in samples],

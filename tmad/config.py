@@ -24,6 +24,9 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 
+SMALLEST_IMAGE = 32
+"""Side of the smallest image that the global discriminator gives a score, pixels."""
+
 ConfigT = TypeVar("ConfigT")
 
 

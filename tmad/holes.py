@@ -6,15 +6,19 @@ Masks are (H, W), uint8, {0, 1}, 1 = hole, as everywhere outside the model.
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from tmad.images import to_rgb
+from tmad.images import DEEP_MODES, to_rgb
+
+MaskValue = Literal["grey", "nonzero", "alpha"]
+Colour = Literal["white", "black"]
 
 MASK_THRESHOLD = 127
-"""Grey values above it are hole."""
+"""Grey values above it are white."""
 
 MAX_USUAL_HOLE = 0.5
 """A mask with more hole than this, and more than this share of its border, is probably inverted."""
@@ -69,36 +73,99 @@ class Box(NamedTuple):
         return self.left, self.top, self.right, self.bottom
 
 
-def hole_mask(mask: np.ndarray | Image.Image, *, image_id: str = "") -> tuple[np.ndarray, tuple[str, ...]]:
-    """A mask as (H, W) uint8 {0, 1}, 1 = hole, and notes about it.
+@dataclass(frozen=True)
+class MaskRule:
+    """How a picture of a hole is read, everywhere; the table is in docs/inpaint.md."""
 
-    Boolean: true = hole. Integers: with no value above 1, 1 = hole; otherwise grey, above 127 = hole (16-bit values
-    count by their upper byte). Floats must lie in [0, 1]: above 0.5 = hole. Pillow images: 1-bit as boolean, grey of 8
-    or 16 bits as integers, everything else by its grey value; alpha is ignored. Grey values of which none is above 127
-    warn.
+    hole: Colour = "white"
+    """Which colour is the hole; it is never guessed."""
+    value: MaskValue = "grey"
+    """`grey`: the brightest of a pixel's channels counts, alpha is not looked at; `nonzero`: everything that is not 0
+    (a palette's index, a label's number) is white; `alpha`: what is opaque is white."""
+    threshold: int = MASK_THRESHOLD
+    """0 to 254: values above it are white, on a scale to 255."""
 
-    Raises `UnusableInput` for more than two dimensions and for values out of range.
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 254:
+            raise ValueError(f"mask_threshold must lie in 0 to 254, got {self.threshold}")
+        if self.value == "nonzero" and self.threshold != MASK_THRESHOLD:
+            raise ValueError("mask_threshold does not go with mask_value=nonzero, which has one of its own: 0")
+
+
+PLAIN_MASK = MaskRule()
+"""White is the hole."""
+
+
+def hole_mask(
+    mask: np.ndarray | Image.Image, rule: MaskRule = PLAIN_MASK, *, image_id: str = ""
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """A mask as (H, W) uint8 {0, 1}, 1 = hole, and a note where it shows something, but nothing that counts as white.
+
+    Arrays are (H, W) or (H, W, 1): boolean, true = white; integers, with no value above 1, 1 = white, else grey to 255,
+    or to 65535; floats in [0, 1]. Pillow images may have any mode. What is white says *rule*. The note is given as an
+    `EmptyMaskWarning` too.
+
+    Raises `UnusableInput` for more than two dimensions, for values out of range, and for a mask without alpha where
+    *rule* asks for it.
     """
-    if isinstance(mask, Image.Image):
-        plain = mask.mode in ("1", "L", "I") or mask.mode.startswith("I;16")
-        values = np.asarray(mask if plain else Image.fromarray(to_rgb(mask)).convert("L"))
-    else:
-        values = np.asarray(mask)
-    trouble = _mask_trouble(values)
-    if trouble:
+    grey = mask_grey(mask, rule.value, image_id=image_id)
+    white = grey > (0 if rule.value == "nonzero" else rule.threshold)
+    notes: tuple[str, ...] = ()
+    if not white.any():
+        other = (
+            "a hole in its alpha channel: mask_value alpha" if rule.value != "alpha" and _has_varied_alpha(mask) else ""
+        )
+        if grey.any():
+            other = other or "mask_value nonzero, or a lower mask_threshold, if these are the hole"
+            notes = (f"the mask has values up to {grey.max()}, none above {rule.threshold}: nothing is white; {other}",)
+        elif other:
+            notes = (f"the mask is black, with {other}",)
+    if notes:
+        warnings.warn(named(image_id) + notes[0], EmptyMaskWarning, stacklevel=3)
+    return (white == (rule.hole == "white")).astype(np.uint8), notes
+
+
+def mask_grey(mask: np.ndarray | Image.Image, value: MaskValue = "grey", *, image_id: str = "") -> np.ndarray:
+    """What of a mask is looked at, as (H, W) uint8 on a scale to 255. Raises `UnusableInput`, as `hole_mask`."""
+    values = _of_picture(mask, value, image_id) if isinstance(mask, Image.Image) else np.asarray(mask)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if trouble := _mask_trouble(values):
         raise UnusableInput("unreadable-array", named(image_id) + trouble)
-    if values.dtype.kind in "bf":
-        return (values > 0.5).astype(np.uint8), ()
+    if value == "nonzero":
+        return (values != 0) * np.uint8(255)
+    if values.dtype.kind == "b":
+        return values * np.uint8(255)
+    if values.dtype.kind == "f":
+        return np.ceil(values * 255 - 0.5).astype(np.uint8)  # one half is not above one half
     high = values.max()
     if high <= 1:
-        return values.astype(np.uint8), ()
-    grey = values >> 8 if high > 255 else values
-    hole = (grey > MASK_THRESHOLD).astype(np.uint8)
-    notes: tuple[str, ...] = ()
-    if not hole.any():
-        notes = (f"the mask has values up to {high}, none above {MASK_THRESHOLD}: nothing counts as hole",)
-        warnings.warn(named(image_id) + notes[0], EmptyMaskWarning, stacklevel=3)
-    return hole, notes
+        return values.astype(np.uint8) * np.uint8(255)
+    return ((values.astype(np.int64) + 128) // 257).astype(np.uint8) if high > 255 else values.astype(np.uint8)
+
+
+def _of_picture(mask: Image.Image, value: MaskValue, image_id: str) -> np.ndarray:
+    if value == "alpha":
+        if not mask.has_transparency_data:
+            message = f"the mask's mode {mask.mode} has no alpha channel, which mask_value=alpha asks for"
+            raise UnusableInput("no-alpha", named(image_id) + message)
+        alpha = np.asarray((mask.convert("LA") if mask.mode == "La" else mask).convert("RGBA").getchannel("A"))
+        return alpha
+    if mask.mode in ("P", "PA") and value == "nonzero":
+        return np.asarray(mask.getchannel("P") if mask.mode == "PA" else mask)
+    if mask.mode == "F":
+        values = np.nan_to_num(np.asarray(mask), nan=0.0)
+        return values if values.min() >= 0 and values.max() <= 1 else np.clip(values, 0, 255).astype(np.uint8)
+    if mask.mode in ("1", "L", *DEEP_MODES):
+        return np.asarray(mask)
+    return to_rgb(mask).max(axis=2)
+
+
+def _has_varied_alpha(mask: np.ndarray | Image.Image) -> bool:
+    if not isinstance(mask, Image.Image) or not mask.has_transparency_data:
+        return False
+    low, high = mask.convert("RGBA").getchannel("A").getextrema()
+    return low != high
 
 
 def _mask_trouble(values: np.ndarray) -> str:
@@ -125,6 +192,11 @@ def polarity_notes(hole: np.ndarray, image_id: str) -> tuple[str, ...]:
     )
     warnings.warn(named(image_id) + note, MaskPolarityWarning, stacklevel=3)
     return (note,)
+
+
+def scaled_hole(hole: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A hole (H, W) at another size, by the nearest pixel: it stays 0 and 1."""
+    return np.asarray(Image.fromarray(hole).resize((width, height), Image.Resampling.NEAREST))
 
 
 def named(image_id: str) -> str:

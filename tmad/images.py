@@ -18,13 +18,29 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+from tmad import tiff
+
+try:  # HEIC, as telephones write it, where the package is installed
+    from pillow_heif import register_heif_opener
+except ImportError:
+    _HEIF: tuple[str, ...] = ()
+else:
+    register_heif_opener()
+    _HEIF = ("HEIF",)
+
+FORMATS = (*_HEIF, "AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is decoded; formats whose readers run programs or draw vectors (EPS, WMF, ...) are not images here."""
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".png"),
     *(".pbm", ".pgm", ".ppm", ".pnm", ".tif", ".tiff", ".webp"),
 )
 """File name endings of these formats, lower case."""
+PICTURES = (
+    *SUFFIXES,
+    *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".psd", ".psb", ".tga", ".exr", ".hdr", ".ico", ".svg", ".eps", ".xcf"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"),
+)
+"""Endings of pictures, those that are not decoded too: they are looked at and get their reason."""
 MAX_PIXELS = 89_478_485
 """Pixels above which an image is refused before it is decoded: Pillow's own limit, a quarter of a gigabyte as RGB."""
 
@@ -39,11 +55,13 @@ _SEGMENTS = frozenset(range(0xC0, 0xFF)) - set(range(0xD0, 0xDB))
 """Second bytes of JPEG markers that a length follows, but for that of the compressed pixels, 0xDA."""
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY_MODES = ("1", "L", "I", "F", *_GREY_16)
+DEEP_MODES = ("I", "F", *_GREY_16)
+"""Pillow's modes of more than eight bits a channel: grey ones."""
 
 
 class UnreadableImage(ValueError):
     """Bytes that do not give a usable image. `reason` is a short name to count by: `empty-file`, `not-an-image`,
-    `truncated`, `damaged`, `too-large`, `too-small`, `unsupported-mode`."""
+    `unsupported`, `truncated`, `damaged`, `too-large`, `too-small`, `unsupported-mode`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -72,9 +90,13 @@ def decode_stored(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImage("too-large", str(error)) from None
     except Image.UnidentifiedImageError:
+        if kind := _kind_of(data):
+            raise UnreadableImage("unsupported", kind) from None
         raise UnreadableImage("not-an-image", f"{len(data)} bytes that begin with {data[:8]!r}") from None
     except Exception as error:  # a damaged header can raise nearly anything inside the format's reader
         raise UnreadableImage("damaged", f"{type(error).__name__}: {error}") from None
+    if image.format == "TIFF" and tiff.shows_a_preview(data):
+        raise UnreadableImage("unsupported", "a camera's raw file: what can be read in it is a preview")
     width, height = image.size
     if width * height > max_pixels:
         raise UnreadableImage("too-large", f"{width}x{height} pixels, at most {max_pixels} are decoded")
@@ -87,7 +109,39 @@ def decode_stored(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:  # as above, from the decoder
         reason = "truncated" if "truncated" in str(error) else "damaged"
         raise UnreadableImage(reason, f"{type(error).__name__}: {error}") from None
+    if image.format == "TIFF" and (planes := tiff.deep_planes(data)) is not None:
+        if planes.shape != (*image.size[::-1], len(image.getbands())):
+            raise UnreadableImage("unsupported", f"TIFF with {planes.shape[2]} channels of 16 bits that lie apart")
+        image.frombytes(planes.tobytes())
     return image
+
+
+_KINDS = {
+    **{b"8BPS": "PSD", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"FUJIFILM": "a camera's raw file"},
+    **{
+        b"II*\0": "TIFF",
+        b"MM\0*": "TIFF",
+        b"II+\0": "TIFF",
+        b"MM\0+": "TIFF",
+        b"gimp xcf": "XCF",
+        b"v/1\x01": "OpenEXR",
+    },
+    **{b"#?RADIANCE": "Radiance HDR", b"%!PS": "EPS", b"IIRO": "a camera's raw file", b"IIU\0": "a camera's raw file"},
+    **{b"\0\0\1\0": "ICO", b"II\xbc": "JPEG XR"},
+}
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+def _kind_of(data: bytes) -> str:
+    """What kind of picture *data* is, of those that are not decoded; empty for what is none."""
+    if data[4:8] == b"ftyp":
+        if data[8:12] in _HEIC_BRANDS:
+            return "HEIC: it is read where the package pillow-heif is installed"
+        return "a camera's raw file (CR3)" if data[8:11] == b"crx" else ""
+    found = next((kind for begin, kind in _KINDS.items() if data.startswith(begin)), "")
+    if not found and b"<svg" in data[:1000]:
+        found = "SVG"
+    return f"{found} of a kind that is not decoded" if found == "TIFF" else found and f"{found} is not decoded"
 
 
 def orientation(image: Image.Image) -> int:
@@ -184,7 +238,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
     Raises `UnreadableImage` (`unsupported-mode`) for any other mode.
     """
-    if image.mode in (*_GREY_16, "I", "F"):
+    if image.mode in DEEP_MODES:
         grey = _deep_grey(image)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode in ("RGBa", "La"):
@@ -213,21 +267,6 @@ def _deep_grey(image: Image.Image) -> np.ndarray:
     return ((np.clip(values.astype(np.int64), 0, 65535) + 128) // 257).astype(np.uint8)
 
 
-def to_grey(image: Image.Image) -> np.ndarray:
-    """The luminance of *image* as (H, W), uint8; colours by the rules of `to_rgb`, alpha is not looked at."""
-    return np.asarray(Image.fromarray(to_rgb(image)).convert("L"))
-
-
-def to_mask(image: Image.Image) -> np.ndarray:
-    """A picture of a hole as (H, W), uint8, {0, 1}: grey value above 127 (white) = 1 = hole; alpha is not looked at."""
-    return (to_grey(image) > 127).astype(np.uint8)
-
-
-def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The mask in the bytes of an image file, by the rule of `to_mask`. Raises `UnreadableImage`."""
-    return to_mask(decode_image(data, max_pixels=max_pixels))
-
-
 def paste(original: Image.Image, fills: Iterable[tuple[tuple[int, int], np.ndarray, np.ndarray]]) -> Image.Image:
     """A copy of *original* with *fills* in it; what they do not cover keeps its values to the last bit.
 
@@ -236,7 +275,7 @@ def paste(original: Image.Image, fills: Iterable[tuple[tuple[int, int], np.ndarr
     transparency), premultiplied alpha plain alpha, because the colours of the fill have no place in them. Grey of 16
     and 32 bits and float stay as deep as they are, the fill has 256 steps in them. Alpha stays as it is.
     """
-    if original.mode in (*_GREY_16, "I", "F"):
+    if original.mode in DEEP_MODES:
         return _paste_deep(original, fills)
     see_through = original.mode in ("PA", "RGBa") or (original.mode == "P" and "transparency" in original.info)
     kept = {"1": "L", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "P": "RGBA" if see_through else "RGB"}

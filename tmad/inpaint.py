@@ -28,13 +28,12 @@ from tmad.holes import EmptyMaskWarning as EmptyMaskWarning
 from tmad.holes import MaskPolarityWarning as MaskPolarityWarning
 from tmad.holes import UnusableInput as UnusableInput
 from tmad.holes import hole_mask as hole_mask
-from tmad.images import paste, scale, to_model, to_rgb, to_uint8
+from tmad.images import decode_image, paste, scale, to_model, to_rgb, to_uint8
 from tmad.memory import select_pool
 from tmad.model import TMAD
+from tmad.psnet import Part
 from tmad.rng import numpy_generator
 
-Part = tuple[slice, slice]
-"""Rows and columns of a picture."""
 Policy = Literal["original", "resize", "crop"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
@@ -121,17 +120,37 @@ class Inpainter:
         **options: Any,
     ) -> Inpainter:
         """The model in *folder* (an artifact, or a run that has one; `builtin`, the one in the box), ready for pictures
-        of any size; *options* as above. Raises what `load_model` and `builtin_model` raise."""
+        of any size; *options* as above. Raises what `load_model` and `builtin_model` raise, and `ValueError` for a
+        device that this machine does not have."""
+        _check_device(device)
         folder = builtin.builtin_model() if folder == builtin.NAME else Path(folder)
         if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
             folder = folder / "model" if (folder / "model").is_dir() else folder
         return Inpainter(load_model(folder, device=device), policy=policy, **{"keep_candidates": False, **options})
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The settings, the model's configuration, and its weights: all that another process needs."""
+        weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
+        settings = {name: value for name, value in self.__dict__.items() if name != "model"}
+        return {**settings, "model": (self.model.config, weights, str(self.device))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        config, weights, device = state.pop("model")
+        _check_device(device)
+        self.__dict__.update(state)
+        self.model = TMAD(config)
+        self.model.load_state_dict(weights)
+        self.model = self.model.to(device).eval()
+
     def inpaint(
-        self, image: np.ndarray | Image.Image, mask: np.ndarray | Image.Image, *, image_id: str = ""
+        self,
+        image: np.ndarray | Image.Image | Path | str,
+        mask: np.ndarray | Image.Image | Path | str,
+        *,
+        image_id: str = "",
     ) -> np.ndarray | Image.Image:
-        """The filled image alone: an array for an array, a Pillow image for a Pillow image. Arguments and errors as in
-        a call."""
+        """The filled image alone: an array for an array, a Pillow image for a Pillow image or a file. Arguments and
+        errors as in a call."""
         return self(image, mask, image_id=image_id).output
 
     @property
@@ -142,18 +161,18 @@ class Inpainter:
     @torch.inference_mode()
     def __call__(
         self,
-        image: np.ndarray | Image.Image,
-        mask: np.ndarray | Image.Image,
+        image: np.ndarray | Image.Image | Path | str,
+        mask: np.ndarray | Image.Image | Path | str,
         *,
         image_id: str = "",
-        filled: np.ndarray | Image.Image | None = None,
+        filled: np.ndarray | Image.Image | Path | str | None = None,
     ) -> InpaintResult:
         """Fill the hole of one image (Sec. III; inference takes the hole cells and nothing else).
 
-        *image*: Pillow image of any mode, or uint8 array (H, W), (H, W, 3), (H, W, 4) or uint16 (H, W). *mask*: of the
-        same size, 1 = hole; see `hole_mask` for its types. *filled*: somebody else's result for this image and mask;
-        retrieval and PSNet then work behind it and the coarse network is not asked (Table V). *image_id* and `seed`
-        key the choice of the memory, so the same call gives the same result anywhere.
+        *image*: Pillow image of any mode, path of a file, or uint8 array (H, W), (H, W, 1), (H, W, 3), (H, W, 4), or
+        uint16 (H, W). *mask*: of the same size, 1 = hole; see `hole_mask` for its types. *filled*: somebody else's
+        result for this image and mask; retrieval and PSNet then work behind it and the coarse network is not asked
+        (Table V). *image_id* and `seed` key the choice of the memory, so the same call gives the same result anywhere.
 
         Sides are padded to `size_multiple` (reflected, repeated at the edge where a side is too short) and cropped
         back; the memory is chosen from the image, or the part of it, as it came. A mask without hole gives the input
@@ -161,8 +180,10 @@ class Inpainter:
         be inverted.
 
         Raises `UnusableInput` (a `ValueError`) naming the image: a mask or result of another size, nothing but hole,
-        an array that is no image.
+        an array that is no image. Raises `UnreadableImage` for a file that is none.
         """
+        image, mask = _opened(image), _opened(mask)
+        filled = None if filled is None else _opened(filled)
         original = _as_pillow(image, "image", image_id)
         size = (original.height, original.width)
         hole, notes = hole_mask(mask, image_id=image_id)
@@ -189,7 +210,7 @@ class Inpainter:
             original, [((part.box.top, part.box.left), part.rgb, shown[part.box.slices]) for part in parts]
         )
         return InpaintResult(
-            output=np.asarray(output) if isinstance(image, np.ndarray) else output,
+            output=np.array(output).reshape(image.shape) if isinstance(image, np.ndarray) else output,
             coarse=self._coarse(original, parts),
             candidates=np.concatenate([part.found.candidates for part in parts]),
             cells_yx=np.concatenate([part.found.cells_yx for part in parts]),
@@ -280,9 +301,9 @@ class Inpainter:
             local = torch.from_numpy(rows * (coarse.shape[-1] // k) + columns).to(self.device)
             chosen = torch.from_numpy(inside).to(self.device)
             candidates = self.model.retrieval.hand_out(weights[chosen][None], memory, index[chosen][None])
-            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None]))
-            made = made[top - y : bottom - y, left - x : right - x][: target.shape[0], : target.shape[1]]
-            target[wanted] = made[wanted]
+            inner = slice(top - y, bottom - y), slice(left - x, right - x)
+            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None], inner))
+            target[wanted] = made[: target.shape[0], : target.shape[1]][wanted]
         return filled, self._found(index, memory, pool_yx, corners)
 
     def _retrieve(self, read: Callable[[Part], Tensor], corners: np.ndarray, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -409,10 +430,21 @@ class _Part:
     found: _Found
 
 
+def _check_device(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} needs a GPU that PyTorch can use, and there is none here; use device='cpu'")
+
+
+def _opened(image: np.ndarray | Image.Image | Path | str) -> np.ndarray | Image.Image:
+    """A file's picture, upright; anything else as it is."""
+    return decode_image(Path(image).read_bytes()) if isinstance(image, Path | str) else image
+
+
 def _as_pillow(image: np.ndarray | Image.Image, what: str, image_id: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     shape, kind = array.shape, array.dtype
     grey, colour = array.ndim == 2, array.ndim == 3 and shape[2] in (3, 4)
     readable = (kind == np.uint8 and (grey or colour)) or (kind == np.uint16 and grey)

@@ -12,7 +12,7 @@ from tmad.coarse import CoarseNet, compose
 from tmad.config import TMADConfig
 from tmad.mosaic import lay_out, with_details
 from tmad.patches import cell_corners, cut, tile
-from tmad.psnet import PSNet
+from tmad.psnet import Part, PSNet
 from tmad.retrieval import Retrieval, Retrieved
 from tmad.rng import seed_of
 
@@ -111,10 +111,13 @@ class TMAD(nn.Module):
         corners = cell_corners(cells, patch_size=k, width=coarse.shape[-1])
         return self.retrieval(cut(coarse, corners, k), self.patches(memory), memory)
 
-    def synthesize(self, coarse: Tensor, mask: Tensor, candidates: Tensor, cells: Tensor) -> Tensor:
+    def synthesize(
+        self, coarse: Tensor, mask: Tensor, candidates: Tensor, cells: Tensor, inner: Part | None = None
+    ) -> Tensor:
         """PSNet over a part of the picture (Sec. III-C), in which the windows *candidates* were retrieved for *cells*.
 
-        *coarse* I^_s (B, 3, H, W), *mask* (B, 1, H, W), sides multiples of k. Returns (B, 3, H, W) float32, linear.
+        *coarse* I^_s (B, 3, H, W), *mask* (B, 1, H, W), sides multiples of k. Returns *inner* of (B, 3, H, W), float32,
+        linear.
         """
         mosaics, details = lay_out(candidates, cells, coarse, mask, patch_size=self.config.patch_size)
-        return self.psnet(coarse, mask, mosaics, details)
+        return self.psnet(coarse, mask, mosaics, details, inner)

@@ -9,6 +9,9 @@ from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, leaky, normalis
 from tmad.config import CarafeConfig, PSNetConfig
 from tmad.mosaic import NUM_BANDS
 
+Part = tuple[slice, slice]
+"""Rows and columns."""
+
 
 class PSNet(nn.Module):
     """Backbone, texture encoder and two skip connections; Table I, second and third column.
@@ -32,6 +35,9 @@ class PSNet(nn.Module):
         reassembly = max(carafe.kernel, carafe.encoder_kernel) // 2
         self.reach = 6 + 2 * (4 + reassembly) + 4 * (2 * blocks + reassembly + 1)
         """Pixels beyond which nothing changes a pixel of the output."""
+        # What of the texture encoder and of the decoder is needed around a part, in whole pixels of their features.
+        self._texture_reach = 8 * (config.num_texture_res_blocks + 1)
+        self._decoder_reach = 4 * (reassembly + (6 + reassembly) // 2 + 2)
         self.encoder = nn.Sequential(
             conv(4, base, 1),
             leaky(),
@@ -58,17 +64,28 @@ class PSNet(nn.Module):
             with torch.no_grad():
                 self.gains.bias.view(num_candidates, NUM_BANDS)[0] = 1.0  # type: ignore[union-attr]
 
-    def forward(self, coarse: Tensor, mask: Tensor, mosaics: Tensor, details: Tensor) -> Tensor:
+    def forward(
+        self, coarse: Tensor, mask: Tensor, mosaics: Tensor, details: Tensor, inner: Part | None = None
+    ) -> Tensor:
         """Synthesize the texture of a part of the picture.
 
         *coarse* I^_s (B, 3, H, W) in [-1, 1]; *mask* (B, 1, H, W) {0, 1}, 1 = hole; *mosaics* (B, N_c, 3, H, W) and
-        *details* (B, N_c, NUM_BANDS, 3, H, W) as `mosaic.lay_out` gives them. Sides are multiples of 4. Returns
-        (B, 3, H, W), linear.
+        *details* (B, N_c, NUM_BANDS, 3, H, W) as `mosaic.lay_out` gives them; *inner*, rows and columns that are wanted
+        (none = all): texture is encoded and decoded there and as far around as it matters. Sides and places are
+        multiples of 4. Returns (B, 3, h, w) of the inner part, linear.
         """
-        features = self.encoder(torch.cat([coarse, mask.to(coarse.dtype)], dim=1))
-        half = self.texture_half(mosaics.flatten(1, 2))
-        decoded = self.up_half(torch.cat([features, self.texture_quarter(half)], dim=1))
-        decoded = self.decode(self.up_full(torch.cat([decoded, half], dim=1)))
+        height, width = coarse.shape[-2:]
+        inner = inner or (slice(0, height), slice(0, width))
+        decoded_part = _grown(inner, self._decoder_reach, height, width)
+        texture_part = _grown(decoded_part, self._texture_reach, height, width)
+        place = _within(decoded_part, texture_part)
+        features = self.encoder(torch.cat([coarse, mask.to(coarse.dtype)], dim=1))[..., *_scaled(decoded_part, 4)]
+        half = self.texture_half(mosaics[..., *texture_part].flatten(1, 2))
+        quarter = self.texture_quarter(half)[..., *_scaled(place, 4)]
+        decoded = self.up_half(torch.cat([features, quarter], dim=1))
+        decoded = self.up_full(torch.cat([decoded, half[..., *_scaled(place, 2)]], dim=1))
+        decoded = self.decode(decoded)[..., *_within(inner, decoded_part)]
+        coarse, details = coarse[..., *inner], details[..., *inner]
         result: Tensor = self.output(decoded).float()
         if self.residual != "none":
             result = result + coarse
@@ -77,3 +94,22 @@ class PSNet(nn.Module):
             gains = self.gains(decoded).float()[:, :, None]
             result = result + (gains * details.flatten(1, 2)).sum(1)
         return result
+
+
+def _grown(part: Part, by: int, height: int, width: int) -> Part:
+    rows, columns = part
+    return (
+        slice(max(0, rows.start - by), min(height, rows.stop + by)),
+        slice(max(0, columns.start - by), min(width, columns.stop + by)),
+    )
+
+
+def _within(part: Part, whole: Part) -> Part:
+    """*part* as seen from the corner of *whole*."""
+    rows, columns = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, whole, strict=True))
+    return rows, columns
+
+
+def _scaled(part: Part, divisor: int) -> Part:
+    rows, columns = (slice(one.start // divisor, one.stop // divisor) for one in part)
+    return rows, columns

@@ -13,8 +13,8 @@ from pathlib import Path
 
 DESCRIPTION = """
 Fill the hole of one picture. The mask is a picture of the same size, white = hole (--hole black turns it round);
-`alpha` in its place takes the transparent part of PHOTO. The result has PHOTO's format and metadata if RESULT has its
-ending, and is PNG if RESULT ends in .png.
+`alpha` in its place takes the transparent part of PHOTO. The result has PHOTO's format and metadata, and an ending of
+that format, or is PNG and ends in .png; a folder as RESULT takes it under PHOTO's name.
 
 Folders, tar files, tables and URIs in place of PHOTO and MASK are the batch job: tmad inpaint --help
 """
@@ -27,14 +27,26 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("photo", metavar="PHOTO", type=Path, help="image file")
     made.add_argument("mask", metavar="MASK", help="mask file, or `alpha`")
-    made.add_argument("-o", "--output", metavar="RESULT", type=Path, required=True, help="file to write")
+    made.add_argument("-o", "--output", metavar="RESULT", required=True, help="file or folder to write")
     made.add_argument(
         "-m",
         "--model",
         default=os.environ.get("TMAD_MODEL", "builtin"),
         help="model folder, run folder, URI, models:/name@alias or builtin; default: TMAD_MODEL, else builtin",
     )
-    made.add_argument("--hole", choices=("white", "black"), default="white", help="colour of the hole in the mask")
+    made.add_argument(
+        "--hole", "--mask-hole", choices=("white", "black"), default="white", help="colour of the hole in the mask"
+    )
+    made.add_argument(
+        "--mask-value",
+        choices=("grey", "nonzero", "alpha"),
+        default="grey",
+        help="what of the mask counts: its brightest channel, all that is not 0, or its alpha channel",
+    )
+    made.add_argument(
+        "--mask-threshold", metavar="N", type=int, default=127, help="values above it are white (0 to 254)"
+    )
+    made.add_argument("--scale-masks", action="store_true", help="bring the mask to the size of PHOTO")
     made.add_argument("--dilate", metavar="PX", type=int, default=0, help="grow the hole by so many pixels")
     made.add_argument("--feather", metavar="PX", type=int, default=0, help="pass into the picture over so many pixels")
     made.add_argument(
@@ -61,11 +73,12 @@ def inpaint_one(argv: Sequence[str], *, find_model: Callable[[str], Path]) -> in
     import numpy as np
 
     from tmad.files import allow_pixels, fill_file, open_file
-    from tmad.holes import dilate, hole_mask
+    from tmad.holes import MaskRule, dilate, hole_mask, scaled_hole
     from tmad.images import MAX_PIXELS, UnreadableImage, decode_image
     from tmad.inpaint import Inpainter
 
     began = time.monotonic()
+    rule = MaskRule(options.hole, options.mask_value, options.mask_threshold)
     warnings.simplefilter("ignore", UserWarning)  # what they say stands in the result's notes
     max_pixels = options.max_pixels or MAX_PIXELS
     allow_pixels(max_pixels)
@@ -85,8 +98,12 @@ def inpaint_one(argv: Sequence[str], *, find_model: Callable[[str], Path]) -> in
             hole = (np.asarray(file.image.convert("RGBA").getchannel("A")) < 128).astype(np.uint8)
         else:
             mask = decode_image(Path(options.mask).read_bytes(), max_pixels=max_pixels)
-            hole, _ = hole_mask(mask)
-            hole = hole if options.hole == "white" else 1 - hole
+            hole, notes = hole_mask(mask, rule)
+            if notes:
+                raise ValueError(f"{options.mask}: {notes[0]}")
+            if options.scale_masks:
+                hole = scaled_hole(hole, file.image.height, file.image.width)
+        output = _output(options.output, options.photo, file.format)
         donor = decode_image(options.coarse_from.read_bytes()) if options.coarse_from else None
         filled = fill_file(
             inpainter,
@@ -95,22 +112,44 @@ def inpaint_one(argv: Sequence[str], *, find_model: Callable[[str], Path]) -> in
             image_id=options.photo.name,
             filled=donor,
             opaque=options.mask == "alpha",
-            kind="png" if options.output.suffix.lower() == ".png" and file.format != "PNG" else "same",
+            kind="png" if output.suffix.lower() == ".png" and file.format != "PNG" else "same",
         )
     except UnreadableImage as error:
         raise ValueError(f"{options.photo}, {options.mask}: {error}") from error
-    _write(options.output, filled.data)
+    try:
+        _write(output, filled.data)
+    except OSError as error:
+        raise ValueError(f"cannot write {output}: {error.strerror}") from error
     for note in filled.notes:
         print(f"note: {note}", file=sys.stderr)
     share = filled.result.hole_fraction
-    print(f"{options.output}: {share:.2%} of {options.photo} filled in {time.monotonic() - began:.1f} s")
+    print(f"{output}: {share:.2%} of {options.photo} filled in {time.monotonic() - began:.1f} s")
     return 0
+
+
+def _output(text: str, photo: Path, file_format: str) -> Path:
+    """Where the result goes. Raises `ValueError` for an ending of another format: it would not say what the file is."""
+    path = Path(text)
+    from PIL import Image
+
+    from tmad.files import ENDINGS
+
+    own = {"MPO": "JPEG"}.get(file_format, file_format)
+    endings = [ending for ending, kind in Image.registered_extensions().items() if kind == own]
+    if path.is_dir() or text.endswith(("/", os.sep)):
+        return path / (photo.name if photo.suffix.lower() in endings else photo.stem + ENDINGS[own])
+    if path.suffix.lower() not in (*endings, ".png"):
+        allowed = " or ".join(dict.fromkeys((ENDINGS[own], ".png")))
+        raise ValueError(
+            f"the result must end in {allowed}, got {path}: {photo} is {own}, and a result has its format, or is PNG"
+        )
+    return path
 
 
 def _write(path: Path, data: bytes) -> None:
     """Wholly or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}.", delete=False) as file:
         try:
             file.write(data)
             file.close()

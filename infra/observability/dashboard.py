@@ -52,7 +52,12 @@ PANELS: list[tuple[str, list[tuple[str, str, str, str]]]] = [
     (
         "Machines",
         [
-            ("GPU memory of the first worker", f"ray_tmad_gpu{{{RUN}}}", "{{name}}, {{run}}", "bytes"),
+            (
+                "Most GPU memory of the first worker",
+                f'ray_tmad_system{{name="gpu_memory_gb",{RUN}}} * 1e9',
+                "{{run}}",
+                "bytes",
+            ),
             ("GPU memory of the nodes", "ray_node_gram_used * 1024 * 1024", "{{instance}} {{GpuIndex}}", "bytes"),
             ("GPU use", "ray_node_gpus_utilization / 100", "{{instance}} {{GpuIndex}}", "percentunit"),
             ("Memory of the nodes", "ray_node_mem_used / ray_node_mem_total", "{{instance}}", "percentunit"),

@@ -3,8 +3,9 @@
 #
 #   sbatch infra/slurm/train.sh
 #
-# The cluster ends with the job. Requeued after a preemption or its time limit, the same script goes on from the newest
-# checkpoint, because the run's name is the same.
+# The cluster ends with the job. When the time limit or a preemption is near, the training is stopped while its machines
+# are still there, keeps a last checkpoint, and the job goes into the queue again: the same script goes on from there,
+# because the run's name is the same.
 #SBATCH --job-name=tmad-places
 #SBATCH --nodes=2                      # CHANGE ME: machines; training takes GPUS_PER_NODE on each
 #SBATCH --ntasks-per-node=1            # one `ray start` on each
@@ -12,8 +13,9 @@
 #SBATCH --gpus-per-task=2              # CHANGE ME: GPUs of a machine, as GPUS_PER_NODE below
 #SBATCH --mem=64G                      # CHANGE ME: 30 % of it become Ray's object store
 #SBATCH --time=24:00:00
-#SBATCH --requeue
-#SBATCH --signal=B:TERM@120            # two minutes before the end, so that Ray shuts down in order
+#SBATCH --requeue                      # after a preemption or a lost machine; the time limit is this script's business
+#SBATCH --open-mode=append             # one log, however often it goes on
+#SBATCH --signal=B:TERM@180            # three minutes before the end, to this script alone: a step, a last checkpoint
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
@@ -31,27 +33,43 @@ JOB=(python jobs/train_places.py --preset places --name places --runs "$RUNS"
 source "$VENV/bin/activate"
 # Each allocation has a token and ports of its own: other jobs may share the machines.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0
+# What `ray job stop` gives a training for its last checkpoint, three seconds otherwise; longer than workers.stop_grace_s.
+export RAY_JOB_STOP_WAIT_TIME_S=120
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 PORT=$((20000 + SLURM_JOB_ID % 10000))
 DASHBOARD=$((PORT + 10000))
+API=http://127.0.0.1:$DASHBOARD
+ID=tmad-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 mapfile -t HOSTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 HEAD=${HOSTS[0]}
 ADDRESS=$(srun --nodes=1 --ntasks=1 --nodelist="$HEAD" hostname --ip-address | awk '{print $1}')
 
 STEPS=()
+SUBMISSION=""
 finish() {
     trap - EXIT TERM INT
     # Our own steps, by their ids; `ray stop` would end every Ray on the machines.
     [ ${#STEPS[@]} -eq 0 ] || kill -TERM "${STEPS[@]}" 2>/dev/null || true
     wait || true
 }
+again() {  # into the queue, once the training has ended in order
+    trap '' TERM
+    if [ -n "$SUBMISSION" ]; then
+        ray job stop --address "$API" "$ID" || true
+        wait "$SUBMISSION" || true
+    fi
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 143
+}
 trap finish EXIT
-trap 'exit 143' TERM INT
+trap again TERM
+trap 'exit 130' INT
 
 node() {  # node HOST ARGUMENT...: one node of Ray, in the background
     local host=$1
     shift
-    srun --nodes=1 --ntasks=1 --nodelist="$host" --overlap \
+    # A step does not take --cpus-per-task over from the job.
+    srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --nodelist="$host" --overlap \
         ray start --block --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$GPUS_PER_NODE" "$@" &
     STEPS+=($!)
 }
@@ -62,9 +80,11 @@ for host in "${HOSTS[@]:1}"; do
 done
 
 # The job waits for the machines that are still coming (workers.start_timeout_s). This script runs on the first machine.
-for _ in $(seq 60); do
-    ray job list --address "http://127.0.0.1:$DASHBOARD" >/dev/null 2>&1 && break
+for attempt in $(seq 60); do
+    ray job list --address "$API" >/dev/null 2>&1 && break
+    [ "$attempt" -lt 60 ] || { echo "no answer from Ray at $API; its lines are above" >&2; exit 1; }
     sleep 2
 done
-ray job submit --address "http://127.0.0.1:$DASHBOARD" --working-dir . -- "${JOB[@]}" &
-wait $!
+ray job submit --address "$API" --submission-id "$ID" --working-dir . -- "${JOB[@]}" &
+SUBMISSION=$!
+wait "$SUBMISSION"

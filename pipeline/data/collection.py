@@ -15,15 +15,16 @@ from pipeline.data.records import CropConfig, RecordConfig
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
 from pipeline.errors import MissingInput, StorageFailed
-from pipeline.storage import absolute, join
+from pipeline.storage import UnsafeName, absolute, join
 from tmad.config import STRICT, MemoryConfig, PositiveInt
+from tmad.holes import MaskRule
 from tmad.images import UnreadableImage
 
-OUTAGES = ("bucket", "credentials", "endpoint", "connection", "timeout", "server")
+OUTAGES = ("bucket", "credentials", "endpoint", "connection", "timeout", "server", "full")
 """Failures of storage that are no property of an image: they end the job, which goes on where it was when it is run
 again. Dropping images for them would make the set depend on the network."""
 
-UNUSABLE = (UnreadableImage, MissingInput, StorageFailed)
+UNUSABLE = (UnreadableImage, MissingInput, StorageFailed, UnsafeName)
 """What is raised for an image that cannot be used, and what `drop_of` takes."""
 
 
@@ -117,7 +118,7 @@ def open_collection(
         keys=keys,
         masks=crops.masks,
         mask_column=crops.mask_column,
-        mask_hole=crops.mask_hole,
+        rule=MaskRule(crops.mask_hole),
         masks_per_image=crops.masks_per_image,
         cache=join(cache, "mask_index.arrow") if cache else None,
     )
@@ -133,5 +134,6 @@ def drop_of(key: str, error: Exception, num_bytes: int) -> dict[str, Any]:
         return {"key": key, "reason": error.reason, "detail": error.detail, "bytes": num_bytes}
     if isinstance(error, StorageFailed | MissingInput) and error.details.get("kind") in OUTAGES:
         raise error
-    reason = "missing" if isinstance(error, MissingInput) else "unreadable"
+    reasons = {MissingInput: "missing", UnsafeName: "unsafe-name"}
+    reason = reasons.get(type(error), "unreadable")
     return {"key": key, "reason": reason, "detail": str(error), "bytes": 0}

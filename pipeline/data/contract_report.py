@@ -16,16 +16,16 @@ import numpy as np
 import pyarrow.compute as pc
 from PIL import Image
 
+from pipeline.data.collection import UNUSABLE
 from pipeline.data.contract import join_holes, polarity_warning
 from pipeline.data.copies import Facts
 from pipeline.data.own_masks import join_counts, mask_warnings
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.schema import Record, open_shard, set_folder
 from pipeline.data.sources.base import Source
-from pipeline.errors import TMADError
 from pipeline.report import Report
 from pipeline.storage import absolute, exists, join, read_bytes, remove, write_atomic
-from tmad.images import UnreadableImage, decode_rgb
+from tmad.images import decode_rgb
 
 SHOWN = 24
 """Pictures shown for each reason."""
@@ -237,7 +237,7 @@ class _Pictures:
     def _of_source(self, key: str) -> bytes | None:
         try:
             return thumbnail(decode_rgb(self.source.read(key), max_pixels=self.config.max_pixels))
-        except (TMADError, UnreadableImage):
+        except UNUSABLE:
             return None
 
     def _of_other_set(self, key: str) -> bytes | None:
@@ -250,7 +250,7 @@ class _Pictures:
             table = shard.read(columns=["image", "source"])
             images = table.filter(pc.equal(pc.struct_field(table["source"], "key"), key))["image"]
             return thumbnail(decode_rgb(images[0].as_py()))
-        except (TMADError, UnreadableImage):
+        except UNUSABLE:
             return None
 
 

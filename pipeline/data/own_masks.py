@@ -1,12 +1,13 @@
 """Holes that the user brings: masks paired with their images, drawn from a list, in a column or in the alpha channel.
 
-A mask is a picture in which one of black and white is the hole; which one is a setting (`mask_hole`) and never guessed.
+A mask is read by the one rule of `tmad.holes.MaskRule`; which of black and white is the hole is never guessed.
 What the masks look like is counted, so that a set with the two confused says so.
 """
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +24,11 @@ from pipeline.data.sources.choose import open_source
 from pipeline.data.sources.parquet import ParquetTable
 from pipeline.errors import CorruptSource, MissingInput
 from pipeline.storage import absolute, redact
-from tmad.images import MAX_PIXELS, SUFFIXES, UnreadableImage, decode_image, to_grey
+from tmad.holes import PLAIN_MASK, EmptyMaskWarning, MaskRule, UnusableInput, hole_mask, mask_grey, scaled_hole
+from tmad.holes import Colour as Colour
+from tmad.images import MAX_PIXELS, PICTURES, UnreadableImage, decode_image
 
 MaskFrom = Literal["family", "paired", "random", "alpha", "column"]
-Colour = Literal["white", "black"]
 
 SPARE_DRAWS = 32
 """Masks looked at in place of drawn ones that cannot be used."""
@@ -77,7 +79,9 @@ class OwnMasks:
     source: Source
     place: str
     """For messages."""
-    hole: Colour
+    rule: MaskRule = PLAIN_MASK
+    scaled: bool = False
+    """Bring masks to the size of their images, instead of leaving those of another size out."""
     stems: pa.Array | None = None
     """What each mask belongs to, in order; none if images are not paired with names."""
     names: pa.Array | None = None
@@ -116,7 +120,7 @@ def open_masks(
     keys: Sequence[str],
     masks: str | None,
     mask_column: str | None,
-    mask_hole: Colour,
+    rule: MaskRule,
     masks_per_image: int,
     cache: str | None = None,
 ) -> OwnMasks | None:
@@ -133,7 +137,7 @@ def open_masks(
             )
         column = replace(images, image_column=mask_column, label_column=None, image_setting="mask_column")
         column.keys()
-        return OwnMasks(column, redact(source), mask_hole)
+        return OwnMasks(column, redact(source), rule)
     if masks is None:
         return None
     place = absolute(masks)
@@ -149,8 +153,8 @@ def open_masks(
                 f"masks_per_image must be at most the number of masks in {redact(place)} ({len(names)}), "
                 f"got {masks_per_image}"
             )
-        return OwnMasks(opened, redact(place), mask_hole, names=pa.array(names, pa.large_string()))
-    paired = _pair(opened, redact(place), names, mask_hole, keys)
+        return OwnMasks(opened, redact(place), rule, names=pa.array(names, pa.large_string()))
+    paired = _pair(opened, redact(place), names, rule, keys)
     if not any(paired.of_image(key) for key in keys):
         raise MissingInput(
             f"no image has a mask in {redact(place)}: looked for {', '.join(map(repr, map(stem_of, keys[:_SHOWN])))} "
@@ -162,10 +166,10 @@ def open_masks(
 def stem_of(key: str) -> str:
     """The key without the ending of an image file."""
     name, dot, ending = key.rpartition(".")
-    return name if f"{dot}{ending}".lower() in SUFFIXES else key
+    return name if f"{dot}{ending}".lower() in PICTURES else key
 
 
-def _pair(source: Source, place: str, names: Sequence[str], hole: Colour, keys: Sequence[str]) -> OwnMasks:
+def _pair(source: Source, place: str, names: Sequence[str], rule: MaskRule, keys: Sequence[str]) -> OwnMasks:
     own = {stem_of(key) for key in keys}
     by_stem: dict[str, str] = {}
     pairs = []
@@ -181,7 +185,8 @@ def _pair(source: Source, place: str, names: Sequence[str], hole: Colour, keys: 
         pairs.append((folder if folder in own and stem not in own else stem, name))
     pairs.sort()
     stems, ordered = zip(*pairs, strict=True)
-    return OwnMasks(source, place, hole, pa.array(stems, pa.large_string()), pa.array(ordered, pa.large_string()))
+    large = pa.large_string()
+    return OwnMasks(source, place, rule, stems=pa.array(stems, large), names=pa.array(ordered, large))
 
 
 @dataclass
@@ -202,13 +207,13 @@ class MaskReader:
         if image.mode == "La":
             image = image.convert("LA")
         alpha = image if image.mode == "RGBA" else image.convert("RGBA")
-        return self._hole(np.asarray(alpha.getchannel("A")), "black", "the alpha channel")
+        return self._hole(alpha, MaskRule("black", "alpha"), "the alpha channel")
 
     def of_image(self, key: str, height: int, width: int) -> list[np.ndarray]:
         """The masks (height, width), uint8, 1 = hole, of the image *key*.
 
         Raises `UnreadableImage` with the reason to leave the image out: `no-mask`, `mask-size`, `empty-mask`,
-        `full-mask`, `mask-truncated`, ...
+        `full-mask`, `faint-mask` (it shows something, but nothing that counts), `mask-truncated`, ...
         """
         masks = self._place()
         names = masks.of_image(key)
@@ -216,14 +221,21 @@ class MaskReader:
             raise UnreadableImage("no-mask", f"no mask named {stem_of(key)}.* in {masks.place}")
         found = []
         for name in names:
-            grey = self._read(name)
-            if grey.shape != (height, width):
+            picture = self._read(name)
+            if picture.size != (width, height) and not masks.scaled:
                 raise UnreadableImage(
                     "mask-size",
-                    f"the mask {name} has {grey.shape[1]}x{grey.shape[0]} pixels, its image {width}x{height}",
+                    f"the mask {name} has {picture.width}x{picture.height} pixels, its image {width}x{height}",
                 )
-            found.append(self._hole(grey, masks.hole, f"the mask {name}"))
+            hole = self._hole(picture, masks.rule, f"the mask {name}")
+            if picture.size != (width, height):
+                hole = check_hole(scaled_hole(hole, height, width), f"the mask {name}, brought to {width}x{height},")
+            found.append(hole)
         return found
+
+    def of_file(self, data: bytes, rule: MaskRule, name: str) -> np.ndarray:
+        """The hole in the bytes of one mask file. Raises `UnreadableImage`."""
+        return self._hole(decode_image(data, max_pixels=self.max_pixels), rule, name)
 
     def draw(self, count: int, side: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """*count* different masks of the list as (side, side), uint8, 1 = hole; unusable ones are passed over.
@@ -239,11 +251,10 @@ class MaskReader:
         for row in rng.choice(total, size=min(total, count + SPARE_DRAWS), replace=False):
             name = masks.names[int(row)].as_py()
             try:
-                whole = self._hole(self._read(name), masks.hole, f"the mask {name}")
-                picture = Image.fromarray(whole).resize((side, side), Image.Resampling.NEAREST)
-                mask = check_hole(np.array(picture), f"the mask {name} at {side} pixels")
+                whole = self._hole(self._read(name), masks.rule, f"the mask {name}")
+                mask = check_hole(scaled_hole(whole, side, side), f"the mask {name} at {side} pixels")
             except UnreadableImage as one:
-                self.counts["unreadable"] += one.reason.startswith("mask-") or one.reason == "no-mask"
+                self.counts["unreadable"] += one.reason.startswith("mask-") or one.reason in ("no-mask", "faint-mask")
                 error = one
                 continue
             yield mask
@@ -257,21 +268,29 @@ class MaskReader:
             raise ValueError("masks that lie somewhere need a reader of that place, see open_masks")
         return self.masks
 
-    def _read(self, name: str) -> np.ndarray:
+    def _read(self, name: str) -> Image.Image:
         data = self._place().source.read(name)
         if not data:
             raise UnreadableImage("no-mask", f"the mask {name} has no bytes")
         try:
-            return to_grey(decode_image(data, max_pixels=self.max_pixels))
+            return decode_image(data, max_pixels=self.max_pixels)
         except UnreadableImage as error:
             raise UnreadableImage(f"mask-{error.reason}", f"the mask {name}: {error.detail}") from None
 
-    def _hole(self, grey: np.ndarray, hole: Colour, name: str) -> np.ndarray:
-        mask = ((grey > 127) == (hole == "white")).astype(np.uint8)
+    def _hole(self, picture: Image.Image, rule: MaskRule, name: str) -> np.ndarray:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", EmptyMaskWarning)  # it becomes the reason
+                mask, notes = hole_mask(picture, rule)
+            grey = mask_grey(picture, rule.value)
+        except UnusableInput as error:
+            raise UnreadableImage(f"mask-{error.reason}", f"{name}: {error}") from None
+        if notes:
+            raise UnreadableImage("faint-mask", f"{name}: {notes[0]}")
         self.counts["masks"] += 1
         self.counts["mostly_hole"] += bool(mask.mean() > 0.5)
         self.counts["grey"] += bool(((grey != 0) & (grey != 255)).any())
-        return check_hole(mask, f"{name} (values {grey.min()} to {grey.max()}, {hole} is the hole)")
+        return check_hole(mask, f"{name} (values {grey.min()} to {grey.max()}, {rule.hole} is the hole)")
 
 
 def check_hole(mask: np.ndarray, name: str) -> np.ndarray:

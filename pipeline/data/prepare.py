@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import observe
+from pipeline.claim import Claim, claim_folder
 from pipeline.cluster import start_ray
-from pipeline.data.claim import Claim, claim_folder
 from pipeline.data.collection import UNUSABLE, drop_of, open_collection
 from pipeline.data.contract import examine, summarise_holes
 from pipeline.data.contract_report import write_report

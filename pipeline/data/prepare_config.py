@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic.dataclasses import dataclass
 
-from pipeline.data.claim import EXPIRY_S
+from pipeline.claim import EXPIRY_S
 from pipeline.data.collection import CollectionConfig
 from pipeline.data.contract import ContractConfig
 from pipeline.data.pool_pixels import check_group_bytes

@@ -245,8 +245,8 @@ def _write_report(
 ) -> None:
     report = Report(
         "T-MAD demo",
-        "A small model, trained for a few minutes on crops of a handful of photographs, fills holes in photographs "
-        "that it has never seen. It shows that every part works together, not what the method can do.",
+        "The model in the box, fine-tuned for minutes on crops of a handful of photographs by every part of the "
+        "system, fills holes in photographs that it has never seen.",
     )
     evaluation.write_sections(report)
     report.heading("Whole photographs, filled from folders")
@@ -257,6 +257,7 @@ def _write_report(
     report.facts(
         {
             "workers": f"{run.workers.num_workers} (Ray Train)",
+            "started from": run.init_from or "random weights",
             "images": f"{schedule.coarse_images:,} coarse network alone, then {schedule.joint_images:,} jointly, "
             f"{schedule.batch_images} a step",
             "patches": f"{run.model.patch_size} px, memory of {run.model.memory.pool_size}, "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.data.claim import claim_folder
+from pipeline.claim import claim_folder
 from pipeline.data.schema import read_manifest
 from pipeline.evaluation.compare import REPORT, Comparison, compare, folder_of, read_summary
 from pipeline.evaluation.config import EvaluateConfig

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
+from pipeline.claim import Claim
 from pipeline.cluster import joined, require, start_ray
-from pipeline.data.claim import Claim
 from pipeline.data.schema import Manifest, read_manifest, set_folder
 from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import MissingInput

@@ -20,7 +20,7 @@ from tmad.rng import numpy_generator
 TITLES: Mapping[str, str] = {
     "tmad": "T-MAD",
     "coarse": "coarse result of T-MAD",
-    "blended": "coarse + blended detail, nothing trained",
+    "blended": "blended detail, untrained",
     "patchmatch": "PatchMatch",
     "telea": "Telea (OpenCV)",
     "navier_stokes": "Navier-Stokes (OpenCV)",
@@ -140,7 +140,7 @@ def untrained(inpainter: Inpainter) -> Inpainter:
         config,
         retrieval=replace(config.retrieval, mode="sample"),
         psnet=replace(config.psnet, residual="detail", base_width=1, num_res_blocks=1, num_texture_res_blocks=1),
-        coarse=replace(config.coarse, base_width=1, num_res_blocks=1),
+        coarse=replace(config.coarse, base_width=2, num_res_blocks=1),
     )
     model = TMAD(config)
     model.retrieval = untrained_retrieval(config.retrieval)

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from pipeline.data.claim import Claim
+from pipeline.claim import Claim
 from pipeline.data.schema import Manifest, Record, open_shard, set_folder
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.external import Results, result_name

@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.data.own_masks import Colour
 from pipeline.storage import absolute
 from tmad.config import STRICT, PositiveFloat, PositiveInt
 from tmad.files import Kind
+from tmad.holes import MASK_THRESHOLD, Colour, MaskRule, MaskValue
 from tmad.images import MAX_PIXELS
 from tmad.inpaint import CONTEXT, LIMIT, Policy
 
 MaskFrom = Literal["paired", "alpha", "colour", "column", "boxes", "one"]
+_OF_PICTURES = ("mask_value", "mask_threshold", "scale_masks")
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
@@ -34,6 +35,13 @@ class HolesConfig:
     """Folder, tar files, Parquet, list or URI of the masks; with boxes the JSON file, with one the mask file."""
     mask_hole: Colour = "white"
     """Which colour of a mask is the hole."""
+    mask_value: MaskValue = "grey"
+    """What of a mask counts: `grey`, its brightest channel; `nonzero`, all that is not 0, such as labels;
+    `alpha`, its alpha channel, where opaque is white."""
+    mask_threshold: Annotated[int, Field(ge=0, le=254)] = MASK_THRESHOLD
+    """Values of a mask above it are white, on a scale to 255."""
+    scale_masks: bool = False
+    """Bring masks to the size of their images (nearest pixel), instead of refusing those of another size."""
     mask_suffix: str = ""
     """What a mask's name has behind its image's: `_mask` pairs a/b.jpg with a/b_mask.png. Several masks of one image
     are joined: those whose names differ in their ending, and all in a folder a/b/."""
@@ -67,6 +75,14 @@ class HolesConfig:
             raise ValueError(
                 f"mask_hole does not go with mask_from={self.mask_from}, which says itself what the hole is"
             )
+        changed = [
+            name for name in _OF_PICTURES if getattr(self, name) != type(self).__dataclass_fields__[name].default
+        ]
+        if changed and self.mask_from not in ("paired", "one", "column"):
+            raise ValueError(
+                f"{' and '.join(changed)} go with masks that are pictures: mask_from paired, one or column"
+            )
+        self.mask_rule  # noqa: B018 - refuses what contradicts itself
         if self.mask_tolerance and self.mask_from != "colour":
             raise ValueError("mask_tolerance goes with mask_from=colour")
         if self.mask_pattern is not None:
@@ -76,6 +92,11 @@ class HolesConfig:
                 raise ValueError(f"mask_pattern is no regular expression: {error}") from None
             if groups < 1:
                 raise ValueError(f"mask_pattern needs a group for the image's path, got {self.mask_pattern!r}")
+
+    @property
+    def mask_rule(self) -> MaskRule:
+        """How masks are read."""
+        return MaskRule(self.mask_hole, self.mask_value, self.mask_threshold)
 
     @property
     def masks_may_lie_among_images(self) -> bool:
@@ -117,7 +138,10 @@ class InpaintConfig(HolesConfig):
     in_place: bool = False
     """Allow an output that is the input, whose files are then replaced, or that lies in it."""
     retry_failed: bool = False
-    """Try inputs again that the ledger says have failed; otherwise they are left as they are."""
+    """Try inputs again that the ledger says have failed; otherwise they are left as they are, unless image or mask have
+    changed."""
+    again: bool = False
+    """Do everything again, whatever the ledger says."""
     tracking_uri: str | None = None
     """MLflow for a models:/ reference and for the record of this job; none = MLFLOW_TRACKING_URI, and no record without
     it; `none` in words = no record."""
@@ -147,7 +171,8 @@ class InpaintConfig(HolesConfig):
     def identity(self, model_digest: str) -> str:
         """16 hex digits that stand for all that decides the bytes of a result, beside image and mask."""
         loose = {
-            *("input", "output", "model", "root", "image_column", "in_place", "retry_failed", "tracking_uri"),
+            *("input", "output", "model", "root", "image_column", "in_place", "retry_failed", "again"),
+            "tracking_uri",
             *("num_actors", "cpus_per_actor", "images_per_task", "max_pixels", "claim_expiry_s", "masks", "key_column"),
         }
         decides: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in loose}

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.own_masks import MaskReader, OwnMasks, open_masks, stem_of
+from pipeline.data.own_masks import MaskReader, OwnMasks, check_hole, open_masks, stem_of
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
 from pipeline.errors import CorruptSource, MissingInput
 from pipeline.inpaint.config import HolesConfig
 from pipeline.storage import absolute, read_bytes, redact
 from tmad.files import ImageFile
-from tmad.holes import dilate
-from tmad.images import UnreadableImage, decode_image, to_grey, to_rgb
+from tmad.holes import dilate, scaled_hole
+from tmad.images import UnreadableImage, to_rgb
 
 Boxes = Mapping[str, Sequence[tuple[float, float, float, float]]]
 """Left, top, width, height in pixels of the upright picture, by the image's key."""
@@ -38,6 +39,25 @@ class Holes:
     boxes: Boxes | None = None
     one: np.ndarray | None = None
     """(H, W), uint8, 1 = hole."""
+    unmatched: Sequence[str] = ()
+    """Masks that belong to no image; stays with the process that looked."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "unmatched": ()}
+
+    def versions(self, keys: Sequence[str]) -> list[str]:
+        """What stands for the hole of each of *keys*, beside its image: a text that changes when the hole may have."""
+        if self.config.mask_from == "paired":
+            assert self.masks is not None
+            names = [self.masks.of_image(key) for key in keys]
+            flat = [name for one in names for name in one]
+            known = dict(zip(flat, self.masks.source.versions(flat), strict=True))
+            return [str([(name, known[name]) for name in one]) for one in names]
+        if self.boxes is not None:
+            return [str(self.boxes.get(key)) for key in keys]
+        if self.one is not None:
+            return [hashlib.sha256(self.one.tobytes() + str(self.one.shape).encode()).hexdigest()] * len(keys)
+        return [""] * len(keys)
 
     def has_mask(self, key: str) -> bool:
         """False if it is known, without looking at the image, that there is none."""
@@ -83,6 +103,8 @@ class Holes:
             return self._of_boxes(key, height, width)
         if kind == "one":
             assert self.one is not None
+            if self.one.shape != (height, width) and self.config.scale_masks:
+                return check_hole(scaled_hole(self.one, height, width), f"the one mask, brought to {width}x{height},")
             if self.one.shape != (height, width):
                 mask = f"{self.one.shape[1]}x{self.one.shape[0]}"
                 raise UnreadableImage("mask-size", f"the one mask has {mask} pixels, this image {width}x{height}")
@@ -126,23 +148,20 @@ def open_holes(config: HolesConfig, source: Source, source_uri: str, keys: Seque
             keys=keys,
             masks=None,
             mask_column=config.mask_column,
-            mask_hole=config.mask_hole,
+            rule=config.mask_rule,
             masks_per_image=1,
         )
-        return Holes(config, masks), list(keys)
+        assert masks is not None, "a column was named"
+        return Holes(config, replace(masks, scaled=config.scale_masks)), list(keys)
     assert config.masks is not None, "the settings see to it"
     place = absolute(config.masks)
     if config.mask_from == "boxes":
         return Holes(config, boxes=read_boxes(place)), list(keys)
     if config.mask_from == "one":
         try:
-            grey = to_grey(decode_image(read_bytes(place)))
+            hole = MaskReader().of_file(read_bytes(place), config.mask_rule, f"the mask {redact(place)}")
         except UnreadableImage as error:
-            raise CorruptSource(f"the mask {redact(place)} cannot be used: {error}") from None
-        hole = ((grey > 127) == (config.mask_hole == "white")).astype(np.uint8)
-        if not hole.any() or hole.all():
-            what = "no hole" if not hole.any() else "nothing but hole"
-            raise CorruptSource(f"the mask {redact(place)} has {what}: {config.mask_hole} is the hole")
+            raise CorruptSource(f"the one mask cannot be used: {error}") from None
         return Holes(config, one=hole), list(keys)
     return _open_paired(config, place, source, source_uri, keys)
 
@@ -179,8 +198,22 @@ def _open_paired(
     pairs.sort()
     stems, ordered = zip(*pairs, strict=True)
     large = pa.large_string()
-    masks = OwnMasks(opened, redact(place), config.mask_hole, pa.array(stems, large), pa.array(ordered, large))
-    return Holes(config, masks), list(keys)
+    masks = OwnMasks(
+        opened, redact(place), config.mask_rule, config.scale_masks, pa.array(stems, large), pa.array(ordered, large)
+    )
+    matched = set(ordered)
+    # Among the images, what is no mask is an image.
+    unmatched = [] if same else [name for name in names if name not in matched]
+    return Holes(config, masks, unmatched=unmatched), list(keys)
+
+
+def near_misses(unmatched: Sequence[str], keys: Sequence[str]) -> dict[str, str]:
+    """For masks that belong to no image, images whose names they nearly have: in other letters, or with an ending."""
+    known: dict[str, str] = {}
+    for key in keys:
+        known.setdefault(stem_of(key).lower(), key)
+        known.setdefault(key.lower(), key)
+    return {name: known[one] for name in unmatched if (one := stem_of(name).lower()) in known}
 
 
 def _image_of(stem: str, config: HolesConfig, images: set[str]) -> str | None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.data.claim import Claim
+from pipeline.claim import Claim
 from pipeline.storage import join, read_bytes
 
 LEDGER = "ledger.parquet"
@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         *(pa.field(name, pa.string()) for name in ("reason", "detail")),
         *(pa.field(name, pa.float64()) for name in ("seconds", "hole_fraction")),
         *(pa.field(name, pa.int64()) for name in ("height", "width", "bytes")),
-        *(pa.field(name, pa.string()) for name in ("model", "model_digest", "identity")),
+        *(pa.field(name, pa.string()) for name in ("model", "model_digest", "identity", "made_of")),
         pa.field("when", pa.float64(), nullable=False),
     ]
 )
@@ -69,6 +69,8 @@ class Row:
     model_digest: str | None = None
     identity: str | None = None
     """What stands for the model and the settings that decide the result's bytes."""
+    made_of: str | None = None
+    """What stands for the image and its hole as they were: it changes when a file, a box or the place of masks does."""
 
 
 def to_table(rows: Sequence[Row]) -> pa.Table:
@@ -114,17 +116,24 @@ def join_ledger(claim: Claim, there: Mapping[str, int]) -> pa.Table:
     return table
 
 
-def settled(table: pa.Table, there: Mapping[str, int], identity: str, *, retry_failed: bool) -> dict[str, str | None]:
-    """Inputs that need no more work, and the reason of each that has no result: of this model and these settings, and
+def settled(
+    table: pa.Table, there: Mapping[str, int], identity: str, made_of: Mapping[str, str], *, retry_failed: bool
+) -> set[str]:
+    """Inputs that need no more work: done with this model and these settings from what is there now (*made_of*), and
     with their result, if there is one, still there."""
     mine = table.filter(pc.equal(table["identity"], identity))
-    columns = [mine[name].to_pylist() for name in ("input", "status", "reason", "output", "bytes")]
+    columns = [mine[name].to_pylist() for name in ("input", "status", "output", "bytes", "made_of")]
     return {
-        key: reason
-        for key, status, reason, output, size in zip(*columns, strict=True)
-        if (output is None or there.get(output) == size) and not (status == "failed" and retry_failed)
+        key
+        for key, status, output, size, origin in zip(*columns, strict=True)
+        if (output is None or there.get(output) == size)
+        and origin == made_of.get(key)
+        and not (status == "failed" and retry_failed)
     }
 
 
 def _read(uri: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(read_bytes(uri))).select(SCHEMA.names).cast(SCHEMA)
+    table = pq.read_table(pa.BufferReader(read_bytes(uri)))
+    for name in set(SCHEMA.names) - set(table.column_names):  # of an earlier version
+        table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+    return table.select(SCHEMA.names).cast(SCHEMA)

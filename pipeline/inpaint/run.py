@@ -6,6 +6,8 @@ only what is missing. Results depend on image, mask, model and settings alone, s
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
@@ -23,25 +25,32 @@ import pyarrow.compute as pc
 import ray
 from PIL import Image
 
+from pipeline.claim import claim_folder
 from pipeline.cluster import joined, require, start_ray
-from pipeline.data.claim import claim_folder
+from pipeline.data.collection import UNUSABLE, drop_of
 from pipeline.data.own_masks import stem_of
-from pipeline.data.sources.choose import open_source
+from pipeline.data.sources.base import Source
+from pipeline.data.sources.choose import is_ledger, open_source
 from pipeline.data.tasks import iterate, run_on_actors
 from pipeline.errors import MissingInput
 from pipeline.inpaint.config import InpaintConfig
-from pipeline.inpaint.holes import open_holes
+from pipeline.inpaint.holes import Holes, near_misses, open_holes
 from pipeline.inpaint.ledger import LEDGER, PARTS, Row, encode, join_ledger, settled, to_table
-from pipeline.inpaint.worker import InpaintWorker, Job
+from pipeline.inpaint.worker import InpaintWorker, Job, output_key
 from pipeline.models import find_model, model_version
-from pipeline.storage import file_sizes, join, read_bytes, redact
+from pipeline.storage import UnsafeName, file_sizes, join, read_bytes, redact
 from pipeline.tracking import Tracker, resolve_tracking_uri
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, model_digest
+from tmad.files import open_file
 from tmad.images import UnreadableImage, decode_image, to_rgb
 
 EXPERIMENT = "tmad-inpaint"
 PROGRESS_S = 10.0
 """Seconds between two progress lines."""
+CHECKED = 256
+"""Pairs of image and mask that are read before a job."""
+SHOWN = 10
+"""Names in one line."""
 SAMPLES = 6
 """Pictures before and after that are kept in MLflow."""
 _SAMPLE_SIDE = 512
@@ -77,41 +86,119 @@ def inpaint_all(config: InpaintConfig) -> Summary:
     output among the inputs.
     """
     began = time.monotonic()
-    config = config.with_absolute_places()
-    _check_places(config)
-    source = open_source(config.input, root=config.root, image_column=config.image_column, key_column=config.key_column)
-    holes, keys = open_holes(config, source, config.input, _without_output(source.keys(), config))
-    coarse = open_source(config.coarse_from) if config.coarse_from else None
-    names = coarse.keys() if coarse else []
-    folder = find_model(config.model, tracking_uri=_named_tracking(config))
-    digest = model_digest(folder)
+    found = _open(config)
+    config = found.config
+    for line in found.warnings():
+        log.warning("%s", line)
+    digest = model_digest(found.model)
     with claim_folder(config.output, expiry_s=config.claim_expiry_s) as claim:
         job = Job(
             config=config,
-            source=source,
-            holes=holes,
-            coarse=coarse,
-            coarse_names={stem_of(name): name for name in names},
+            source=found.source,
+            holes=found.holes,
+            coarse=found.coarse,
+            coarse_names=found.coarse_names,
             claim=claim,
             token=uuid.uuid4().hex[:12],
             model=model_version(config.model, tracking_uri=_named_tracking(config)),
             model_digest=digest,
             identity=config.identity(digest),
         )
-        return _inpaint(job, keys, folder, began)
+        return _inpaint(job, found, began)
 
 
-def _inpaint(job: Job, keys: Sequence[str], folder: Path, began: float) -> Summary:
-    config, claim = job.config, job.claim
+@dataclass(frozen=True)
+class _Found:
+    """All that a job reads, opened."""
+
+    config: InpaintConfig
+    """With absolute places."""
+    source: Source
+    holes: Holes
+    keys: Sequence[str]
+    beside: Mapping[str, str]
+    """What lies among the images and is none, and the reason of each."""
+    coarse: Source | None
+    coarse_names: dict[str, str]
+    model: Path
+
+    def warnings(self) -> list[str]:
+        """What a user should know before the work begins."""
+        unmatched = self.holes.unmatched
+        if not unmatched:
+            return []
+        near = near_misses(unmatched, self.keys)
+        shown = [f"{name!r}" + (f" (is it that of {near[name]!r}?)" if name in near else "") for name in unmatched]
+        more = f", and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+        return [f"{len(unmatched)} masks belong to no image: {', '.join(shown[:SHOWN])}{more}"]
+
+
+def _open(config: InpaintConfig) -> _Found:
+    """Raises as `inpaint_all`, before anything is written."""
+    config = config.with_absolute_places()
+    _check_places(config)
+    source = open_source(config.input, root=config.root, image_column=config.image_column, key_column=config.key_column)
+    own = _without_output(source.keys(), config)
+    holes, keys = open_holes(config, source, config.input, own)
+    masks = set(own) - set(keys)  # that lie among the images
+    beside = {key: why for key, why in source.beside().items() if key not in masks}
+    coarse = open_source(config.coarse_from) if config.coarse_from else None
+    return _Found(
+        config=config,
+        source=source,
+        holes=holes,
+        keys=keys,
+        beside={key: beside[key] for key in _without_output([*beside], config)},
+        coarse=coarse,
+        coarse_names={stem_of(name): name for name in (coarse.keys() if coarse else [])},
+        model=find_model(config.model, tracking_uri=_named_tracking(config)),
+    )
+
+
+def check(config: InpaintConfig) -> list[str]:
+    """What a job with this configuration would find, in lines; nothing is written and Ray is not started.
+
+    Pairs of images and masks are read, up to `CHECKED` of them evenly over the collection. Raises as `inpaint_all`.
+    """
+    found = _open(config)
+    config, keys = found.config, found.keys
+    with_mask = [key for key in keys if found.holes.has_mask(key)]
+    lines = [f"{len(keys)} images, {len(keys) - len(with_mask)} of them without a mask"]
+    if found.beside:
+        lines.append(f"{len(found.beside)} files beside them are no images, e.g. {next(iter(found.beside))!r}")
+    lines += found.warnings()
+    step = max(1, math.ceil(len(with_mask) / CHECKED))
+    reasons: dict[str, list[str]] = {}
+    looked = with_mask[::step]
+    for key in looked:
+        try:
+            file = open_file(found.source.read(key), max_pixels=config.max_pixels)
+            found.holes.of(key, file, max_pixels=config.max_pixels)
+        except UNUSABLE as error:
+            reasons.setdefault(drop_of(key, error, 0)["reason"], []).append(key)
+    bad = sum(map(len, reasons.values()))
+    lines.append(f"{len(looked)} pairs of image and hole were read: {len(looked) - bad} can be filled")
+    lines += [f"{len(some)} {reason}: {', '.join(map(repr, some[:SHOWN]))}" for reason, some in reasons.items()]
     there = file_sizes(config.output)
-    kept = settled(join_ledger(claim, there), there, job.identity, retry_failed=config.retry_failed)
+    lines.append(f"{redact(config.output)}: {'a ledger is there, what is settled stays' if LEDGER in there else 'new'}")
+    return lines
+
+
+def _inpaint(job: Job, found: _Found, began: float) -> Summary:
+    config, claim, keys = job.config, job.claim, found.keys
+    there = file_sizes(config.output)
+    made_of = _made_of(found)
+    table = join_ledger(claim, there)
+    kept = set() if config.again else settled(table, there, job.identity, made_of, retry_failed=config.retry_failed)
     known = _known_without_work(job, keys)
-    todo = [key for key in keys if key not in known and not _is_settled(key, kept, job)]
+    todo = {key: made_of[key] for key in keys if key not in known and key not in kept}
     log.info(
         "%d images: %d to fill, %d settled before by model %s, %d without a mask or with another's name",
         len(keys), len(todo), len(keys) - len(todo) - len(known), job.model_digest, len(known),
     )  # fmt: skip
-    del kept
+    del kept, made_of, table
+    known |= _rows_beside(job, found.beside)
+    keys = [*keys, *found.beside]
     if known:
         claim.write(f"{PARTS}/{job.token}-known.parquet", encode(to_table(list(known.values()))))
     uri = resolve_tracking_uri(_named_tracking(config), config.output) if _named_tracking(config) else None
@@ -119,10 +206,11 @@ def _inpaint(job: Job, keys: Sequence[str], folder: Path, began: float) -> Summa
     run_id = Tracker.create(uri, EXPERIMENT, Path(config.output).name, shown, {"model_digest": job.model_digest})
     with Tracker(uri, run_id) as tracker:
         progress = _Progress(len(todo))
-        for table in _fill_all(job, todo, folder):
+        for table in _fill_all(job, todo, found.model):
             progress.add(table)
         rows = join_ledger(claim, file_sizes(config.output))
         rows = rows.filter(pc.is_in(rows["input"], value_set=pa.array(keys, pa.string())))
+        _tell_of_losses(rows)
         summary = Summary(
             done=progress.done,
             kept=len(keys) - len(todo) - len(known),
@@ -138,12 +226,43 @@ def _inpaint(job: Job, keys: Sequence[str], folder: Path, began: float) -> Summa
     return summary
 
 
-def _is_settled(key: str, kept: Mapping[str, str | None], job: Job) -> bool:
-    """Whether nothing has to be done about *key*; one that had no mask may have one now."""
-    if key not in kept:
-        return False
-    by_name = job.config.mask_from in ("paired", "boxes")
-    return not (by_name and kept[key] == "no-mask" and job.holes.has_mask(key))
+def _made_of(found: _Found) -> dict[str, str]:
+    """What stands for image, hole and coarse result of each key, told from listings: it changes with each."""
+    keys, config = found.keys, found.config
+    images, holes = found.source.versions(keys), found.holes.versions(keys)
+    donors = [""] * len(keys)
+    if found.coarse is not None:
+        names = [found.coarse_names.get(stem_of(key), "") for key in keys]
+        donors = [f"{name} {one}" for name, one in zip(names, found.coarse.versions(names), strict=True)]
+    made = {}
+    for key, *parts in zip(keys, images, holes, donors, strict=True):
+        if config.output == config.input and output_key(key, config, "") == key:
+            parts[0] = "replaced by its result"
+        made[key] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return made
+
+
+def _rows_beside(job: Job, beside: Mapping[str, str]) -> dict[str, Row]:
+    """Rows of what is no image by its name."""
+    details = {
+        "not-an-image": "its name has no ending of a picture",
+        "link": "a symbolic link to a folder, which is not followed",
+        "not-read": "the folder's other files were read: archives or tables",
+    }
+    facts: dict[str, Any] = {"model": job.model, "model_digest": job.model_digest, "identity": job.identity}
+    now = time.time()
+    return {
+        key: Row(input=key, status="skipped", reason=why, detail=details[why], when=now, **facts)
+        for key, why in beside.items()
+    }
+
+
+def _tell_of_losses(rows: pa.Table) -> None:
+    """One line for each thing that results lack of their originals, with the number of results."""
+    done = rows.filter(pc.equal(rows["status"], "done"))
+    notes = Counter(note for detail in done["detail"].to_pylist() if detail for note in detail.split("; "))
+    for note, count in notes.most_common(SHOWN):
+        log.warning("%d results: %s", count, note)
 
 
 def _count(reasons: pa.ChunkedArray) -> dict[str, int]:
@@ -163,16 +282,25 @@ def _known_without_work(job: Job, keys: Sequence[str]) -> dict[str, Row]:
                 found[key] = Row(input=key, status="failed", reason="same-name", detail=detail, **identity)
     if job.config.without_hole == "skip":
         for key in keys:
-            if key not in found and not job.holes.has_mask(key):
+            if key not in found and _is_plain_name(key) and not job.holes.has_mask(key):
                 detail = f"no mask for {stem_of(key)} in {redact(job.config.masks or '')}"
                 found[key] = Row(input=key, status="skipped", reason="no-mask", detail=detail, **identity)
     return found
 
 
-def _fill_all(job: Job, keys: Sequence[str], folder: Path) -> Iterator[pa.Table]:
-    """Rows as tasks are finished, in any order."""
-    if not keys:
+def _is_plain_name(key: str) -> bool:
+    try:
+        join("", key)
+    except UnsafeName:
+        return False  # which is the better reason
+    return True
+
+
+def _fill_all(job: Job, todo: Mapping[str, str], folder: Path) -> Iterator[pa.Table]:
+    """Rows as tasks are finished, in any order; *todo*: keys, and what each is made of."""
+    if not todo:
         return
+    keys = list(todo)
     config = job.config
     start_ray()
     num_actors = _num_actors(config, len(keys))
@@ -181,7 +309,7 @@ def _fill_all(job: Job, keys: Sequence[str], folder: Path) -> Iterator[pa.Table]
     # Small at the end of a small job, so that no copy waits for another's last task.
     size = max(1, min(config.images_per_task, math.ceil(len(keys) / (4 * num_actors))))
     tasks = [
-        {"number": number, "keys": list(keys[start : start + size])}
+        {"number": number, "made_of": {key: todo[key] for key in keys[start : start + size]}}
         for number, start in enumerate(range(0, len(keys), size))
     ]
     dataset = run_on_actors(
@@ -229,6 +357,8 @@ def _check_places(config: InpaintConfig) -> None:
 
 def _without_output(keys: list[str], config: InpaintConfig) -> list[str]:
     """The keys that are no results of an earlier call."""
+    if config.output == config.input:
+        return [key for key in keys if not is_ledger(key)]
     if not config.output.startswith(config.input + "/"):
         return keys
     below = config.output[len(config.input) + 1 :] + "/"
@@ -280,6 +410,8 @@ class _Progress:
         self.total, self.count, self.done, self.megapixels = total, 0, 0, 0.0
         self.reasons: Counter[str] = Counter()
         self.began = self.last = time.monotonic()
+        self.first: tuple[float, int, float] | None = None
+        """When the first images were there, how many, and their megapixels: before them models are loaded."""
 
     def add(self, rows: pa.Table) -> None:
         """Count the inputs of a task."""
@@ -289,16 +421,21 @@ class _Progress:
         self.megapixels += (pc.sum(pc.multiply(done["height"], done["width"])).as_py() or 0) / 1e6
         self.reasons.update(_count(rows["reason"]))
         now = time.monotonic()
+        self.first = self.first or (now, self.count, self.megapixels)
         if now - self.last < PROGRESS_S and self.count < self.total:
             return
-        self.last, spent = now, max(now - self.began, 1e-9)
-        rate = self.count / spent
+        self.last = now
+        loaded = self.count > self.first[1]
+        since, before, pixels = self.first if loaded else (self.began, 0, 0.0)
+        spent = max(now - since, 1e-9)
+        rate = (self.count - before) / spent
         log.info(
-            "%d of %d images, %.2f images/s, %.2f megapixels/s, %.0f s to go%s",
+            "%d of %d images, %.2f images/s, %.2f megapixels/s, %s to go%s",
             self.count,
             self.total,
             rate,
-            self.megapixels / spent,
-            (self.total - self.count) / rate,
+            (self.megapixels - pixels) / spent,
+            # Of the first task nothing is known of the time that it took beside loading.
+            f"{(self.total - self.count) / rate:.0f} s" if loaded or self.count == self.total else "?",
             f"; not filled: {by_reason(self.reasons)}" if self.reasons else "",
         )

@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray
 from PIL import Image
 
-from pipeline.data.claim import Claim
+from pipeline.claim import Claim
 from pipeline.data.collection import OUTAGES
 from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.ahead import read_ahead
@@ -30,11 +30,11 @@ from pipeline.errors import MissingInput, StorageFailed
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.holes import NO_HOLE, Holes
 from pipeline.inpaint.ledger import PARTS, Row, encode, to_table
-from pipeline.storage import absolute, is_remote, join, write_atomic
+from pipeline.storage import UnsafeName, absolute, is_remote, join, write_atomic
 from tmad.checkpoint import load_model
 from tmad.files import ENDINGS, ImageFile, allow_pixels, fill_file, open_file
 from tmad.holes import MaskPolarityWarning, UnusableInput, polarity_notes
-from tmad.images import SUFFIXES, UnreadableImage, decode_image
+from tmad.images import PICTURES, UnreadableImage, decode_image
 from tmad.inpaint import Inpainter
 
 WRITERS = 4
@@ -112,8 +112,9 @@ class InpaintWorker:
             yield self.work(json.loads(text))
 
     def work(self, task: dict[str, Any]) -> pa.Table:
-        """Fill the images `keys` of task number `number`; what is wrong with one of them is its row. An outage of
-        storage ends the task."""
+        """Fill the images of task number `number`, the keys of `made_of`; what is wrong with one of them is its row. An
+        outage of storage ends the task."""
+        self.made_of: dict[str, str] = task["made_of"]
         rows: list[Row] = []
         written: deque[tuple[Row, Future[float] | None]] = deque()
         with ThreadPoolExecutor(1, "load") as loading, ThreadPoolExecutor(WRITERS, "write") as writing:
@@ -121,7 +122,7 @@ class InpaintWorker:
             def load(key: str, read: Callable[[], bytes]) -> tuple[str, Future[tuple[_Loaded | _Copied | Row, float]]]:
                 return key, loading.submit(self._timed_load, key, read)
 
-            ahead = (load(key, read) for key, read in read_ahead(self.job.source, task["keys"]))
+            ahead = (load(key, read) for key, read in read_ahead(self.job.source, list(self.made_of)))
             coming = next(ahead, None)
             while coming is not None:
                 (key, future), coming = coming, next(ahead, None)
@@ -190,7 +191,7 @@ class InpaintWorker:
             key,
             "done",
             output=output_key(key, config, file.format),
-            detail="; ".join(dict.fromkeys(filled.notes)) or None,
+            detail="; ".join(dict.fromkeys([*filled.notes, *_misnamed(key, config, file.format)])) or None,
             hole_fraction=filled.result.hole_fraction,
             height=file.image.height,
             width=file.image.width,
@@ -218,6 +219,8 @@ class InpaintWorker:
             reason, detail = error.reason, error.detail
             status = "skipped" if reason in NO_HOLE else "failed"
             return self._row(key, status, reason=reason, detail=detail)
+        except UnsafeName as error:
+            return self._row(key, "failed", reason="unsafe-name", detail=str(error))
         except UnusableInput as error:
             return self._row(key, "failed", reason=error.reason, detail=str(error))
         except (StorageFailed, MissingInput) as error:
@@ -235,14 +238,15 @@ class InpaintWorker:
         job = self.job
         mask = job.holes.named(key) or None
         identity: dict[str, Any] = {"model": job.model, "model_digest": job.model_digest, "identity": job.identity}
-        return Row(input=key, status=status, when=time.time(), mask=mask, **identity, **facts)
+        made_of = self.made_of.get(key)
+        return Row(input=key, status=status, when=time.time(), mask=mask, made_of=made_of, **identity, **facts)
 
     def _check_name(self, key: str) -> None:
         """Refuse names that lead out of a folder, by themselves or through a link."""
         config = self.job.config
         try:
             join(config.output, key)
-        except ValueError as error:
+        except UnsafeName as error:
             raise UnreadableImage("unsafe-name", str(error)) from None
         if any(part.startswith(".") for part in key.split("/")):
             # Results are found again by a listing, which hidden files are not in.
@@ -259,7 +263,17 @@ def output_key(key: str, config: InpaintConfig, file_format: str) -> str:
     """The key of an image's result."""
     if config.format == "png":
         return stem_of(key) + ".png"
-    return key if key.lower().endswith(SUFFIXES) else key + ENDINGS.get(file_format, "")
+    return key if key.lower().endswith(PICTURES) else key + ENDINGS.get(file_format, "")
+
+
+def _misnamed(key: str, config: InpaintConfig, file_format: str) -> list[str]:
+    """A note where a name says another format than the file has: the result keeps both."""
+    ending = os.path.splitext(key)[1].lower()
+    kinds = {suffix: kind for suffix, kind in Image.registered_extensions().items() if suffix in PICTURES}
+    said = {"MPO": "JPEG"}.get(file_format, file_format)
+    if config.format == "png" or ending not in kinds or kinds[ending] in (said, file_format):
+        return []
+    return [f"the name ends in {ending}, the file is {said}"]
 
 
 def _link_below(folder: str, key: str) -> str | None:

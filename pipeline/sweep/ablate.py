@@ -15,8 +15,8 @@ import numpy as np
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
+from pipeline.claim import claim_folder
 from pipeline.config import RunConfig
-from pipeline.data.claim import claim_folder
 from pipeline.data.schema import read_records
 from pipeline.errors import SweepFailed
 from pipeline.models import load_any_model
@@ -182,7 +182,7 @@ def _at_size(model: str, sweep: SweepConfig, share: float) -> Row:
     inpainter, means = Inpainter(load_any_model(model)), Summary()
     texture: SlicedWasserstein | None = None
     pictures: list[tuple[str, dict[str, Picture]]] = []
-    for record in read_records(sweep.run.data.val):
+    for record in read_records(sweep.run.data.validation_set):
         truth = record.pixels()
         mask = centred_hole(truth.shape[0], truth.shape[1], share)
         try:

@@ -71,7 +71,11 @@ class SweepConfig:
                 "phase, which needs a batch at least"
             )
         if self.run.init_from is not None:
-            raise ValueError("run.init_from: give the model that all trials start from as init_from")
+            # A preset's. Trials take the coarse network of one model, and train the rest.
+            if self.init_from not in (None, self.run.init_from):
+                raise ValueError(f"init_from is {self.init_from!r} and run.init_from {self.run.init_from!r}: give one")
+            object.__setattr__(self, "init_from", self.run.init_from)
+            object.__setattr__(self, "run", replace(self.run, init_from=None, init_networks="all"))
         if self.run.schedule.stop_after_validations is not None:
             raise ValueError("run.schedule.stop_after_validations would end trials at other lengths; leave it out")
         if self.run.workers.min_workers is not None:

@@ -20,13 +20,13 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import storage
+from pipeline.claim import claim_folder
 from pipeline.cli import one_line
 from pipeline.cluster import require, shortage, shown, start_ray
 from pipeline.config import to_json
-from pipeline.data.claim import claim_folder
 from pipeline.data.schema import read_manifest
-from pipeline.errors import ClusterTooSmall, ConfigMismatch, SweepFailed
-from pipeline.models import locate_model
+from pipeline.errors import ClusterTooSmall, ConfigMismatch, Interrupted, SweepFailed
+from pipeline.models import absolute_model, locate_model
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_trial, winner
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
@@ -62,9 +62,7 @@ class Finished:
 
 def resolve(config: SweepConfig) -> SweepConfig:
     """With absolute places, as trials run in other working directories."""
-    init_from = config.init_from
-    if init_from is not None and "://" not in init_from and ":/" not in init_from:
-        init_from = storage.absolute(init_from)
+    init_from = absolute_model(config.init_from) if config.init_from else None
     return replace(config, init_from=init_from, run=replace(resolve_run(config.run), name=None))
 
 
@@ -129,7 +127,7 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
         job = Job(folder, to_json(config.run), init_from, config.objectives, tracking_uri, parent)
         _tune(config, folder, job, space, points)
     except BaseException as error:
-        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        tracker.finish("KILLED" if isinstance(error, KeyboardInterrupt | Interrupted) else "FAILED")
         raise
     trials = _read_trials(folder)
     _close_runs(tracking_uri, trials)
@@ -163,7 +161,7 @@ def check_points(config: SweepConfig, space: Space, points: Sequence[Point] | No
     """Raise `ValueError` for a point that could not be trained, and for sets that do not fit one."""
     run = config.run
     train_set, _ = open_training_set(run, None)
-    sets = {"train": train_set, "val": read_manifest(run.data.val)}
+    sets = {"train": train_set, "val": read_manifest(run.data.validation_set)}
     known = points if points is not None else [{name: end} for name, domain in space.items() for end in domain.ends()]
     for point in [{}, *known]:
         try:
@@ -246,6 +244,8 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     # The newer output prints a table whatever `verbose` says.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune would take Ctrl-C for the end of the sweep.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     # A trial's traceback, at each attempt; its error is told in a line, by us.
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
@@ -286,7 +286,12 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
             ),
         )
     began = time.time()
-    tuner.fit()
+    ended = tuner.fit()
+    # Of a sweep that Tune was told to end (SIGUSR1) it returns what there is.
+    if (count := ended.num_terminated + ended.num_errors) < len(ended):
+        raise Interrupted(
+            f"sweep {config.name} was told to stop after {count} of {len(ended)} trials; the same command goes on"
+        )
     log.info("sweep %s: all trials ended, %.0f s in this call", config.name, time.time() - began)
 
 
@@ -382,7 +387,7 @@ def _read_trials(folder: str) -> list[Trial]:
 
 
 def _close_runs(tracking_uri: str | None, trials: Sequence[Trial]) -> None:
-    """A trial that is stopped cannot close its run in MLflow: its process is ended."""
+    """Name the trials' runs in MLflow, and close those of trials that were stopped, whose processes cannot."""
     if tracking_uri is None:
         return
     client = mlflow_client(tracking_uri)
@@ -390,6 +395,7 @@ def _close_runs(tracking_uri: str | None, trials: Sequence[Trial]) -> None:
         if trial.mlflow_run_id is None:
             continue
         client.set_tag(trial.mlflow_run_id, "trial", trial.number)
+        client.update_run(trial.mlflow_run_id, name=trial.label)  # as report and summary call it
         client.set_tag(trial.mlflow_run_id, "trial_status", trial.status)
         if trial.status != "finished":
             client.set_terminated(trial.mlflow_run_id, "KILLED" if trial.status == "stopped early" else "FAILED")

@@ -10,6 +10,7 @@ from pipeline.config import RunConfig
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import check_points, resolve, room
 from pipeline.sweep.space import make_space, sample
+from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.footprint import noise_batch
 from pipeline.train.launch import open_training_set, resources
 from pipeline.train.loop import duration
@@ -22,7 +23,8 @@ def plan(config: SweepConfig, *, images_per_s: float | None = None) -> str:
     """What the sweep would do, as lines for people. *images_per_s*: of one trial; none = measured here by a few steps,
     if trials would train on this machine's CPU.
 
-    Raises what would stop the sweep: data that is missing or does not fit, `ClusterTooSmall`, `ClusterUnreachable`.
+    Raises what would stop the sweep: data that is missing or does not fit, `ClusterTooSmall`, `ClusterUnreachable`,
+    `TrackingUnreachable`.
     """
     config = resolve(config)
     run, schedule = config.run, config.run.schedule
@@ -40,6 +42,7 @@ def plan(config: SweepConfig, *, images_per_s: float | None = None) -> str:
         f"each, validated every {schedule.validate_every_images:,} ({measures} of {schedule.validation_images} images)",
         f"start        {_start(config, coarse)}",
         f"resources    {shown(each)} a trial with its data, {of} has {shown(there)}",
+        f"tracking     {check_tracking(resolve_tracking_uri(run.tracking.uri, run.runs))}",
     ]
     if images_per_s is None and not run.workers.use_gpu and not joined():
         alone = _rate_here(run)

@@ -67,8 +67,7 @@ def write_summary(
         report.figure(
             bars(found, "rank correlation of settings and objective"),
             f"Importance: Spearman's rank correlation of each setting with {objective} at the last validation that all "
-            f"trials reached, positive where larger values are better. With {len(trials)} trials, values below "
-            f"{2 / max(1, len(trials) - 1) ** 0.5:.1f} may be chance.",
+            f"trials reached, positive where larger values are better. {chance(len(trials))}",
         )
     if any(DISTORTION in one.measures and TEXTURE in one.measures for one in trials):
         report.heading("Distortion against texture")
@@ -82,6 +81,15 @@ def write_summary(
         report.heading("The same holes")
         report.pictures(pictures)
     report.write(storage.join(folder, REPORT_FILE))
+
+
+def chance(trials: int) -> str:
+    """Which rank correlations of so many trials say nothing."""
+    # Two standard deviations of the rank correlation of things that have nothing to do with each other.
+    bound = 2 / max(1, trials - 1) ** 0.5
+    if bound >= 1:
+        return f"With {trials} trials any value may be chance."
+    return f"With {trials} trials, values between -{bound:.1f} and {bound:.1f} may be chance."
 
 
 def rows(
@@ -124,7 +132,7 @@ def measured(model: str, config: SweepConfig, out: str, *, limit: int | None) ->
     return evaluate(
         EvaluateConfig(
             model=model,
-            data=config.run.data.val,
+            data=config.run.data.validation_set,
             out=out,
             methods=("tmad",),
             limit=limit,

@@ -16,6 +16,7 @@ import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import storage
+from pipeline.claim import EXPIRY_S
 from pipeline.cli import configure_logging, one_line
 from pipeline.config import RunConfig, from_json
 from pipeline.errors import MissingInput, TrainingFailed
@@ -83,13 +84,15 @@ def run_trial(config: dict[str, Any]) -> None:
     storage.write_atomic(storage.join(folder, POINT_FILE), (json.dumps(point, indent=2) + "\n").encode())
     try:
         run = trial_run(job, point, name)
-        finished = train(run, [ReportValidations(run.schedule.total_images, job.objectives)])
+        # An attempt before this one, on a machine that was lost, still has the name until its claim expires.
+        reports = ReportValidations(run.schedule.total_images, job.objectives)
+        finished = train(run, [reports], wait_s=2 * EXPIRY_S)
         last = measures_of(finished["validation"], job.objectives)
         if missing := [measure for measure in job.objectives if measure not in last]:
             raise MissingInput(
-                f"the validation gave no value of {', '.join(missing)}: no image of {storage.redact(run.data.val)} has "
-                "one (SSIM needs sides of 11 pixels, texture 16 and patches inside the hole); take another objective "
-                "or set"
+                f"the validation gave no value of {', '.join(missing)}: no image of "
+                f"{storage.redact(run.data.validation_set)} has one (SSIM needs sides of 11 pixels, texture 16 and "
+                "patches inside the hole); take another objective or set"
             )
     except TrainingFailed as error:
         if not error.details.get("not_finite"):

@@ -28,6 +28,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 from torch import Tensor, nn
 
 from pipeline import storage
+from pipeline.claim import Claim
 from pipeline.errors import CheckpointNotKept, TMADError
 from pipeline.train.ending import Notice, NoticeBoard
 from tmad.step import Workers
@@ -127,10 +128,11 @@ def _everyones(value: Any) -> list[Any]:
 
 class RayContext:
     """A worker of Ray Train; Ray has made the process group and keeps checkpoints in the folder *checkpoints*. *relay*
-    is the driver's, which says when it was told to stop."""
+    is the driver's, which says when it was told to stop, *claim* what the driver holds on the run's folder."""
 
-    def __init__(self, checkpoints: str, relay: Any) -> None:
+    def __init__(self, checkpoints: str, relay: Any, claim: Claim) -> None:
         self._folder = checkpoints
+        self._claim = claim
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
@@ -175,7 +177,7 @@ class RayContext:
         free = next(one for one in _names_like(name) if one not in registered)
         place = storage.join(self._folder, free)
         # Not by Ray, which gives up at once where storage asks for patience, and whose other workers would wait.
-        if refused := _everyones(_upload(folder, place))[0]:
+        if refused := _everyones(self._upload(folder, place))[0]:
             raise CheckpointNotKept(f"checkpoint {free} was not kept: {refused}")
         checkpoint = Checkpoint(*storage.for_ray(place)) if folder is not None else None
         ray.train.report(
@@ -193,15 +195,15 @@ class RayContext:
         )
         return {one.checkpoint.path.rstrip("/").rsplit("/", 1)[-1] for one in reported}
 
-
-def _upload(folder: Path | None, place: str) -> str | None:
-    """What storage says against it, if anything."""
-    try:
-        if folder is not None:
-            storage.upload_folder(folder, place, last=MANIFEST_FILE)
-    except TMADError as error:
-        return error.message
-    return None
+    def _upload(self, folder: Path | None, place: str) -> str | None:
+        """What storage, or another job that has taken the run over, says against it, if anything."""
+        try:
+            if folder is not None:
+                self._claim.check()
+                storage.upload_folder(folder, place, last=MANIFEST_FILE)
+        except TMADError as error:
+            return error.message
+        return None
 
 
 class LocalContext:

@@ -1,9 +1,9 @@
 """Ends that are announced, and how all workers learn of them at the same step.
 
-Three ends come with a warning: the job is stopped (SIGTERM to its driver, as `ray job stop` sends it), the process of a
-worker is (SIGTERM to it), or a machine is taken away (Ray drains it, as providers of spot machines have it do). Each
-leaves the time for one more checkpoint, if the grace period is as long as a step and a checkpoint. What comes without a
-warning repeats what was done since the checkpoint before.
+Three ends come with a warning: the job is stopped (a signal to its driver: Ctrl-C, a closed terminal, or SIGTERM as
+`ray job stop` sends it), the process of a worker is (SIGTERM to it), or a machine is taken away (Ray drains it, as
+providers of spot machines have it do). Each leaves the time for one more checkpoint, if the grace period is as long as
+a step and a checkpoint. What comes without a warning repeats what was done since the checkpoint before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,14 +24,16 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+from pipeline.cli import interrupt
+
 ASK_DRIVER_S = 1.0
 """The first worker asks so often whether the driver was told to stop."""
 
 ASK_RAY_S = 10.0
 """All workers ask Ray so often whether one of their machines is taken away."""
 
-SIGTERM_CODE = 128 + signal.SIGTERM
-"""What a process ends with that was stopped by SIGTERM."""
+STOPS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "closed terminal"}
+"""Signals that stop a training, in words."""
 
 Kind = Literal["stop", "restart", "drain"]
 
@@ -82,7 +83,7 @@ class NoticeBoard:
     def meaning(self, found: int) -> Notice | None:
         """What the most urgent of all workers means; called by all of them with the same *found*."""
         if found == STOPPED:
-            return Notice("stop", "the job was told to stop (SIGTERM)")
+            return Notice("stop", "the job was told to stop")
         if found == TERMINATED:
             return Notice("restart", "the process of a worker was told to end (SIGTERM)")
         if found != LOOK or (info := ray.train.get_preemption_info()) is None:
@@ -131,29 +132,41 @@ def _notice_sigterm() -> None:
     signal.signal(signal.SIGTERM, handle)
 
 
-@contextlib.contextmanager
-def sigterm_stops(relay: Any, grace_s: float) -> Iterator[None]:
-    """In this block SIGTERM to the driver asks the workers, through *relay*, for a last checkpoint; after *grace_s*, or
-    at the second SIGTERM, the process ends without one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the business of whoever runs the main thread
-        return
-    timer = threading.Timer(grace_s, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.daemon = True
-    asked = False
+class Stop:
+    """What the driver was told."""
 
-    def handle(*_: Any) -> None:
-        nonlocal asked
-        if asked or not grace_s:
-            sys.exit(SIGTERM_CODE)
-        asked = True
-        log.warning("SIGTERM: a last checkpoint, within %g s; a second one ends the job at once", grace_s)
+    number: int | None = None
+    """The signal that came first; none = none has come."""
+
+
+@contextlib.contextmanager
+def signals_stop(relay: Any, grace_s: float) -> Iterator[Stop]:
+    """In this block a signal of `STOPS` to the driver asks the workers, through *relay*, for a last checkpoint; after
+    *grace_s*, or at the second signal, the process ends without one."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals are the business of whoever runs the main thread
+        return
+
+    def handle(number: int, _: Any) -> None:
+        if stop.number is not None or not grace_s:
+            interrupt(number)
+        stop.number = number
+        log.warning("%s: a last checkpoint, within %g s; a second one ends the job at once", STOPS[number], grace_s)
         relay.stop.remote()
+        timer = threading.Timer(grace_s, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timers.append(timer)
         timer.start()
 
-    before = signal.signal(signal.SIGTERM, handle)
+    timers: list[threading.Timer] = []
+    # `nohup` has the terminal's end ignored, and a shell's background jobs Ctrl-C.
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
-        yield
+        yield stop
     finally:
-        timer.cancel()
-        signal.signal(signal.SIGTERM, before)
+        for timer in timers:
+            timer.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config import RunConfig
 from tmad.batch import Batch, collate, make_sample
+from tmad.config import SMALLEST_IMAGE
 from tmad.perceptual import untrained_vgg19
 from tmad.rng import numpy_generator, torch_generator
 from tmad.step import Phase, TrainingState
@@ -71,7 +72,9 @@ def measure(config: RunConfig, *, crop_size: int) -> Footprint:
     multiple = config.model.size_multiple
     side = min(crop_size, math.ceil(MEASURED_SIDE / multiple) * multiple)
     area = (crop_size / side) ** 2
-    cells = min((side // config.model.patch_size) ** 2, math.ceil(config.schedule.patches_per_image / area))
+    block = math.isqrt(math.ceil(config.schedule.patches_per_image / area))
+    block = max(block, math.ceil(SMALLEST_IMAGE / config.model.patch_size))  # what the global discriminator needs
+    cells = min(block, side // config.model.patch_size) ** 2
     share = config.schedule.batch_images // config.workers.fewest
     phase: Phase = "joint" if config.schedule.joint_images else "coarse"
 

@@ -30,6 +30,7 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 
 from pipeline import storage
+from pipeline.claim import Claim, claim_folder
 from pipeline.cli import one_line
 from pipeline.cluster import joined, require, start_ray
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
@@ -39,13 +40,13 @@ from pipeline.data.shared import start_reader
 from pipeline.environment import code_state, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.model_card import CARD_FILE, model_card
-from pipeline.models import MLFLOW_SCHEMES
+from pipeline.models import absolute_model
 from pipeline.pretrained import resolve_perceptual
 from pipeline.registry import reference, register_model
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
 from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
-from pipeline.train.ending import NoticingTorchConfig, sigterm_stops
+from pipeline.train.ending import NoticingTorchConfig, Stop, signals_stop
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_initial, kept_initial
 from pipeline.train.relay import relayed_logs
 from pipeline.train.worker import work
@@ -69,25 +70,30 @@ loop in a thread of its own, where glibc would map and unmap every tensor: a ste
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, callbacks: Sequence[UserCallback] = ()) -> dict[str, Any]:
+def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: float = 0.0) -> dict[str, Any]:
     """Train, keep and register a model; returns the content of `finished.json`. *callbacks* are told of each
-    checkpoint, with the measures of the validation before it.
+    checkpoint, with the measures of the validation before it. A job that has the name is waited for, *wait_s* at most.
 
     Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
     `TrainingFailed` with the cause and the newest checkpoint, `Interrupted` when it was told to stop,
     `MissingInput` for data or weights that are not there, `ValueError` for a data set that does not fit the model,
-    and what `initial.find_initial` raises.
+    `FolderInUse` while another job trains under that name, and what `initial.find_initial` raises.
     """
     config = resolve(config)
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
+    with claim_folder(folder, wait_s=wait_s) as claim:
+        return _train(config, folder, claim, callbacks)
+
+
+def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[UserCallback]) -> dict[str, Any]:
     finished = _read_json(storage.join(folder, "finished.json"))
     train_set, photographs = open_training_set(config, folder)
-    sets = {"train": train_set, "val": read_manifest(config.data.val)}
+    sets = {"train": train_set, "val": read_manifest(config.data.validation_set)}
     for which, manifest in sets.items():
         check_set(config, manifest, which)
     tracking_uri = resolve_tracking_uri(config.tracking.uri, config.runs)
-    _claim(folder, config, sets, tracking_uri)
+    _begin(folder, config, sets, tracking_uri)
     if finished is not None:
         log.info("run %s is finished: %s; nothing to do", config.name, storage.join(folder, "finished.json"))
         return finished
@@ -108,18 +114,20 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = ()) -> dict[str
         "metrics": metrics,
         "checkpoints": storage.join(folder, "checkpoints"),
         "best": storage.join(folder, "best"),
+        "claim": claim,
         "live": share(photographs, train_set) if photographs else None,
         "reader": start_reader() if config.workers.num_workers > 1 and not photographs else None,
         "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
     }
     try:
-        with relayed_logs() as relay, sigterm_stops(relay, config.workers.stop_grace_s):
-            summary = _fit(folder, config, {**job, "relay": relay}, callbacks)
+        with relayed_logs() as relay, signals_stop(relay, config.workers.stop_grace_s) as stop:
+            summary = _fit(folder, config, {**job, "relay": relay}, callbacks, stop)
         wait_for_tracking(tracking_uri, config.tracking.wait_s)
         Tracker(tracking_uri, run_id).catch_up(metrics)
+        claim.check()  # a server may have been waited for
         finished = _finish(folder, config, summary, sets, tracking_uri, run_id)
     except BaseException as error:
-        told_to_end = isinstance(error, KeyboardInterrupt | SystemExit | Interrupted)
+        told_to_end = isinstance(error, KeyboardInterrupt | Interrupted)
         Tracker(tracking_uri, run_id).finish("KILLED" if told_to_end else "FAILED")
         raise
     Tracker(tracking_uri, run_id).finish("FINISHED")
@@ -142,13 +150,11 @@ def resolve(config: RunConfig) -> RunConfig:
     data = replace(
         config.data,
         train=train and storage.absolute(train),
-        val=storage.absolute(config.data.val),
+        val=storage.absolute(config.data.validation_set),
         images=images.with_absolute_places(),
         results=config.data.results and storage.absolute(config.data.results),
     )
-    init_from = config.init_from
-    if init_from is not None and not init_from.startswith(MLFLOW_SCHEMES):
-        init_from = storage.absolute(init_from)
+    init_from = absolute_model(config.init_from) if config.init_from else None
     runs = storage.absolute(config.runs)
     return replace(with_name(config, name), runs=runs, init_from=init_from, data=data, perceptual=perceptual)
 
@@ -181,7 +187,7 @@ def open_training_set(config: RunConfig, folder: str | None) -> tuple[Manifest, 
 
 def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
     """Raise `ValueError` if the set, prepared or of photographs, does not fit the model."""
-    place = config.data.training_set if which == "train" else config.data.val
+    place = config.data.training_set if which == "train" else config.data.validation_set
     uri = storage.redact(place or "")
     model = config.model
     if manifest.patch_size != model.patch_size:
@@ -215,11 +221,11 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
         )
 
 
-def _claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest], tracking_uri: str | None) -> None:
+def _begin(folder: str, config: RunConfig, manifests: Mapping[str, Manifest], tracking_uri: str | None) -> None:
     """Write the run's configuration and keep the weights that it starts from, or check that it can be continued."""
     sets = {which: manifest.digest for which, manifest in manifests.items()}
     config_uri = storage.join(folder, "config.json")
-    if not check_claim(folder, config, manifests):
+    if not was_begun(folder, config, manifests):
         storage.write_atomic(storage.join(folder, SETS_FILE), json.dumps(sets, indent=2).encode())
         initial = keep_initial(config, folder, tracking_uri) if config.init_from else None
         storage.write_atomic(storage.join(folder, "environment.json"), _environment(config, sets, initial))
@@ -230,7 +236,7 @@ def _claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest], tr
     log.info("run %s was begun before: going on with it", config.name)
 
 
-def check_claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) -> bool:
+def was_begun(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) -> bool:
     """Whether the run in *folder* was begun before. Raises `ConfigMismatch` if with another configuration or other
     data."""
     config_uri = storage.join(folder, "config.json")
@@ -251,6 +257,12 @@ def check_claim(folder: str, config: RunConfig, manifests: Mapping[str, Manifest
             differences=lines,
         )
     return True
+
+
+def place_of(config: RunConfig, which: str) -> str:
+    """Where the set `train` or `val`, or the photographs, are, for people."""
+    place = config.data.training_set if which == "train" else config.data.validation_set
+    return storage.redact(place or config.data.images.source or "")
 
 
 def _content_of(config: RunConfig, which: str) -> str:
@@ -287,7 +299,9 @@ def _open_tracking(
     assert config.name is not None
     check_tracking(tracking_uri)
     code = code_state()
-    tags = {"git_commit": str(code["commit"]), "git_dirty": str(code["dirty"]), "config_digest": digest(config)}
+    # Where the code arrives without its repository, TMAD_COMMIT may say what it is; else nothing does.
+    tags = {f"git_{name}": str(value) for name, value in code.items() if value is not None}
+    tags["config_digest"] = digest(config)
     tags |= {f"data_{which}": one.digest for which, one in sets.items()}
     if config.tracking.parent_run is not None:
         tags["mlflow.parentRunId"] = config.tracking.parent_run
@@ -295,13 +309,24 @@ def _open_tracking(
         tags |= {"init_digest": initial["digest"], "init_model": initial["model_digest"]}
     run_id = Tracker.create(tracking_uri, config.tracking.experiment, config.name, asdict(config), tags)
     tracker = Tracker(tracking_uri, run_id)
+    for which, one in sets.items():
+        tracker.dataset(place_of(config, which), one.digest, "training" if which == "train" else "validation")
     for name in ("config.json", "environment.json", *([REPORT_FILE] if initial is not None else [])):
         tracker.artifact(storage.read_bytes(storage.join(folder, name)), name)
     storage.write_atomic(uri, json.dumps({"uri": tracking_uri, "run_id": run_id}, indent=2).encode())
     return run_id
 
 
-def _fit(folder: str, config: RunConfig, job: dict[str, Any], callbacks: Sequence[UserCallback]) -> dict[str, Any]:
+class _Trainer(TorchTrainer):
+    """Ray's trainer without its handler of Ctrl-C, which ends the workers at once and takes the place of ours."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
+def _fit(
+    folder: str, config: RunConfig, job: dict[str, Any], callbacks: Sequence[UserCallback], stop: Stop
+) -> dict[str, Any]:
     workers = config.workers
     each = {"CPU": workers.cpus_per_worker, **({"GPU": workers.gpus_per_worker} if workers.use_gpu else {})}
     # Type checkers are shown the older classes behind these names, which lack some of the arguments.
@@ -320,7 +345,7 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any], callbacks: Sequenc
     # Ray's annotation leaves out the pair: fewest and most.
     number: Any = workers.num_workers if workers.min_workers is None else (workers.fewest, workers.num_workers)
     worker: Any = work  # Ray's annotation allows no result, its `Result.return_value` carries one.
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         worker,
         train_loop_config=job,
         torch_config=NoticingTorchConfig(),
@@ -344,7 +369,7 @@ def _fit(folder: str, config: RunConfig, job: dict[str, Any], callbacks: Sequenc
     if "damaged" in summary:
         raise CheckpointsDamaged(summary["failed"], damaged=summary["damaged"])
     if "interrupted" in summary:
-        raise Interrupted(f"{summary['interrupted']}; {_how_to_go_on(folder)}")
+        raise Interrupted(f"{summary['interrupted']}; {_how_to_go_on(folder)}", signal=stop.number)
     if "failed" in summary:
         raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}", not_finite=True)
     return summary

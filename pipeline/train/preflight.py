@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import storage
+from pipeline.claim import holder_of
 from pipeline.cli import one_line
 from pipeline.cluster import available, joined, shortage, shown
 from pipeline.config import RunConfig
 from pipeline.data.results import Results
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
-from pipeline.errors import ClusterTooSmall, CorruptSet, StorageFailed, TMADError
+from pipeline.errors import ClusterTooSmall, CorruptSet, FolderInUse, StorageFailed, TMADError
 from pipeline.pretrained import check_perceptual
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.footprint import Footprint, measure
 from pipeline.train.initial import find_initial
-from pipeline.train.launch import check_claim, check_set, open_training_set, resolve, resources
+from pipeline.train.launch import check_set, open_training_set, place_of, resolve, resources, was_begun
 from pipeline.train.loop import due, duration
 
 UNKNOWN_RATE = (
@@ -80,12 +81,12 @@ def preflight(config: RunConfig, *, images_per_s: float | None = None) -> Prefli
             checks.append(Check(name, False, storage.redact(one_line(error))))
 
     def look_at_set(which: str) -> str:
-        manifest = open_training_set(config, None)[0] if which == "train" else read_manifest(config.data.val)
+        manifest = open_training_set(config, None)[0] if which == "train" else read_manifest(config.data.validation_set)
         sets[which] = manifest
         check_set(config, manifest, which)
-        if (place := config.data.training_set if which == "train" else config.data.val) is not None:
+        if (place := config.data.training_set if which == "train" else config.data.validation_set) is not None:
             _complete(set_folder(place), manifest)
-        return f"{manifest.records:,} records of {manifest.crop_size} pixels, {_where(config, which)}"
+        return f"{manifest.records:,} records of {manifest.crop_size} pixels, {place_of(config, which)}"
 
     def look_at_step() -> str:
         crop_size = sets["train"].crop_size if "train" in sets else config.data.images.crop_size
@@ -159,11 +160,6 @@ def _plan(
     return [*lines, ("checkpoints", checkpoints), ("memory", memory), ("duration", hours)]
 
 
-def _where(config: RunConfig, which: str) -> str:
-    place = config.data.training_set if which == "train" else config.data.val
-    return storage.redact(place or config.data.images.source or "")
-
-
 def _complete(folder: str, manifest: Manifest) -> None:
     """Every shard is there and of its size, by one listing."""
     there = storage.file_sizes(folder)
@@ -180,7 +176,7 @@ def _results(config: RunConfig) -> str:
     assert config.data.results is not None
     assert config.data.training_set is not None
     results = Results(config.data.results)
-    for place in (config.data.training_set, config.data.val):
+    for place in (config.data.training_set, config.data.validation_set):
         for record in read_records(place, 1):
             results.read(record.image_id, record.height, record.width)
     return f"{len(results.keys):,} results in {storage.redact(config.data.results)}"
@@ -212,8 +208,10 @@ def _absent(folder: Path) -> list[Path]:
 def _state_of_run(config: RunConfig, sets: dict[str, Manifest]) -> str:
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
-    if not check_claim(folder, config, sets):
+    if not was_begun(folder, config, sets):
         return f"{config.name} is new"
+    if (theirs := holder_of(folder)) is not None:
+        raise FolderInUse(f"another job trains {config.name}: {theirs}")
     if storage.exists(storage.join(folder, "finished.json")):
         return f"{config.name} is finished, nothing would be done"
     return f"{config.name} was begun before and would go on"

@@ -37,7 +37,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     where none is wanted.
     """
     config = from_json(job["config"])
-    context = RayContext(job["checkpoints"], job["relay"])
+    context = RayContext(job["checkpoints"], job["relay"], job["claim"])
     _set_up_logging(config, context, job["relay"])
     torch.set_num_threads(config.threads)
     if context.device.type == "cuda":
@@ -98,7 +98,7 @@ def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = N
 
     validation = partial(
         evaluation_batches,
-        config.data.val,
+        config.data.validation_set,
         batch_images=schedule.batch_images,
         limit=schedule.validation_images,
         **place,

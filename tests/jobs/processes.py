@@ -40,6 +40,8 @@ class Job:
                 cwd=folder,
                 env={**os.environ, **RAY_ENVIRONMENT, **(environment or {})},
                 start_new_session=True,
+                # Whoever runs the tests in the background has it ignored, and processes inherit that.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def send(self, number: signal.Signals) -> None:

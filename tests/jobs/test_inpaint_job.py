@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,21 +19,36 @@ SCRIPT = Path(__file__).resolve().parent.parent.parent / "jobs" / "inpaint.py"
 PLACES = ["--input", "photos", "--masks", "masks", "--output", "out", "--model", "model"]
 
 
-def test_a_dry_run_from_another_folder_prints_the_resolved_settings(tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_settings_reads_the_pairs_and_writes_nothing(model_folder: Path, tmp_path: Path) -> None:
+    files = {"a.png": make_image(0), "b.png": make_image(1), "c.png": make_image(2), "IMG_9.png": make_image(3)}
+    masks = {"a": make_mask() * np.uint8(255), "b": make_mask()[:50], "dd.jpg": make_mask(), "img_9": make_mask()}
+    for folder, content in (("photos", files), ("masks", {f"{name}.png": mask for name, mask in masks.items()})):
+        (tmp_path / folder).mkdir()
+        for name, array in content.items():
+            (tmp_path / folder / name).write_bytes(png_bytes(array))
+    (tmp_path / "photos" / "notes.txt").write_text("not a photograph")
+    places = [*PLACES[:6], "--num-actors", "3", "--dry-run"]
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), *PLACES, "--num-actors", "3", "--dry-run"],
+        [sys.executable, str(SCRIPT), *places],
         cwd=tmp_path,
         capture_output=True,
         text=True,
+        env={**os.environ, "TMAD_MODEL": str(model_folder)},
     )
     assert run.returncode == 0, run.stderr
     settings = json.loads(run.stdout)
-    assert (settings["input"], settings["num_actors"], settings["mask_suffix"]) == ("photos", 3, "")
-    assert list(tmp_path.iterdir()) == []
+    assert (settings["input"], settings["num_actors"], settings["model"]) == ("photos", 3, str(model_folder))
+    assert "4 images, 2 of them without a mask" in run.stderr
+    assert "2 masks belong to no image: 'dd.jpg.png', 'img_9.png' (is it that of 'IMG_9.png'?)" in run.stderr
+    assert "2 pairs of image and hole were read: 1 can be filled" in run.stderr
+    assert "1 mask-size: 'b.png'" in run.stderr
+    assert "1 files beside them are no images, e.g. 'notes.txt'" in run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["masks", "photos"]
 
 
-def test_a_missing_folder_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, str(SCRIPT), *PLACES], cwd=tmp_path, capture_output=True, text=True)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_missing_folder_is_one_line_and_exit_code_1(dry: list[str], tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, str(SCRIPT), *PLACES, *dry], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1
     assert len(run.stderr.strip().splitlines()) == 1
     assert f"there is no folder {tmp_path}/photos" in run.stderr
@@ -40,9 +56,9 @@ def test_a_missing_folder_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
 
 def test_a_required_option_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(PLACES[:6])
+        main(PLACES[:4])
     assert end.value.code == 2
-    assert "--model" in capsys.readouterr().err
+    assert "--output" in capsys.readouterr().err
 
 
 @pytest.mark.ray

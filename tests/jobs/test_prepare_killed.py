@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.data.claim import CLAIM_NAME
+from pipeline.claim import CLAIM_NAME
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import MANIFEST_NAME
 from tests.conftest import ROOT

@@ -70,7 +70,7 @@ def test_a_set_made_and_read_through_faults_is_the_one_made_and_read_without(fau
     assert content(f"{bucket}/stormy") == content(f"{bucket}/calm")
     assert all(SECRET.encode() not in data for data in content(f"{bucket}/stormy").values())
 
-    options = {"seed": 5, "batch_images": 3, "total_images": 12, "num_cells": 6, "patch_size": 16}
+    options = {"seed": 5, "batch_images": 3, "total_images": 12, "num_cells": 9, "patch_size": 16}
     calm = list(training_batches(f"{bucket}/calm", **options))
     faulty_cluster.heal()
     faulty_cluster.truncate(700, target="stormy/shards", times=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,57 @@ def test_black_holes_growing_alpha_and_the_photos_own_format(pair, model_folder,
     assert Image.open(tmp_path / "out.jpg").quantization == Image.open(jpeg).quantization
     buffer = io.BytesIO((tmp_path / "out.jpg").read_bytes())
     assert Image.open(buffer).format == "JPEG"
+
+
+@pytest.mark.parametrize(
+    ("photo", "result", "said"),
+    [
+        ("p.png", "o.jpg", r"must end in \.png, got .*o\.jpg: .*p\.png is PNG"),
+        ("p.webp", "o.jpg", r"must end in \.webp or \.png"),
+        ("p.jpg", "o.tif", r"must end in \.jpg or \.png"),
+        ("p.png", "o", r"must end in \.png"),
+        ("lies.jpg", "o.jpg", r"lies\.jpg is PNG"),
+        ("p.jpg", "o.jpeg", None),
+        ("p.tif", "o.tiff", None),
+        ("p.jpg", "O.PNG", None),
+        ("p.jpg", "folder/", None),
+        ("lies.jpg", "folder/", None),
+    ],
+)
+def test_the_ending_of_a_result_is_its_format_or_it_is_refused(
+    pair, model_folder, tmp_path, capsys, photo, result, said
+) -> None:
+    kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF", ".png": "PNG", ".webp": "WEBP"}
+    path = tmp_path / "in" / photo
+    path.parent.mkdir()
+    Image.open(pair[0]).save(path, "PNG" if photo == "lies.jpg" else kinds[path.suffix])
+    code = run("inpaint", path, pair[1], "-o", f"{tmp_path}/out/{result}", "-m", model_folder)
+    written = [one for one in (tmp_path / "out").rglob("*") if one.is_file()]
+    if said:
+        assert code == 1
+        assert re.search(said, capsys.readouterr().err)
+        assert written == []
+        return
+    assert code == 0
+    (one,) = written
+    assert Image.open(one).format == kinds[one.suffix.lower()]
+    if result == "folder/":
+        assert one.name == ("lies.png" if photo == "lies.jpg" else photo)
+
+
+def test_a_mask_that_shows_something_but_no_hole_is_one_line_with_the_option(
+    pair, model_folder, tmp_path, capsys
+) -> None:
+    mask = tmp_path / "faint.png"
+    Image.fromarray(make_mask() * np.uint8(90)).save(mask)
+    assert run("inpaint", pair[0], mask, "-o", tmp_path / "o.png", "-m", model_folder) == 1
+    assert "mask_value nonzero, or a lower mask_threshold" in capsys.readouterr().err
+    assert run("inpaint", pair[0], mask, "-o", tmp_path / "o.png", "-m", model_folder, "--mask-threshold", "50") == 0
+
+
+def test_the_version_is_told(capsys) -> None:
+    assert run("--version") == 0
+    assert re.fullmatch(r"tmad \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
 def test_every_job_is_a_command_and_folders_become_the_batch_jobs_options() -> None:

@@ -19,6 +19,7 @@ from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.presets import smoke
 from pipeline.tracking import mlflow_client, read_json_lines
 from tests.conftest import RAY_ENVIRONMENT, ROOT, make_photo
+from tests.jobs.processes import Job
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -137,6 +138,32 @@ def test_eight_trials_killed_in_the_middle_go_on_and_end_in_a_winner_that_can_be
     other = run(place, *arguments, "--seed", "1")
     assert other.returncode == 1
     assert "begun with other settings (seed: 0 -> 1)" in other.stderr
+
+
+def test_ctrl_c_ends_a_sweep_without_a_summary_and_the_same_command_does_the_rest(place: Path) -> None:
+    folder = place / "runs" / "stopped"
+    arguments = ("stopped", "--trials", "2", "--max-concurrent", "1", "--no-stop-early")
+    job = Job(place / "stopped.log", command(place, *arguments))
+    assert job.wait_for(lambda: any(folder.glob("trials/*/finished.json")), every_s=0.1), job.said()
+    # A terminal sends it to all processes of the foreground.
+    os.killpg(job.process.pid, signal.SIGINT)
+    code, said = job.end()
+    assert code == 130, said
+    assert said.splitlines()[-1].endswith("stopped by SIGINT; the same command goes on where it was")
+    assert "Traceback" not in said
+    assert {path.name for path in folder.iterdir()}.isdisjoint({"summary.json", "winner.json", "report.html"})
+    (kept,) = folder.glob("trials/*/finished.json")
+    before = kept.read_bytes()
+
+    ended = run(place, *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert "sweep stopped was begun before: going on with it" in ended.stderr
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [trial["status"] for trial in summary["trials"]] == ["finished", "finished"]
+    assert kept.read_bytes() == before
+    client = mlflow_client(f"sqlite:///{place}/runs/mlflow.db")
+    names = {client.get_run(trial["mlflow_run_id"]).info.run_name for trial in summary["trials"]}
+    assert names == {"trial 1", "trial 2"}
 
 
 def test_a_trial_that_always_fails_ends_the_sweep_with_its_error(place: Path) -> None:

@@ -32,7 +32,7 @@ from tmad.rng import numpy_generator
 pytestmark = pytest.mark.ray
 
 TENSORS = [field.name for field in fields(Batch)[1:] if field.name != "filled"]
-RUN = {"seed": 5, "batch_images": 4, "num_cells": 6, "patch_size": 16}
+RUN = {"seed": 5, "batch_images": 4, "num_cells": 9, "patch_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_what_tasks_draw_and_threads_decode_is_the_sample_of_its_key(prepared):
         rng = numpy_generator(RUN["seed"], "sample", record.image_id, epoch)
         hole, memory = record.mask(epoch % 2), record.pool(epoch % 2)
         sample = make_sample(
-            record.image_id, record.pixels(), hole, memory, patch_size=16, num_cells=6, rng=rng, flip=True
+            record.image_id, record.pixels(), hole, memory, patch_size=16, num_cells=9, rng=rng, flip=True
         )
         assert_equal(batch, collate([sample]))
 
@@ -178,8 +178,8 @@ def test_batches_have_the_shapes_and_types_of_the_contract(prepared):
     assert (batch.image.shape, batch.image.dtype) == ((4, 3, 64, 64), torch.uint8)
     assert (batch.mask.shape, batch.mask.dtype) == ((4, 1, 64, 64), torch.uint8)
     assert (batch.pool_yx.shape, batch.pool_yx.dtype) == ((4, 12, 2), torch.int64)
-    assert (batch.cells.shape, batch.cells.dtype) == ((4, 6), torch.int64)
-    assert (batch.mix.shape, batch.mix.dtype) == ((4, 7), torch.float32)
+    assert (batch.cells.shape, batch.cells.dtype) == ((4, 9), torch.int64)
+    assert (batch.mix.shape, batch.mix.dtype) == ((4, 10), torch.float32)
 
 
 def test_evaluation_sees_the_first_records_as_they_are_stored(prepared):
@@ -308,7 +308,7 @@ def test_draws_of_packed_holes_are_those_of_the_pixels(height, width, patch_size
         }
         for number, (mask, pool) in enumerate(zip(masks, pools, strict=True))
     ]
-    options = {"patch_size": patch_size, "num_cells": 6, "flip": True}
+    options = {"patch_size": patch_size, "num_cells": 9, "flip": True}
     table = with_draws(pa.Table.from_pylist(rows, schema=ROWS), seed=4, **options).to_pylist()
     mirrored = 0
     for row, mask, pool in zip(table, masks, pools, strict=True):

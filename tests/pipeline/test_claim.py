@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.data.claim import CLAIM_NAME, Holder, claim_folder
+from pipeline.claim import CLAIM_NAME, Holder, claim_folder
 from pipeline.errors import FolderInUse
 from tests.conftest import ROOT
 
 HOLD = """
 import sys, time
-from pipeline.data.claim import claim_folder
+from pipeline.claim import claim_folder
 
 folder, expiry_s, hold_s, name = sys.argv[1:]
 with claim_folder(folder, expiry_s=float(expiry_s)) as claim:
@@ -79,13 +79,22 @@ def test_a_second_job_is_told_at_once_who_has_the_folder_and_the_claim_is_gone_a
         with pytest.raises(FolderInUse) as caught, claim_folder(folder):
             pytest.fail("two jobs in one folder")
         assert time.monotonic() - began < 2
-        for part in (folder, f"process {os.getpid()} on", "since 20", "last sign of life", "choose another out"):
+        for part in (folder, f"process {os.getpid()} on", "since 20", "last sign of life", "name another folder"):
             assert part in caught.value.message
         out, error = hold(folder).communicate(timeout=60)
         assert out == ""
         assert f"another job writes to {folder}: process {os.getpid()}" in error
         claim.write("content", b"1")
     assert storage.file_sizes(folder) == {"content": 1}
+
+
+def test_whoever_waits_has_the_folder_when_its_holder_has_ended(tmp_path, hold):
+    alive = hold(str(tmp_path), hold_s=2, name="theirs")
+    until_held(alive)
+    with claim_folder(str(tmp_path), wait_s=60) as claim:
+        assert alive.wait(60) == 0
+        claim.write("ours", b"")
+    assert storage.file_sizes(str(tmp_path)).keys() == {"theirs", "ours"}
 
 
 @pytest.mark.parametrize("left", ["nothing", "an expired claim"])

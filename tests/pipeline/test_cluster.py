@@ -1,7 +1,10 @@
-"""An embedded Ray on a machine that is too busy to start it in time."""
+"""An embedded Ray on a machine that is too busy to start it in time, and addresses where no cluster is."""
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +12,8 @@ import pytest
 import ray
 
 from pipeline.cluster import STARTS, start_local
+from pipeline.errors import ClusterUnreachable
+from tests.conftest import ROOT
 
 TOO_SLOW = Exception("The current node timed out during startup. This could happen because the GCS is overloaded.")
 
@@ -36,7 +41,7 @@ def test_a_start_that_took_too_long_is_made_again(monkeypatch, caplog) -> None:
 
 def test_a_machine_that_is_always_too_slow_is_an_error_after_a_few_attempts(monkeypatch) -> None:
     calls = starts(monkeypatch, iter([TOO_SLOW] * 9))
-    with pytest.raises(Exception, match="timed out during startup"):
+    with pytest.raises(ClusterUnreachable, match=r"in 3 attempts .*timed out during startup.*RAY_ADDRESS"):
         start_local()
     assert len(calls) == STARTS
 
@@ -46,3 +51,36 @@ def test_another_error_is_not_tried_again(monkeypatch) -> None:
     with pytest.raises(ValueError, match="num_cpus"):
         start_local(num_cpus=-1)
     assert len(calls) == 1
+
+
+AT_ADDRESSES = """
+import os, sys, time
+from pipeline.cluster import start_ray
+from pipeline.errors import ClusterUnreachable
+for address in sys.argv[1:]:
+    os.environ["RAY_ADDRESS"] = address
+    began = time.monotonic()
+    try:
+        start_ray()
+    except ClusterUnreachable as error:
+        print(f"{time.monotonic() - began:.0f}", error.message)
+"""
+
+
+def test_an_address_without_a_cluster_is_one_line_within_seconds() -> None:
+    with socket.socket() as free, socket.create_server(("127.0.0.1", 0)) as stranger:
+        free.bind(("127.0.0.1", 0))
+        dead, other = (f"127.0.0.1:{one.getsockname()[1]}" for one in (free, stranger))
+        addresses = [dead, f"ray://{dead}", "no-host.invalid:6379", "nonsense", other, f"ray://{other}"]
+        command = [sys.executable, "-c", AT_ADDRESSES, *addresses]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
+    causes = ["refused", "refused", "not known", "Invalid address", "is no Ray", "is no Ray"]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(addresses), done.stderr
+    for address, cause, line in zip(addresses, causes, lines, strict=True):
+        seconds, said = line.split(" ", 1)
+        assert int(seconds) < 15, line
+        assert said.startswith(f"no Ray cluster at {address} (RAY_ADDRESS): "), line
+        assert cause in said
+        assert said.endswith("unset it for a Ray on this machine alone")
+    assert "Traceback" not in done.stderr

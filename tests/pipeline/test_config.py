@@ -21,6 +21,7 @@ from pipeline.config import (
     PerceptualConfig,
     RunConfig,
     ScheduleConfig,
+    TrackingConfig,
     WorkersConfig,
     difference,
     digest,
@@ -29,9 +30,13 @@ from pipeline.config import (
     to_json,
 )
 from pipeline.data.collection import ImagesConfig
+from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.sources.partitions import PARTITIONS, PartitionName
 from pipeline.errors import TMADError
 from pipeline.presets import PRESETS, celebahq, paris, places, places_rectangle, smoke
+from pipeline.promote import PromoteConfig
+from pipeline.sweep.config import SweepConfig
+from pipeline.tracking import resolve_tracking_uri
 from tmad.config import LossConfig, OptimConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,10 +86,61 @@ def test_photographs_take_the_place_of_the_training_set_and_only_one_of_them_is_
     ):
         DataConfig(train="a", images=ImagesConfig(source="b"))
     argv = ["--preset", "demo", "--data.train", "None", "--data.images.source", "photos"]
+    argv += ["--data.val", "data/val"]
     argv += ["--data.images.short-side", "256", "300"]
     config = parse(RunConfig, argv, PRESETS).config
     assert (config.data.training_set, config.data.images.short_side) == (None, (256, 300))
     assert from_json(to_json(config)) == config
+
+
+def test_one_statement_names_training_and_validation_set() -> None:
+    for train, val in (("s3://bucket/places/train", "s3://bucket/places/val"), ("sets/a", "sets/val"), ("a", "val")):
+        assert DataConfig(train=train).validation_set == val
+    assert DataConfig().validation_set == "data/val"
+    argv = ["--preset", "places", "--data.train", "s3://bucket/other/train"]
+    with pytest.raises(ValueError, match=r"validated on data/places/val, which goes with another training set"):
+        parse(RunConfig, argv, PRESETS)
+    assert (
+        parse(RunConfig, [*argv, "--data.val", "None"], PRESETS).config.data.validation_set == "s3://bucket/other/val"
+    )
+
+
+def test_a_submitted_job_refuses_relative_places_and_says_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    everywhere = ["--runs", "s3://bucket/runs", "--data.train", "/shared/train"]
+    assert parse(RunConfig, []).config.runs == "runs"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    parse(RunConfig, everywhere)
+    with pytest.raises(
+        ValueError, match=r"s3://bucket/.* got --runs runs, --data\.train data/train, --data\.val data/val$"
+    ):
+        parse(RunConfig, [])
+    with pytest.raises(ValueError, match=r"got --run\.runs runs$"):
+        parse(SweepConfig, [f"--run.{word[2:]}" if word[0] == "-" else word for word in everywhere[2:]])
+    with pytest.raises(ValueError, match=r"got --out runs/promotions, --data data/val$"):
+        parse(PromoteConfig, [])
+    with pytest.raises(ValueError, match=r"got --out sets/train$"):
+        parse(PrepareConfig, ["--source", "s3://bucket/photos", "--out", "sets/train"])
+    with pytest.raises(ValueError, match=r"relative .*sqlite:///runs/mlflow.db"):
+        resolve_tracking_uri("sqlite:///runs/mlflow.db", "s3://bucket/runs")
+
+
+def test_names_that_the_registry_would_refuse_after_training_are_refused_before_it() -> None:
+    from mlflow.utils import validation
+
+    names, aliases = ("tmad", "a.b-c_1"), ("champion", "a-b_1", "v1x")
+    for name in (*names, "a/b", "a:b", "", " ", "..", "x' OR name != '", "a@b", "é"):
+        for alias in (*aliases, "latest", "LATEST", "v1", "V12", "", "a b", "a/b", "a.b"):
+            if name in names and alias in aliases:
+                TrackingConfig(registered_name=name, alias=alias)
+                PromoteConfig(name=name, alias=alias)
+                validation._validate_model_name(name)
+                validation._validate_model_alias_name(alias)
+                validation._validate_model_alias_name_reserved(alias)
+                continue
+            with pytest.raises(ValueError, match=r"tracking\.(registered_name|alias) must be letters"):
+                TrackingConfig(registered_name=name, alias=alias)
+            with pytest.raises(ValueError, match=r"(name|alias) must be letters"):
+                PromoteConfig(name=name, alias=alias)
 
 
 def test_settings_of_photographs_without_photographs_are_refused() -> None:
@@ -161,7 +217,8 @@ def test_the_presets_of_the_paper_train_the_coarse_network_for_four_epochs(
     config = preset()
     assert config.schedule.coarse_images == pytest.approx(4 * PARTITIONS[partition].images, rel=0.01)
     assert (config.schedule.batch_images, config.workers.num_workers) == (16, 4)
-    assert config.loss == LossConfig()
+    # Of Eq. 1, Table II has 6 and 1; the text has 5 and 0 for rectangles.
+    assert config.loss == (LossConfig() if preset is places else LossConfig(weight_hole=5.0, weight_valid=0.0))
     if preset is not places:
         assert (config.model, config.schedule.patches_per_image) == (places_rectangle().model, 25)
 
@@ -206,7 +263,10 @@ def test_an_unknown_option_ends_with_code_2_and_the_near_one(capsys: pytest.Capt
 def test_out_of_range_on_the_command_line_names_field_and_value(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(RunConfig, ["--preset", "smoke", "--schedule.batch-images", "5"], PRESETS)
-    assert "schedule.batch_images must be a multiple" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert capsys.readouterr().err == (
+        "schedule.batch_images must be a multiple of workers.num_workers (2), got 5: every worker takes an equal share "
+        "of each batch; --help explains the options\n"
+    )
 
 
 def _fail(error: Exception) -> None:

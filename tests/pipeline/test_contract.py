@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.claim import Claim
 from pipeline.data import prepare as prepare_module
-from pipeline.data.claim import Claim
 from pipeline.data.contract import (
     NO_HASH,
     ContractConfig,

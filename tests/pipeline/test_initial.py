@@ -20,7 +20,7 @@ from pipeline.registry import register_model
 from pipeline.tracking import Tracker
 from pipeline.train.context import LocalContext
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, find_initial, keep_initial, kept_initial
-from pipeline.train.launch import _claim, resolve
+from pipeline.train.launch import _begin, resolve
 from pipeline.train.loop import train_loop
 from tests.pipeline.conftest import SetMaker
 from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed
@@ -109,7 +109,7 @@ def test_a_model_that_does_not_fit_is_refused_with_tensors_and_settings(checkpoi
         find_initial(_from(checkpoint / "model", WIDER), None)
     report = caught.value.details["report"]
     assert all("psnet" in name for kind in ("missing", "unexpected", "reshaped") for name in report[kind])
-    assert "model/psnet.encoder.0.parametrizations.weight.original (4, 3, 1, 1) -> (8, 3, 1, 1)" in report["reshaped"]
+    assert "model/psnet.encoder.0.parametrizations.weight.original (4, 4, 1, 1) -> (8, 4, 1, 1)" in report["reshaped"]
 
 
 def test_what_fits_is_taken_on_request_layer_by_layer(
@@ -120,12 +120,16 @@ def test_what_fits_is_taken_on_request_layer_by_layer(
     with caplog.at_level(logging.WARNING):
         initial = find_initial(config, None)
     assert "takes a part of the model" in caplog.text
-    # Three candidates reach the first convolution of the texture encoder and nothing else: its vector u would fit.
-    (layer,) = {name.split(".parametrizations")[0].split(" ")[0] for name in initial.report["reshaped"]}
+    # Three candidates reach the first convolution of the texture encoder, whose vector u would fit, and their gains.
+    layers = {name.split(".parametrizations")[0].split(" ")[0] for name in initial.report["reshaped"]}
+    gains = {"model/psnet.gains.weight", "model/psnet.gains.bias"}
+    assert layers > gains
+    (layer,) = layers - gains
     assert f"{layer}.parametrizations.weight.0._u" in initial.report["left_out"]
     assert not any(name.startswith(layer) for name in initial.tensors)
     started, fresh = _started(config), make_state(config.training).tensors()
     assert _same(started, fresh, layer)
+    assert _same(started, fresh, "model/psnet.gains")
     assert _same({k: v for k, v in started.items() if k.startswith("global_critic/")}, trained.tensors(), "")
 
 
@@ -204,23 +208,23 @@ def test_a_run_that_goes_on_keeps_what_it_was_begun_with_whatever_the_model_is_b
     source, run = tmp_path / "source", tmp_path / "run"
     shutil.copytree(checkpoint / "model", source)
     config = _from(source)
-    _claim(str(run), config, sets, None)
+    _begin(str(run), config, sets, None)
     begun = {name: (run / name).read_bytes() for name in (REPORT_FILE, WEIGHTS_FILE)}
     environment = json.loads((run / "environment.json").read_text())
     assert environment["init_digest"] == json.loads(begun[REPORT_FILE])["digest"]
     save_model(make_state(seed=8).model, source)
     assert find_initial(config, None).report["model_digest"] != json.loads(begun[REPORT_FILE])["model_digest"]
-    _claim(str(run), config, sets, None)
+    _begin(str(run), config, sets, None)
     shutil.rmtree(source)
-    _claim(str(run), config, sets, None)
+    _begin(str(run), config, sets, None)
     assert begun == {name: (run / name).read_bytes() for name in begun}
     with pytest.raises(ConfigMismatch, match=r"init_from: .*/source -> "):
-        _claim(str(run), _from(checkpoint), sets, None)
+        _begin(str(run), _from(checkpoint), sets, None)
 
 
 def test_a_model_that_does_not_fit_leaves_no_run_behind(checkpoint: Path, tmp_path: Path, make_set: SetMaker) -> None:
     sets = {which: read_manifest(make_set(name=which)) for which in ("train", "val")}
     with pytest.raises(WeightsMismatch):
-        _claim(str(tmp_path / "run"), _from(checkpoint, WIDER), sets, None)
+        _begin(str(tmp_path / "run"), _from(checkpoint, WIDER), sets, None)
     assert not (tmp_path / "run" / "config.json").exists()
-    _claim(str(tmp_path / "run"), _from(checkpoint, WIDER, init_networks="coarse"), sets, None)
+    _begin(str(tmp_path / "run"), _from(checkpoint, WIDER, init_networks="coarse"), sets, None)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,20 +27,22 @@ from pipeline.inpaint.run import Summary, inpaint_all
 from pipeline.inpaint.worker import InpaintWorker, Job
 from pipeline.report import png_bytes
 from pipeline.tracking import mlflow_client
+from tests.conftest import ROOT
 from tests.tmad.tiny import make_image, make_mask
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model, model_digest
 from tmad.files import fill_file, open_file
 from tmad.inpaint import Inpainter
+from tmad.shell import inpaint_one
 
 MASK = png_bytes(make_mask() * np.uint8(255))
 PHOTO = png_bytes(make_image(0))
 
 
-def fill_here(job: Job, keys: list[str], folder: Path) -> Iterator[pa.Table]:
+def fill_here(job: Job, todo: dict[str, str], folder: Path) -> Iterator[pa.Table]:
     """What the actors do, in this process."""
     worker = InpaintWorker({name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}, job)
-    for number in range(0, len(keys), 3):
-        yield worker.work({"number": number, "keys": keys[number : number + 3]})
+    for number in range(0, len(todo), 3):
+        yield worker.work({"number": number, "made_of": dict(list(todo.items())[number : number + 3])})
 
 
 @pytest.fixture
@@ -174,13 +179,15 @@ def test_failed_inputs_are_tried_again_only_if_asked_and_new_masks_are_found(her
     images = {"a.png": PHOTO, "b.png": b"", "c.png": PHOTO}
     config = job(images, {"a.png": MASK, "b.png": MASK})
     assert inpaint_all(config).failed == 1
-    write(tmp_path / "images", {"b.png": PHOTO})
     again = inpaint_all(config)
     assert (again.done, again.kept, again.failed, again.skipped) == (0, 2, 1, 1)
     write(tmp_path / "masks", {"c.png": MASK})
     assert inpaint_all(config).done == 1
     retried = inpaint_all(replace(config, retry_failed=True))
-    assert (retried.done, retried.kept, retried.failed) == (1, 2, 0)
+    assert (retried.done, retried.kept, retried.failed) == (0, 2, 1)
+    write(tmp_path / "images", {"b.png": PHOTO})
+    repaired = inpaint_all(config)
+    assert (repaired.done, repaired.kept, repaired.failed) == (1, 2, 0)
 
 
 def test_another_model_or_setting_does_everything_again_and_workers_and_tasks_do_not(here, job, tmp_path) -> None:
@@ -199,7 +206,9 @@ def test_a_result_does_not_depend_on_the_batch_it_fell_into(here, job, tmp_path,
     inpaint_all(job(images, masks))
     together = results(tmp_path / "out")
     monkeypatch.setattr(
-        run, "_fill_all", lambda job, keys, folder: (t for key in reversed(keys) for t in fill_here(job, [key], folder))
+        run,
+        "_fill_all",
+        lambda job, todo, folder: (t for key in reversed(todo) for t in fill_here(job, {key: todo[key]}, folder)),
     )
     inpaint_all(job(None, masks, output=tmp_path / "alone"))
     assert results(tmp_path / "alone") == together
@@ -524,3 +533,300 @@ def test_a_summary_counts_each_input_once(here, job) -> None:
     assert summary.done + summary.kept + summary.skipped + summary.failed == len(GOOD_AND_BAD)
     assert summary.megapixels == pytest.approx(3 * 64 * 64 / 1e6)
     assert sum(summary.reasons.values()) == summary.skipped + summary.failed
+
+
+# One rule for masks, identity, names, outages
+
+
+def in_alpha(hole: np.ndarray) -> bytes:
+    return png_bytes(np.dstack([np.zeros((*hole.shape, 3), np.uint8), hole * np.uint8(255)]))
+
+
+def in_palette(hole: np.ndarray) -> bytes:
+    image = Image.frombytes("P", hole.shape[::-1], hole.tobytes())
+    image.putpalette([0, 0, 0, 128, 0, 0])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def as_png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+ONE_HOLE = make_mask()
+MASK_FILES = {
+    "0 and 1": (png_bytes(ONE_HOLE), {}),
+    "16 bits": (as_png(ONE_HOLE.astype(np.uint16) * 65535), {}),
+    "palette": (in_palette(ONE_HOLE), {}),
+    "red": (png_bytes(np.dstack([ONE_HOLE * 255, ONE_HOLE * 0, ONE_HOLE * 0]).astype(np.uint8)), {}),
+    "one bit": (as_png(ONE_HOLE.astype(bool)), {}),
+    "alpha": (in_alpha(ONE_HOLE), {"mask_value": "alpha"}),
+    "labels": (png_bytes(ONE_HOLE * np.uint8(7)), {"mask_value": "nonzero"}),
+    "faint": (png_bytes(ONE_HOLE * np.uint8(90)), {"mask_threshold": 60}),
+    "half as large": (png_bytes(ONE_HOLE[::2, ::2] * np.uint8(255)), {"scale_masks": True}),
+}
+
+
+@pytest.mark.parametrize("place", ["paired", "one", "column", "single"])
+def test_every_mask_is_the_same_hole_for_every_path(here, job, tmp_path, model_folder, place) -> None:
+    expected = fill_file(Inpainter.load(model_folder), open_file(PHOTO), ONE_HOLE, image_id="a.png").data
+    for name, (mask, options) in MASK_FILES.items():
+        out = tmp_path / name / "out"
+        write(tmp_path, {"photo/a.png": PHOTO, f"{name}/m/a.png": mask})
+        if place == "single":
+            given = [str(part) for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
+            given = [part for part in given if part != "True"]
+            paths = [str(tmp_path / "photo" / "a.png"), str(tmp_path / name / "m" / "a.png"), "-o", str(out / "a.png")]
+            assert inpaint_one([*paths, "-m", str(model_folder), *given], find_model=Path) == 0
+        else:
+            places: dict[str, object] = {"input": tmp_path / "photo", "masks": tmp_path / name / "m"}
+            if place == "one":
+                places |= {"masks": tmp_path / name / "m" / "a.png", "mask_from": "one"}
+            if place == "column":
+                pq.write_table(pa.table({"jpg": [PHOTO], "name": ["a.png"], "hole": [mask]}), tmp_path / "t.parquet")
+                places = {"input": tmp_path / "t.parquet", "key_column": "name", "mask_column": "hole"}
+                places["mask_from"] = "column"
+            assert inpaint_all(job(None, None, **{**places, "output": out, **options})).done == 1, name
+        found = np.asarray(Image.open(out / "a.png"))
+        if name == "half as large":
+            changed_there = (found != make_image(0)).any(axis=2)
+            assert (changed_there & (ONE_HOLE == 0)).sum() < 130
+        else:
+            assert (out / "a.png").read_bytes() == expected, name
+
+
+def test_a_mask_that_shows_something_but_no_hole_is_a_failure_that_names_the_option(here, job, tmp_path) -> None:
+    masks = {"a.png": in_alpha(ONE_HOLE), "b.png": png_bytes(ONE_HOLE * np.uint8(90)), "c.png": png_bytes(ONE_HOLE * 0)}
+    summary = inpaint_all(job(dict.fromkeys(masks, PHOTO), masks))
+    assert (summary.failed, summary.skipped) == (2, 1)
+    rows = ledger(tmp_path / "out")
+    assert (rows["a.png"]["reason"], rows["b.png"]["reason"], rows["c.png"]["reason"]) == (
+        *("faint-mask", "faint-mask", "no-hole"),
+    )
+    assert "mask_value alpha" in rows["a.png"]["detail"]
+    assert "lower mask_threshold" in rows["b.png"]["detail"]
+
+
+OTHER = png_bytes(make_mask(left=40, width=8) * np.uint8(255))
+
+
+@pytest.mark.parametrize("kind", ["paired", "one", "boxes", "elsewhere", "column", "image", "repaired", "donor", "s3"])
+def test_a_result_is_done_again_when_its_image_or_its_hole_has_changed_and_not_otherwise(
+    here, job, tmp_path, kind, request
+) -> None:
+    images = {"a.png": PHOTO, "b.png": png_bytes(make_image(1))}
+    boxes = {"a.png": [[12, 20, 30, 30]], "b.png": [[12, 20, 30, 30]]}
+    places: dict[str, object] = {}
+    if kind in ("paired", "elsewhere", "image", "repaired", "donor"):
+        first = png_bytes(make_mask() * np.uint8(0)) if kind == "repaired" else MASK
+        write(tmp_path / "masks", {"a.png": first, "b.png": MASK})
+        places = {"masks": tmp_path / "masks"}
+    if kind == "donor":
+        write(tmp_path / "donor", images)
+        places["coarse_from"] = tmp_path / "donor"
+    if kind == "one":
+        write(tmp_path, {"one.png": MASK})
+        places = {"mask_from": "one", "masks": tmp_path / "one.png"}
+    if kind == "boxes":
+        write(tmp_path, {"boxes.json": json.dumps(boxes).encode()})
+        places = {"mask_from": "boxes", "masks": tmp_path / "boxes.json"}
+    if kind == "column":
+        table = {"jpg": list(images.values()), "name": list(images), "hole": [MASK, MASK]}
+        pq.write_table(pa.table(table), tmp_path / "t.parquet")
+        places = {"mask_from": "column", "mask_column": "hole", "input": tmp_path / "t.parquet", "key_column": "name"}
+    if kind == "s3":
+        bucket = request.getfixturevalue("bucket")
+        for key in images:
+            storage.write_atomic(f"{bucket}/i/{key}", images[key])
+            storage.write_atomic(f"{bucket}/m/{key}", MASK)
+        places = {"input": f"{bucket}/i", "masks": f"{bucket}/m", "output": f"{bucket}/out"}
+    config = job(images, None, **places)
+    inpaint_all(config)
+    assert inpaint_all(config).kept == 2, "nothing has changed"
+    if kind in ("paired", "repaired"):
+        write(tmp_path / "masks", {"a.png": OTHER})
+    elif kind == "elsewhere":
+        config = job(None, {}, masks=write(tmp_path / "other", {"a.png": OTHER, "b.png": OTHER}))
+    elif kind == "one":
+        write(tmp_path, {"one.png": OTHER})
+    elif kind == "boxes":
+        write(tmp_path, {"boxes.json": json.dumps({**boxes, "a.png": [[40, 20, 8, 30]]}).encode()})
+    elif kind == "column":
+        pq.write_table(pa.table({**table, "hole": [OTHER, MASK]}), tmp_path / "t.parquet")
+    elif kind == "image":
+        write(tmp_path / "images", {"a.png": png_bytes(make_image(7))})
+    elif kind == "donor":
+        write(tmp_path / "donor", {"a.png": png_bytes(make_image(9))})
+    else:
+        storage.write_atomic(f"{config.masks}/a.png", OTHER)
+    summary = inpaint_all(config)
+    everything = kind in ("elsewhere", "one", "column")
+    assert (summary.done, summary.kept) == ((2, 0) if everything else (1, 1))
+    assert inpaint_all(config).kept == 2
+    if kind not in ("image", "donor", "s3"):
+        found = changed(tmp_path, "a.png", make_image(0))
+        assert found[20:50, 40:48].mean() > 0.9, "the new hole"
+        assert not found[:, :40].any(), "nothing of the old one"
+
+
+def test_again_does_everything_again(here, job, tmp_path) -> None:
+    config = job({"a.png": PHOTO, "b.png": PHOTO}, {"a.png": MASK})
+    inpaint_all(config)
+    summary = inpaint_all(replace(config, again=True))
+    assert (summary.done, summary.kept, summary.skipped) == (1, 0, 1)
+    assert inpaint_all(config).kept == 1
+
+
+def test_in_place_a_filled_picture_is_settled_and_a_new_mask_fills_it_once_more(here, job, tmp_path) -> None:
+    config = job({"a.png": PHOTO}, {"a.png": MASK}, output=tmp_path / "images", in_place=True)
+    assert inpaint_all(config).done == 1
+    assert inpaint_all(config).kept == 1
+    write(tmp_path / "masks", {"a.png": OTHER})
+    assert inpaint_all(config).done == 1
+    assert {path.name for path in (tmp_path / "images").iterdir() if path.is_file()} == {"a.png", "ledger.parquet"}
+    assert ledger(tmp_path / "images").keys() == {"a.png"}
+
+
+ODD_NAMES = (
+    *(b"back\\slash.png", b"caf\xe9.png", b"new\nline.png", b"tab\t.png", b"a::b.png", b"per%20cent.png", b"#hash.png"),
+    *(b"ask?.png", b"star*.png", b"[set].png", b"{brace}.png", b" blank .png", b"quote'\".png", b"~home.png"),
+    *("ünï©ødé-名前.png".encode(), b"-dash.png", b"$var.png", b"a&b=c.png", b"x" * 250 + b".png", b"\x01.png"),
+    *(b"double..dots.png", b"C:colon.png", b"semi;colon.png", b"comma,.png", b"UPPER.PNG"),
+)
+
+
+def test_any_name_that_a_disk_allows_gives_a_row_and_none_ends_the_job(here, job, tmp_path) -> None:
+    write(tmp_path, {"one.png": MASK})
+    folder = os.fsencode(tmp_path / "images")
+    os.makedirs(folder)
+    for name in ODD_NAMES:
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(PHOTO)
+    summary = inpaint_all(job(None, None, mask_from="one", masks=tmp_path / "one.png"))
+    rows = ledger(tmp_path / "out")
+    assert len(rows) == len(ODD_NAMES)
+    refused = {key for key, row in rows.items() if row["status"] != "done"}
+    assert refused == {"back\\slash.png", "caf\\xe9.png"}
+    assert {rows[key]["reason"] for key in refused} == {"unsafe-name"}
+    assert (summary.done, summary.failed) == (len(ODD_NAMES) - 2, 2)
+    assert {os.fsencode(path.name) for path in (tmp_path / "out").glob("*") if path.suffix.lower() == ".png"} == {
+        name for name in ODD_NAMES if name not in (b"back\\slash.png", b"caf\xe9.png")
+    }
+
+
+def test_any_name_that_a_bucket_allows_gives_a_row_and_none_ends_the_job(here, job, bucket, tmp_path) -> None:
+    fs, place = storage.file_system(f"{bucket}/i")
+    plain = ["a.png", "b c.png", "ünï.png", "a::b.png", "per%20cent.png", "plus+.png", "[x]{y}.png", "a/b/c.png"]
+    odd = ["back\\slash.png", "a//b.png", "/first.png", "x/../y.png", "./dot.png"]
+    name = place.split("/", 1)[0]
+    for key in [*plain, *odd]:
+        fs.call_s3("put_object", Bucket=name, Key=f"{place.split('/', 1)[1]}/{key}", Body=PHOTO)
+    write(tmp_path, {"one.png": MASK})
+    settings = {"mask_from": "one", "masks": tmp_path / "one.png", "input": f"{bucket}/i", "output": f"{bucket}/out"}
+    inpaint_all(job(None, None, **settings))
+    rows = ledger(f"{bucket}/out")
+    assert {key for key, row in rows.items() if row["status"] == "done"} == set(plain)
+    assert {row["reason"] for row in rows.values() if row["status"] == "failed"} == {"unsafe-name"}
+    assert len(rows) == len(plain) + len(odd)
+
+
+def test_files_of_every_kind_have_a_row_with_a_reason(here, job, tmp_path) -> None:
+    files = {
+        "a.png": PHOTO,
+        "b.heic": b"\0\0\0\x18ftypheic" + bytes(40),
+        "telephone.jpg": b"\0\0\0\x18ftypheic" + bytes(40),
+        "c.cr2": b"II*\0\x10\0\0\0CR\2\0" + bytes(40),
+        "d.psd": b"8BPS" + bytes(40),
+        "e.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "f.tga": b"\0\0\2" + bytes(40),
+        "without": PHOTO,
+        "notes.txt": b"words",
+        "movie.mp4": b"\0\0\0\x18ftypmp42" + bytes(40),
+        "Thumbs.db": b"\xd0\xcf\x11\xe0",
+    }
+    write(tmp_path, {"one.png": MASK})
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "images", files)
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    summary = inpaint_all(job(None, None, mask_from="one", masks=tmp_path / "one.png"))
+    rows = ledger(tmp_path / "out")
+    assert {key: row["reason"] for key, row in rows.items()} == {
+        "a.png": None,
+        **dict.fromkeys(("b.heic", "telephone.jpg", "d.psd", "e.svg"), "unsupported"),
+        "c.cr2": "unsupported",
+        "f.tga": "not-an-image",
+        **dict.fromkeys(("without", "notes.txt", "movie.mp4", "Thumbs.db"), "not-an-image"),
+        "linked": "link",
+    }
+    assert "pillow-heif" in rows["telephone.jpg"]["detail"]
+    assert summary.done + summary.skipped + summary.failed == len(files) + 1
+    assert inpaint_all(job(None, None, mask_from="one", masks=tmp_path / "one.png")).done == 0
+
+
+def test_masks_that_belong_to_no_image_are_listed_with_what_they_are_near_to(here, job, caplog) -> None:
+    images = {"a.png": PHOTO, "dd.jpg": jpeg(make_image(1)), "IMG_9.JPG": jpeg(make_image(2))}
+    inpaint_all(job(images, {"a.png": MASK, "dd.jpg.png": MASK, "img_9.png": MASK, "stray.png": MASK}))
+    assert (
+        "3 masks belong to no image: 'dd.jpg.png' (is it that of 'dd.jpg'?), 'img_9.png' (is it that of 'IMG_9.JPG'?), "
+        "'stray.png'"
+    ) in caplog.text
+
+
+def test_what_results_lack_of_their_originals_is_in_the_ledger_and_in_the_log(here, job, tmp_path, caplog) -> None:
+    images = {f"{n}.png": png_of_palette(n) for n in range(3)} | {"lies.jpg": PHOTO}
+    inpaint_all(job(images, dict.fromkeys([*images, "lies.png"], MASK)))
+    assert "3 results: the palette becomes full colour" in caplog.text
+    assert ledger(tmp_path / "out")["0.png"]["detail"] == "the palette becomes full colour"
+    assert ledger(tmp_path / "out")["lies.jpg"]["detail"] == "the name ends in .jpg, the file is PNG"
+
+
+def png_of_palette(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(make_image(seed)).quantize(50).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+FULL_DISK = """
+import sys
+from pathlib import Path
+from pipeline.inpaint import run
+from pipeline.inpaint.config import InpaintConfig
+from tests.pipeline.test_inpaint_batch import fill_here
+from pipeline.errors import StorageFailed
+run._fill_all = fill_here
+images, masks, out, model = sys.argv[1:]
+config = InpaintConfig(input=images, masks=masks, mask_from="one", output=out, model=model)
+blocker = Path(out, "blocker")
+blocker.write_bytes(bytes(1_900_000))
+try:
+    run.inpaint_all(config)
+    raise SystemExit("a full disk was not noticed")
+except StorageFailed as error:
+    assert "No space left on device" in str(error), error
+    assert error.details["kind"] == "full"
+blocker.unlink()
+summary = run.inpaint_all(config)
+assert (summary.failed, summary.done + summary.kept) == (0, 12), summary
+"""
+
+
+def test_a_full_disk_ends_the_job_and_the_same_command_goes_on_when_there_is_room(tmp_path, model_folder) -> None:
+    images = write(tmp_path / "images", {f"{n:02}.png": as_png(NOISE + np.uint8(n)) for n in range(12)})
+    write(tmp_path, {"one.png": as_png(np.pad(make_mask(), 64) * np.uint8(255))})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "full.py").write_text(FULL_DISK)
+    arguments = [tmp_path / "full.py", images, tmp_path / "one.png", tmp_path / "out", model_folder]
+    mount = f'mount -t tmpfs -o size=2500k none "{tmp_path / "out"}" && exec "$0" "$@"'
+    command = ["unshare", "-Urm", "sh", "-c", mount, sys.executable, *map(str, arguments)]
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-Urm", "true"], check=False).returncode:
+        pytest.skip("no name spaces to mount a small disk in")
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+NOISE = np.random.default_rng(0).integers(0, 240, (192, 192, 3)).astype(np.uint8)

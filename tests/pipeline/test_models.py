@@ -11,10 +11,11 @@ import fsspec
 import pytest
 
 from pipeline.errors import ModelNotFound
-from pipeline.models import find_model, load_any_model
+from pipeline.models import absolute_model, find_model, load_any_model
 from pipeline.registry import register_model
 from pipeline.tracking import Tracker
 from tests.tmad.tiny import MODEL
+from tmad.builtin import builtin_model
 from tmad.checkpoint import model_digest
 
 
@@ -115,3 +116,13 @@ def test_credentials_in_a_reference_are_not_shown() -> None:
     with pytest.raises(ModelNotFound) as error:
         find_model("memory://user:hunter2@tests-models/nothing")
     assert "hunter2" not in str(error.value)
+
+
+def test_the_model_in_the_box_has_a_name_that_holds_in_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_model("builtin") == "builtin"
+    assert absolute_model("models:/tmad@champion") == "models:/tmad@champion"
+    assert absolute_model("runs/first") == str(tmp_path / "runs" / "first")
+    assert find_model(absolute_model("builtin")) == builtin_model()

@@ -34,7 +34,7 @@ from tmad.config import MemoryConfig
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 PATCHES: dict[str, Any] = {"patch_size": 16, "memory": MemoryConfig(pool_size=12)}
-RUN: dict[str, Any] = {"seed": 5, "batch_images": 4, "num_cells": 6, "patch_size": 16}
+RUN: dict[str, Any] = {"seed": 5, "batch_images": 4, "num_cells": 9, "patch_size": 16}
 CROPS: dict[str, Any] = {"crop_size": 64, "short_side": (64, 100), "images_per_shard": 4, "row_group_rows": 5}
 
 

@@ -24,6 +24,7 @@ from pipeline.errors import ConfigMismatch, CorruptSource, MissingInput, TooMany
 from tests.conftest import make_photo
 from tests.pipeline.test_sources import parquet_of, tar_of
 from tmad.config import MemoryConfig
+from tmad.holes import MaskRule
 from tmad.images import UnreadableImage
 
 SMALL = {"crop_size": 64, "patch_size": 16, "memory": MemoryConfig(pool_size=20), "images_per_shard": 2}
@@ -119,7 +120,7 @@ def reader_of(masks: Path, config: RecordConfig, keys: list[str] = KEYS) -> Mask
         keys=keys,
         masks=str(masks),
         mask_column=None,
-        mask_hole=config.mask_hole,
+        rule=MaskRule(config.mask_hole),
         masks_per_image=config.masks_per_image,
     )
     return MaskReader(opened)
@@ -345,7 +346,7 @@ def test_an_image_without_a_usable_mask_is_left_out_with_the_reason(tmp_path, no
         "lost": (None, "no-mask", "no mask named lost.* in "),
         "small": (encoded(box(95, 120)), "mask-size", "the mask small.png has 120x95 pixels, its image 120x96"),
         "empty": (encoded(box(side=0)), "empty-mask", "(values 0 to 0, white is the hole) has no hole"),
-        "ones": (encoded(box() // 255), "empty-mask", "(values 0 to 1, white is the hole) has no hole"),
+        "faint": (encoded(box() // 255 * 100), "faint-mask", "the mask has values up to 100, none above 127"),
         "full": (encoded(box(side=0) + 255), "full-mask", "the mask full.png"),
         "text": (b"no picture", "mask-not-an-image", "the mask text.png: 10 bytes"),
         "nothing": (b"", "no-mask", "the mask nothing.png has no bytes"),
@@ -355,7 +356,14 @@ def test_an_image_without_a_usable_mask_is_left_out_with_the_reason(tmp_path, no
     config = settings(photos, tmp_path / "set", mask_from="paired", masks=masks, max_bad_fraction=0.9)
     manifest = prepare(config)
     assert manifest.records == 1
-    assert manifest.drops == {"empty-mask": 2, "full-mask": 1, "mask-not-an-image": 1, "mask-size": 1, "no-mask": 2}
+    assert manifest.drops == {
+        "empty-mask": 1,
+        "faint-mask": 1,
+        "full-mask": 1,
+        "mask-not-an-image": 1,
+        "mask-size": 1,
+        "no-mask": 2,
+    }
     found = drops_of(tmp_path / "set")
     assert found.keys() == {f"{name}.png" for name, case in cases.items() if case[1]}
     for name, (_, reason, detail) in cases.items():

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
+from pipeline.claim import Claim
 from pipeline.data import prepare as prepare_module
-from pipeline.data.claim import Claim
 from pipeline.data.plan import extend_plan, read_plan
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest, read_records

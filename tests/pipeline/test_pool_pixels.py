@@ -22,7 +22,7 @@ from tmad.patches import cut
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
-RUN: dict[str, Any] = {"seed": 5, "batch_images": 4, "num_cells": 6, "patch_size": 16}
+RUN: dict[str, Any] = {"seed": 5, "batch_images": 4, "num_cells": 9, "patch_size": 16}
 
 
 SET: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline import storage, tracking
+from pipeline.claim import claim_folder
 from pipeline.config import DataConfig, PerceptualConfig, RunConfig, TrackingConfig, to_json
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.prepare import PrepareConfig, prepare
@@ -88,7 +90,7 @@ def test_where_all_is_there_every_check_passes_and_nothing_is_left_behind(place:
     plan = dict(found.plan)
     assert plan["batch"] == "4 images a step, 2 a worker"
     assert plan["steps"].startswith("6: 2 coarse (8 images), then 4 jointly (16 images), 8.0 times through 3 records")
-    assert plan["checkpoints"].startswith("3, every 8 images and at the end, 2 kept; 1.1 MB each")
+    assert plan["checkpoints"].startswith("3, every 8 images and at the end, 2 kept; 1.2 MB each")
     assert plan["duration"].startswith("40 min at 0.01 images/s, as stated")
     assert dict(preflight(config).plan)["duration"].startswith("unknown; ")
 
@@ -112,7 +114,7 @@ def test_all_that_is_wrong_is_listed_at_once(place: Path, tmp_path: Path) -> Non
         "data.train": "nowhere does not exist",
         "data.val": "prepared for patch_size 8, model.patch_size is 16",
         "runs": r"cannot write .*NotADirectoryError",
-        "tracking": "no answer from MLflow .*Connection refused.*--tracking.uri none",
+        "tracking": "no answer from MLflow .*Connection refused.*go without where the job can",
         "resources": r"asked for 2001 CPU, this machine has \d+ CPU.* missing",
         "perceptual": "no VGG-19 weights at .*--perceptual.features off",
         "init_from": "no model at ",
@@ -149,6 +151,8 @@ def test_a_name_that_belongs_to_another_run_is_told(place: Path, tmp_path: Path)
     storage.write_atomic(f"{tmp_path}/old/data.json", str(sets).replace("'", '"').encode())
     assert "old was begun before and would go on" in preflight(config).text()
     assert "begun with other settings (seed: 0 -> 1)" in _failed(preflight(replace(config, seed=1)))["name"]
+    with claim_folder(f"{tmp_path}/old"):
+        assert f"another job trains old: process {os.getpid()} on" in _failed(preflight(config))["name"]
 
 
 def test_the_probe_in_object_storage_is_removed(place: Path, bucket: str) -> None:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.claim import claim_folder
 from pipeline.data import prepare as prepare_module
-from pipeline.data.claim import claim_folder
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.records import RecordConfig, make_records
 from pipeline.data.schema import RECORD_SCHEMA, pack_mask, read_manifest, read_records, unpack_mask

@@ -36,8 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1e-3)
-            for output in (model.coarse.layers[-1], model.psnet.output):
-                output.bias.fill_(value)
+            model.coarse.layers[-1].bias.fill_(value)
         made[name] = tmp_path_factory.mktemp(name) / "model"
         save_model(model, made[name])
     return made

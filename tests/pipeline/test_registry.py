@@ -15,7 +15,7 @@ from pipeline.errors import MissingInput
 from pipeline.registry import model_signature, reference, register_model, write_pyfunc_model
 from pipeline.tracking import Tracker, mlflow_client
 from tests.tmad.tiny import make_image, make_mask
-from tmad.checkpoint import load_model, model_digest
+from tmad.checkpoint import model_digest
 from tmad.inpaint import Inpainter
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -74,11 +74,8 @@ def test_another_process_gets_the_same_pixels_and_clear_errors_for_wrong_input(
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    inpainter = Inpainter(load_model(model_folder))
-    expected = [
-        inpainter(image, mask, image_id=str(i)).output
-        for i, (image, mask) in enumerate(zip(images, masks, strict=True))
-    ]
+    inpainter = Inpainter.load(model_folder)
+    expected = [inpainter(image, mask).output for image, mask in zip(images, masks, strict=True)]
     assert np.array_equal(np.load(tmp_path / "out.npy"), np.stack(expected))
     said = dict(line.split(" ", 1) for line in run.stdout.splitlines() if " " in line)
     assert "float32" in said["DTYPE"]
@@ -105,7 +102,7 @@ def test_the_command_line_of_mlflow_fills_a_hole_from_json(
     run = subprocess.run(command, env={**os.environ, **environment}, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     answer = np.array(json.loads((tmp_path / "out.json").read_text())["predictions"], dtype=np.uint8)
-    expected = Inpainter(load_model(model_folder))(image, mask, image_id="0").output
+    expected = Inpainter.load(model_folder)(image, mask).output
     assert np.array_equal(answer[0], expected)
 
 
@@ -166,3 +163,20 @@ def test_a_stored_model_brings_an_example_that_it_takes(model_folder: Path, tmp_
     assert 0 < valid.mean() < 1
     assert np.array_equal(filled[valid], example["image"][valid])
     assert not np.array_equal(filled, example["image"])
+
+
+@pytest.mark.filterwarnings("ignore:.*Any type hint")  # of MLflow, about its own base class
+def test_a_picture_is_filled_the_same_wherever_it_stands_and_a_bad_one_fails_alone(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import mlflow.pyfunc
+
+    write_pyfunc_model(model_folder, tmp_path / "stored", digest="0" * 16)
+    stored = mlflow.pyfunc.load_model(str(tmp_path / "stored"))
+    image, mask = make_image(1, side=200), make_mask(200)
+    images, masks = np.stack([image] * 3), np.stack([mask, np.ones_like(mask), mask])
+    filled = stored.predict({"image": images, "mask": masks})
+    assert np.array_equal(filled[0], filled[2])
+    assert np.array_equal(filled[0], Inpainter.load(model_folder).inpaint(image, mask))
+    assert np.array_equal(filled[1], image)
+    assert "image 1 of 3 comes back as it was: the mask leaves nothing but hole" in caplog.text

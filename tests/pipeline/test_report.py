@@ -164,7 +164,7 @@ def test_the_candidates_sheet_shows_the_first_patch_of_each_cell_and_nothing_els
 
 def test_the_markdown_has_the_same_figures(evaluation: tuple[Evaluation, list]) -> None:
     text = markdown(evaluation[0].summary)
-    assert "| `psnr_hole`, dB, higher is better | **20.50** (20.00 to 21.00) | 19.50 (19.00 to 20.00) |" in text
+    assert "| `psnr_hole`, dB, ↑ higher is better | **20.50** (20.00 to 21.00) | 19.50 (19.00 to 20.00) |" in text
     assert "| `fid_full` | not measured: no network was given |  |" in text
     assert "- Telea (OpenCV): not measured: OpenCV is not installed" in text
     assert "| 10% to 20% | 2 | l1_hole_pct | 5.000 (4.500 to 5.500) | **4.000** (3.500 to 4.500) |" in text

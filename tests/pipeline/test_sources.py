@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import pickle
 import tarfile
 from collections.abc import Iterable
@@ -428,13 +429,80 @@ def test_the_root_of_a_list_is_its_own_folder_if_none_is_named(tmp_path):
     ("text", "message"),
     [
         ("a.jpg 1\nb.jpg\n/a.jpg 2\n", r"names 1 images twice: 'a.jpg' in lines 1 and 3"),
-        ("a.jpg\n../../secret.jpg\n", r"list.txt, line 2: a key must not contain empty parts, '.' or '..'"),
-        (b"\xff\xfe\n", r"is no text in UTF-8"),
     ],
 )
 def test_a_list_that_cannot_be_meant_is_refused_with_its_line(listed, text, message):
     with pytest.raises(CorruptSource, match=message):
         listed(text).keys()
+
+
+def test_an_odd_name_in_a_list_is_one_image_that_cannot_be_read(listed):
+    first = next(iter(PHOTOS))
+    odd = ["../../secret.jpg", "a/../b.jpg", "c\\d.jpg", "nul\0.jpg"]
+    source = listed(f"./{first}\n".encode() + "".join(f"{name}\n" for name in odd).encode() + b"caf\xe9.jpg\n")
+    assert source.read(first) == PHOTOS[first]
+    assert len(source.keys()) == 6
+    for key in set(source.keys()) - {first}:
+        with pytest.raises(storage.UnsafeName):
+            source.read(key)
+        assert source.versions([key]) == [""]
+
+
+def test_a_list_asks_for_its_images_and_does_not_walk_the_folder(listed, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_listed", lambda uri: pytest.fail(f"{uri} was walked"))
+    absolute_names = "".join(f"{tmp_path}/photos/{key}\n" for key in PHOTOS)
+    assert all_of(listed(absolute_names, root="/")) == {f"{tmp_path}/photos/{key}"[1:]: PHOTOS[key] for key in PHOTOS}
+    (tmp_path / "photos" / "list.txt").write_text(absolute_names)
+    with pytest.raises(MissingInput, match=r"set root to the place .* \(they are absolute: --root /\)"):
+        open_source(str(tmp_path / "photos" / "list.txt")).keys()
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "list.txt").write_bytes(list_of())
+    with pytest.raises(MissingInput, match=r"there is 'list.txt'; set root to the place .* \(--root FOLDER;"):
+        open_source(str(tmp_path / "lists" / "list.txt")).keys()
+
+
+# What lies beside
+
+
+def test_what_is_not_read_is_counted_and_told(tmp_path, caplog):
+    for name in ("a.jpg", "b.heic", "c.json", "sub/d", "e.TXT"):
+        storage.write_atomic(str(tmp_path / "in" / name), b"1")
+    (tmp_path / "elsewhere").mkdir()
+    storage.write_atomic(str(tmp_path / "elsewhere" / "x.jpg"), b"1")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    source = open_source(str(tmp_path / "in"))
+    assert source.keys() == ["a.jpg", "b.heic"]
+    beside = {"c.json": "not-an-image", "e.TXT": "not-an-image", "linked": "link", "sub/d": "not-an-image"}
+    assert source.beside() == beside
+    assert "4 files are not read as images" in caplog.text
+    assert "1 links to folders" in caplog.text
+    assert "1 without an ending" in caplog.text
+
+
+def test_a_picture_beside_shards_does_not_take_their_place_and_archives_do_not_vanish(tmp_path, caplog):
+    write_layout("tar", str(tmp_path / "in"))
+    storage.write_atomic(str(tmp_path / "in" / "preview.png"), b"1" * 100)
+    storage.write_atomic(str(tmp_path / "in" / "more.tar.gz"), b"1" * 100)
+    source = open_source(str(tmp_path / "in"))
+    assert len(source.keys()) == len(PHOTOS)
+    assert source.beside() == {"preview.png": "not-read", "more.tar.gz": "not-read"}
+    assert "1 .png" in caplog.text
+    storage.write_atomic(str(tmp_path / "in" / "most.tar.gz"), b"1" * 10**6)
+    with pytest.raises(
+        CorruptSource, match=r"most of .*in would not be read: 2 compressed archives .* are larger than the 1"
+    ):
+        open_source(str(tmp_path / "in"))
+
+
+def test_a_version_changes_with_its_file_alone(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        storage.write_atomic(str(tmp_path / "in" / name), b"1")
+    first = open_source(str(tmp_path / "in")).versions(["a.jpg", "b.jpg", "c.jpg"])
+    assert first[2] == ""
+    storage.write_atomic(str(tmp_path / "in" / "a.jpg"), b"12")
+    second = open_source(str(tmp_path / "in")).versions(["a.jpg", "b.jpg", "c.jpg"])
+    assert (first[0] == second[0], first[1:]) == (False, second[1:])
+    assert pickle.loads(pickle.dumps(open_source(str(tmp_path / "in")))).versions(["a.jpg", "b.jpg", "c.jpg"]) == second
 
 
 def test_an_empty_list_says_so(listed):
@@ -443,9 +511,7 @@ def test_an_empty_list_says_so(listed):
 
 
 def test_a_wrong_root_is_noticed_before_the_work_with_what_was_looked_for_and_what_there_is(listed, tmp_path):
-    with pytest.raises(
-        MissingInput, match=r"looked for 'a/abbey/00000000.jpg'.*; there is 'abbey/00000000.jpg'; set root"
-    ):
+    with pytest.raises(MissingInput, match=r"looked for 'a/abbey/00000000.jpg'.*; there is 'abbey'; set root"):
         listed(list_of(), root=str(tmp_path / "photos" / "a")).keys()
     write_layout("tar", str(tmp_path))
     with pytest.raises(MissingInput, match=r"there is 'data_256/a/abbey/00000000.jpg'; set root.*ARCHIVE.tar/FOLDER"):
@@ -467,11 +533,12 @@ def test_a_setting_of_another_kind_of_source_is_refused(tmp_path, layout, option
         open_source(**{**write_layout(layout, str(tmp_path)), **options})
 
 
-def test_a_folder_is_a_tree_as_soon_as_one_image_lies_in_it(tmp_path):
+def test_a_folder_is_what_most_of_it_is(tmp_path):
+    storage.write_atomic(str(tmp_path / "photos" / "z.jpg"), b"1" * 50_000)
     write_layout("tree", str(tmp_path))
     write_layout("tar", str(tmp_path))
     write_layout("parquet", str(tmp_path))
-    assert open_source(str(tmp_path)).keys() == [f"photos/{key}" for key in sorted(PHOTOS)]
+    assert open_source(str(tmp_path)).keys() == [f"photos/{key}" for key in [*sorted(PHOTOS), "z.jpg"]]
 
 
 # Prepared sets
@@ -586,3 +653,18 @@ def test_the_table_of_partitions_says_what_the_code_says():
     ]
     shown = [line for line in text.splitlines() if line.startswith(tuple(f"| `{name}`" for name in PARTITIONS))]
     assert shown == rows
+
+
+@pytest.mark.ray
+def test_an_odd_name_is_one_photograph_left_out_and_its_set_is_made(ray_session, tmp_path):
+    folder = tmp_path / "in"
+    for key, data in PHOTOS.items():
+        storage.write_atomic(str(folder / key), data)
+    data = next(iter(PHOTOS.values()))
+    for name in (b"back\\slash.jpg", b"caf\xe9.jpg", b"new\nline.jpg", b"a::b.jpg"):
+        with open(os.path.join(os.fsencode(folder), name), "wb") as file:
+            file.write(data)
+    prepare(settings(tmp_path / "set", uri=str(folder), max_bad_fraction=0.9))
+    text = storage.read_bytes(str(tmp_path / "set" / "quarantine.jsonl")).decode()
+    reasons = {row["key"]: row["reason"] for row in map(json.loads, text.splitlines())}
+    assert {key for key, reason in reasons.items() if reason == "unsafe-name"} == {"back\\slash.jpg", "caf\\xe9.jpg"}

@@ -64,6 +64,35 @@ def test_joined_uris_keep_their_scheme():
     assert storage.join("/", "x") == "/x"
 
 
+@pytest.mark.parametrize("key", ["/a", "a//b", "a/../b", "./a", "a/.", "a\\b", "a\0b", "", "s3://x/y", "a/"])
+def test_a_name_that_could_lead_elsewhere_has_an_error_of_its_own(key):
+    with pytest.raises(storage.UnsafeName, match="a key must"):
+        storage.join("/data", key)
+
+
+def test_names_as_long_as_a_disk_allows_and_with_every_sign_are_written_read_and_listed(tmp_path):
+    names = ["x" * 255, "ü" * 127, "a::b", "a?b", "a*b", "[a]", "a b", "a\nb", "a#b", "a%20b", "~", "a:b"]
+    for name in names:
+        storage.write_atomic(storage.join(str(tmp_path), name), name.encode())
+    assert storage.list_files(str(tmp_path)) == sorted(names)
+    for name in names:
+        assert storage.read_bytes(storage.join(str(tmp_path), name)) == name.encode()
+        assert storage.size(storage.join(str(tmp_path), name)) == len(name.encode())
+    remote = f"memory://{uuid.uuid4().hex}"
+    storage.write_atomic(storage.join(remote, "a::b"), b"1")
+    assert storage.read_bytes(storage.join(remote, "a::b")) == b"1"
+
+
+def test_a_name_that_is_no_utf_8_is_listed_so_that_it_can_be_shown_and_not_read(tmp_path):
+    (tmp_path / "plain").touch()
+    with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9"), "wb"):
+        pass
+    found = storage.list_files(str(tmp_path))
+    assert found == ["caf\\xe9", "plain"]
+    with pytest.raises(storage.UnsafeName):
+        storage.join(str(tmp_path), found[0])
+
+
 def test_local_places_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert storage.absolute("sets/train") == str(tmp_path / "sets/train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from pipeline.sweep.plan import expected_images
 from pipeline.sweep.results import Trial, importance, pareto, read_trial, winner
 from pipeline.sweep.space import DOMAINS, GROUPS, Choice, LogRange, apply, make_space, sample
 from pipeline.sweep.studies import STUDIES
+from pipeline.sweep.summary import chance
 from pipeline.sweep.trial import Job, decode, encode, trial_run
 from tmad.config import LossConfig
 
@@ -170,6 +172,13 @@ def test_importance_finds_the_setting_that_matters_and_its_direction() -> None:
     assert found["loss.weight_l1"] == pytest.approx(1)
     assert abs(found["loss.weight_tv"]) < 0.5
     assert importance(trials[:2], "l1_hole_pct") == {}
+
+
+def test_a_correlation_is_never_said_to_be_chance_below_a_value_that_none_can_have() -> None:
+    assert {chance(trials) for trials in (1, 2, 3, 5)} >= {"With 3 trials any value may be chance."}
+    for trials in range(1, 200):
+        assert all(abs(float(value)) < 1 for value in re.findall(r"-?\d\.\d", chance(trials)))
+    assert chance(17) == "With 17 trials, values between -0.5 and 0.5 may be chance."
 
 
 def test_figures_hold_every_trial_and_escape_what_they_show() -> None:

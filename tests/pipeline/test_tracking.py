@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
+import sqlite3
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +19,8 @@ import torch
 from PIL import Image
 
 from pipeline import tracking
+from pipeline.errors import TrackingUnreachable
+from pipeline.models import find_model
 from pipeline.tracking import (
     JsonLines,
     Tracker,
@@ -23,6 +30,7 @@ from pipeline.tracking import (
     read_json_lines,
     resolve_tracking_uri,
 )
+from tests.conftest import ROOT
 
 
 def artifacts(uri: str, run_id: str) -> Path:
@@ -120,6 +128,18 @@ def test_without_a_uri_only_the_file_is_written(tmp_path: Path) -> None:
 def test_uri_and_run_id_go_together() -> None:
     with pytest.raises(ValueError, match="go together"):
         Tracker("sqlite:////x/mlflow.db", None)
+
+
+def test_a_run_names_the_sets_that_it_reads(tracking_uri: str) -> None:
+    run_id = Tracker.create(tracking_uri, "tests", "sets")
+    tracker = Tracker(tracking_uri, run_id)
+    tracker.dataset("s3://bucket/places/train", "0123456789abcdef", "training")
+    tracker.dataset("/data/val", "fedcba9876543210", "validation")
+    inputs = mlflow_client(tracking_uri).get_run(run_id).inputs.dataset_inputs
+    assert sorted((one.tags[0].value, one.dataset.name, one.dataset.digest, one.dataset.source) for one in inputs) == [
+        ("training", "train", "0123456789abcdef", '{"uri": "s3://bucket/places/train"}'),
+        ("validation", "val", "fedcba9876543210", '{"uri": "/data/val"}'),
+    ]
 
 
 def test_values_that_json_lacks_become_null_and_mlflow_still_takes_them(tracking_uri: str, tmp_path: Path) -> None:
@@ -230,6 +250,57 @@ def test_a_remote_file_is_written_at_the_end_and_continued(monkeypatch: pytest.M
     second.append({"step": 3})
     second.close()
     assert [row["step"] for row in read_json_lines(uri)] == [1, 2, 3]
+
+
+TWENTY_FIRST_STARTS = """
+import os, sys, time
+from pipeline.tracking import Tracker
+import mlflow.store.tracking.sqlalchemy_store  # once, for all of them
+children = []
+for number in range(20):
+    if not (child := os.fork()):
+        os.close(2)
+        run_id = Tracker.create(sys.argv[1], "first", f"run-{number}", {"number": number})
+        Tracker(sys.argv[1], run_id).metrics({"loss": number}, step=1)
+        os._exit(0)
+    children.append(child)
+print([os.waitpid(child, 0)[1] for child in children])
+"""
+
+
+def test_twenty_first_starts_in_one_second_share_a_fresh_database(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    command = [sys.executable, "-c", TWENTY_FIRST_STARTS, uri]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
+    assert done.stdout.splitlines()[-1:] == [str([0] * 20)], done.stderr
+    client = mlflow_client(uri)
+    experiment = client.get_experiment_by_name("first")
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(int(run.data.params["number"]) for run in runs) == list(range(20))
+    assert all(run.data.metrics["loss"] == int(run.data.params["number"]) for run in runs)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert not list((tmp_path / "runs").glob("*.tmp"))
+
+
+def test_a_server_that_is_dead_and_a_database_of_an_older_mlflow_are_one_line_within_seconds(
+    tracking_uri: str, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"http://user:hunter2@127.0.0.1:{free.getsockname()[1]}"
+    with sqlite3.connect(tracking_uri.removeprefix("sqlite:///")) as database:
+        database.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    for uri, said in (
+        (dead, "no answer from MLflow at http://"),
+        (tracking_uri, "is unfit: .*out-of-date.*db upgrade"),
+    ):
+        for ask in (mlflow_client, lambda uri: find_model("models:/tmad@champion", tracking_uri=uri)):
+            began = time.monotonic()
+            with pytest.raises(TrackingUnreachable, match=said) as caught:
+                ask(uri)
+            assert time.monotonic() - began < 2 * tracking.CHECK_TIMEOUT_S
+            assert "\n" not in caught.value.message
+            assert "hunter2" not in caught.value.message
 
 
 def test_default_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

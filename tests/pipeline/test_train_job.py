@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from jobs.train_places import main
+from pipeline.claim import CLAIM_NAME
 from pipeline.cluster import require
 from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
 from pipeline.data.collection import ImagesConfig
@@ -30,6 +31,7 @@ from pipeline.data.schema import read_manifest
 from pipeline.errors import CheckpointsDamaged, ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
 from pipeline.models import load_any_model
 from pipeline.presets import smoke
+from pipeline.storage import write_atomic
 from pipeline.tracking import mlflow_client, read_json_lines
 from pipeline.train.launch import train
 from tests.conftest import ROOT, make_photo
@@ -113,6 +115,12 @@ def test_two_workers_train_both_phases_and_register_the_model(place: Path, finis
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["schedule.joint_images"] == "16"
     assert {"loss/gan_patch", "val/psnr_hole", "rate/images_per_s"} <= tracked.data.metrics.keys()
+    digests = {one.tags[0].value: one.dataset.digest for one in tracked.inputs.dataset_inputs}
+    assert digests == {
+        "training": environment["data_digests"]["train"],
+        "validation": environment["data_digests"]["val"],
+    }
+    assert "None" not in tracked.data.tags.values()
 
 
 def test_the_models_card_says_what_it_has_seen_and_goes_with_it_everywhere(
@@ -181,6 +189,27 @@ def test_a_worker_that_is_killed_changes_nothing_in_the_result(
     assert len(killed) == 1
     assert "continuing after" in caplog.text
     assert summary["model_digest"] == finished["model_digest"]
+
+
+def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(place: Path) -> None:
+    claim = place / "runs" / "taken" / CLAIM_NAME
+
+    def take_over() -> None:
+        deadline = time.monotonic() + 300
+        text = ""
+        while not text and time.monotonic() < deadline:  # a claim is created empty and then written
+            time.sleep(0.01)
+            text = claim.read_text() if claim.exists() else ""
+        theirs = {**json.loads(text), "token": "another", "process": "elsewhere"}
+        write_atomic(str(claim), json.dumps(theirs).encode())
+
+    other = threading.Thread(target=take_over, daemon=True)
+    other.start()
+    with pytest.raises(TrainingFailed, match=r"images_0+8 was not kept: .*runs/taken was taken over: process"):
+        train(_config(place, "taken"))
+    other.join(timeout=10)
+    assert not list((place / "runs" / "taken" / "checkpoints").glob("images_*"))
+    assert json.loads(claim.read_text())["token"] == "another"
 
 
 def _unfinished_copy(place: Path, name: str) -> Path:
@@ -355,8 +384,8 @@ def test_a_set_prepared_for_another_model_is_refused(place: Path) -> None:
     model = replace(smoke().model, patch_size=16)
     with pytest.raises(ValueError, match=r"prepared for patch_size 8, model.patch_size is 16"):
         train(_config(place, "other-patch", model=model))
-    with pytest.raises(ValueError, match=r"patches_per_image is 17, but a crop of 32 pixels has 16 cells"):
-        train(_config(place, "many-cells", schedule=replace(smoke().schedule, patches_per_image=17)))
+    with pytest.raises(ValueError, match=r"patches_per_image is 25, but a crop of 32 pixels has 16 cells"):
+        train(_config(place, "many-cells", schedule=replace(smoke().schedule, patches_per_image=25)))
 
 
 def test_a_missing_set_is_refused(place: Path) -> None:

@@ -177,24 +177,7 @@ def test_what_a_format_does_not_keep_is_said(inpainter) -> None:
         "WEBP does not say its quality: written at 95",
     )
     assert fill(inpainter, encoded(picture("P"), "PNG")).notes == ("the palette becomes full colour",)
-    deep = PNG_16_RGB
-    assert "16 bits a channel were read and are written as 8" in fill(inpainter, deep, np.eye(4, dtype=np.uint8)).notes
     assert fill(inpainter, encoded(picture(), "PNG")).notes == ()
-
-
-def _png_16_rgb() -> bytes:
-    import struct
-    import zlib
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    rows = b"".join(b"\0" + bytes(range(24)) for _ in range(4))
-    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-PNG_16_RGB = _png_16_rgb()
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -193,3 +196,40 @@ def test_a_loaded_inpainter_takes_and_gives_arrays_and_pictures(model: TMAD, tmp
     assert torch.is_inference_mode_enabled() is False
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         Public.load(tmp_path)
+
+
+def test_an_inpainter_takes_paths_and_single_channels_and_gives_arrays_that_can_be_written_to(model, tmp_path) -> None:
+    inpainter = Inpainter(model, policy="crop", keep_candidates=False)
+    image, mask = make_image(1, 64), holes(64, 64, (10, 10, 30, 30))
+    expected = inpainter.inpaint(image, mask)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    Image.fromarray(mask * 255).save(tmp_path / "mask.png")
+    for path in (str, Path):
+        opened = inpainter.inpaint(path(tmp_path / "photo.png"), path(tmp_path / "mask.png"))
+        assert np.array_equal(np.asarray(opened), expected)
+    assert np.array_equal(inpainter.inpaint(image, mask[..., None]), expected)
+    grey = image[..., :1]
+    assert np.array_equal(inpainter.inpaint(grey, mask)[..., 0], inpainter.inpaint(grey[..., 0], mask))
+    for array in (expected, inpainter.inpaint(image, mask * 0)):
+        array[0, 0] = 7
+    assert image[0, 0].tolist() != [7, 7, 7]
+
+
+def test_an_inpainter_travels_to_another_process_and_fills_the_same(model) -> None:
+    inpainter = Inpainter(model, policy="crop", context=32, feather=2, seed=5)
+    image, mask = make_image(1, 64), holes(64, 64, (10, 10, 30, 30))
+    other = pickle.loads(pickle.dumps(inpainter))
+    assert np.array_equal(other.inpaint(image, mask), inpainter.inpaint(image, mask))
+    assert (other.context, other.feather, other.seed, other.policy) == (32, 2, 5, "crop")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"^device cuda needs a GPU that PyTorch can use, and there is none here; use"):
+        Inpainter.load(tmp_path, device="cuda")
+
+
+def test_type_hints_are_installed_with_the_package() -> None:
+    from importlib.resources import files
+
+    assert (files("tmad") / "py.typed").is_file()

@@ -21,12 +21,10 @@ from tmad.images import (
     crop_scaled,
     decode_image,
     decode_jpeg,
-    decode_mask,
     decode_rgb,
     paste,
     scale,
     scaled_size,
-    to_mask,
     to_model,
     to_rgb,
     to_uint8,
@@ -66,7 +64,7 @@ UNREADABLE = {
     "a corrupt GIF": (encoded(Image.fromarray(noise(9, 9)), "gif")[:-40], "truncated: OSError"),
     "a bomb": (bomb_png(9_000, 9_950), "too-large: "),
     "a bomb beyond Pillow's limit": (bomb_png(60_000, 60_000), "too-large: Image size (3600000000 pixels) exceeds"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not-an-image"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "unsupported: EPS"),
 }
 
 
@@ -162,13 +160,6 @@ def test_a_photograph_is_shown_upright(orientation):
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (3, 1)])
 def test_images_of_a_few_pixels_are_decoded(size):
     assert to_rgb(decode_image(encoded(Image.new("RGB", size, "white")))).shape == (size[1], size[0], 3)
-
-
-def test_a_mask_is_white_for_the_hole():
-    grey = np.array([[0, 127, 128, 255]], np.uint8)
-    assert decode_mask(encoded(Image.fromarray(grey))).tolist() == [[0, 0, 1, 1]]
-    assert to_mask(Image.fromarray(np.array([[True, False]]))).tolist() == [[1, 0]]
-    assert to_mask(Image.fromarray(np.array([[0, 65535]], np.uint16))).tolist() == [[0, 1]]
 
 
 def whole(image: Image.Image, value: int = 77, weight: int = 255):

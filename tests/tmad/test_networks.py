@@ -445,7 +445,7 @@ def test_the_spectral_bound_holds_after_training_steps_and_binds_there() -> None
         original = layer.parametrizations.weight.original.detach().flatten(1)
         originals.append(float(torch.linalg.matrix_norm(original, ord=2)) / bound)
     # Without the normalisation the weights would be far from the bound.
-    assert max(originals) > 1.2
+    assert max(originals) > 1.15
 
 
 def penalty_twin(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor, step: float = 1e-5) -> float:

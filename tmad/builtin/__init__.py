@@ -16,12 +16,11 @@ NAME = "builtin"
 DIGEST_FILE = "SHA256SUMS"
 
 
-def builtin_model() -> Path:
+def builtin_model(folder: Path = Path(__file__).parent) -> Path:
     """The folder of the model that ships with this package, its files compared with their digests.
 
     Raises `FileNotFoundError` if a file is missing, `ValueError` if one is not what was shipped.
     """
-    folder = Path(__file__).parent
     sums = folder / DIGEST_FILE
     if not sums.is_file():
         raise FileNotFoundError(f"this installation has no model in the box: {sums} is missing; install tmad again")

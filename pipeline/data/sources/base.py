@@ -7,7 +7,7 @@ lies or in which order it is listed.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.errors import MissingInput
-from pipeline.storage import join, redact
+from pipeline.storage import join, redact, version
 
 
 class Source(Protocol):
@@ -38,6 +38,15 @@ class Source(Protocol):
 
     def read_run(self, keys: Sequence[str]) -> list[bytes]:
         """The files of one of `runs`. Raises as `read` does."""
+        ...
+
+    def beside(self) -> Mapping[str, str]:
+        """What else lies where the images do and is not read: keys, and a short reason for each."""
+        ...
+
+    def versions(self, keys: Sequence[str]) -> list[str]:
+        """A text for each of *keys* that changes when its file is replaced, without reading it; empty for one that is
+        not there."""
         ...
 
     def label(self, key: str) -> int | None:
@@ -102,6 +111,7 @@ class Indexed:
 
     uri: str
     files: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     @cached_property
     def _index(self) -> Index:
@@ -116,6 +126,16 @@ class Indexed:
         if place is None:
             raise MissingInput(f"there is no {key!r} in {redact(self.uri)}")
         return place
+
+    def beside(self) -> dict[str, str]:
+        """Files of the folder that are of another kind."""
+        return dict.fromkeys(self.left_out, "not-read")
+
+    def versions(self, keys: Sequence[str]) -> list[str]:
+        """The version of the file that holds each, and its place there."""
+        files = [version(uri) for uri in self._uris]
+        places = [self._index.find(key) for key in keys]
+        return ["" if one is None else f"{files[one['file']]} {sorted(one.items())}" for one in places]
 
     def label(self, key: str) -> int | None:
         """The class that the collection gives the image."""

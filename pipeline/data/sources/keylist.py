@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.sources.base import Index, Source, make_index_table
+from pipeline.data.sources.tree import ImageTree
 from pipeline.errors import CorruptSource, MissingInput
-from pipeline.storage import join, read_bytes, redact
+from pipeline.storage import UnsafeName, exists, is_remote, names_in, read_bytes, redact
 
 _TRIED = 5
 """Keys that are looked for before the work begins."""
@@ -23,8 +25,8 @@ _LINE = re.compile(r"/*(.+?)(?:\s+(-?\d{1,18}))?")
 class KeyList:
     """The images that a text file lists, one a line, read from *root*.
 
-    A slash before the key is dropped (the training lists of Places365 have one, those for validation have none), a
-    whole number after a blank is the label, empty lines and lines that begin with `#` are passed over.
+    A slash or `./` before the key is dropped (the training lists of Places365 have a slash, those for validation have
+    none), a whole number after a blank is the label, empty lines and lines that begin with `#` are passed over.
     """
 
     uri: str
@@ -39,14 +41,31 @@ class KeyList:
         keys = self._index.keys()
         if not keys:
             raise MissingInput(f"the list {redact(self.uri)} names no image")
-        tried = keys[:_TRIED]
-        if not any(self._is_there(key) for key in tried):
+        if not self.begins_in_root():
+            tried = keys[:_TRIED]
+            if not exists(self.root_uri) and isinstance(self.root, ImageTree):
+                raise MissingInput(f"there is no folder {redact(self.root_uri)}, where {redact(self.uri)} begins")
             raise MissingInput(
                 f"none of the first {len(tried)} images of {redact(self.uri)} is in {redact(self.root_uri)}: "
-                f"looked for {', '.join(map(repr, tried))}; there is {self.root.keys()[0]!r}; set root to the place "
-                "that the list's paths begin at (ARCHIVE.tar/FOLDER for one inside an archive)"
+                f"looked for {', '.join(map(repr, tried))}; {self._there()}; set root to the place that the list's "
+                f"paths begin at {self._advice(tried)}"
             )
         return keys
+
+    def begins_in_root(self) -> bool:
+        """Whether one of the first few images is in *root*."""
+        return any(map(self._is_there, self._index.keys()[:_TRIED]))
+
+    def _there(self) -> str:
+        if isinstance(self.root, ImageTree):
+            found = names_in(self.root_uri)
+            return f"there is {', '.join(map(repr, found[:3]))}" if found else "there is nothing"
+        return f"there is {self.root.keys()[0]!r}"
+
+    def _advice(self, tried: Sequence[str]) -> str:
+        if not is_remote(self.root_uri) and any(os.path.isfile("/" + key) for key in tried):
+            return "(they are absolute: --root /)"
+        return "(--root FOLDER; ARCHIVE.tar/FOLDER for one inside an archive)"
 
     def read(self, key: str) -> bytes:
         """The image in *root*."""
@@ -59,6 +78,14 @@ class KeyList:
     def read_run(self, keys: Sequence[str]) -> list[bytes]:
         """As *root* reads them."""
         return self.root.read_run(keys)
+
+    def beside(self) -> dict[str, str]:
+        """Nothing: a list says all that it means."""
+        return {}
+
+    def versions(self, keys: Sequence[str]) -> list[str]:
+        """Those of *root*."""
+        return self.root.versions(keys)
 
     def label(self, key: str) -> int | None:
         """The number on its line, else what *root* says."""
@@ -80,17 +107,15 @@ class KeyList:
     def _is_there(self, key: str) -> bool:
         try:
             self.root.read(key)
-        except MissingInput:
+        except (MissingInput, UnsafeName):
             return False
         return True
 
     @cached_property
     def _index(self) -> Index:
         """Line and label of every key. Made where keys are listed and carried along to the workers."""
-        try:
-            text = read_bytes(self.uri).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise CorruptSource(f"the list {redact(self.uri)} is no text in UTF-8: {error}") from None
+        # A name that is no UTF-8 gets a backslash, and is left out with the other odd ones when it is read.
+        text = read_bytes(self.uri).decode("utf-8-sig", "backslashreplace")
         keys: list[str] = []
         lines: list[int] = []
         labels: list[int | None] = []
@@ -98,12 +123,8 @@ class KeyList:
             if not line or line.startswith("#"):
                 continue
             match = _LINE.fullmatch(line)
-            key = match.group(1) if match else ""
-            try:
-                join(self.root_uri, key)
-            except ValueError as error:
-                raise CorruptSource(f"{redact(self.uri)}, line {number}: {error}") from None
-            keys.append(key)
+            key = match.group(1) if match else line
+            keys.append("/".join(part for part in key.split("/") if part not in ("", ".")) or line)
             lines.append(number)
             labels.append(int(match.group(2)) if match and match.group(2) else None)
         index = Index(make_index_table(keys, line=lines, label=labels))

@@ -43,6 +43,8 @@ class ParquetTable(Indexed):
     """Column of labels, whole numbers."""
     image_setting: str = "image_column"
     """The setting that names *image_column*, for messages."""
+    left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """Files of the folder that are of another kind."""
     _held: list[tuple[tuple[int, int], pa.ChunkedArray]] = field(
         default_factory=list, init=False, repr=False, compare=False
     )

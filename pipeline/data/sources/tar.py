@@ -12,7 +12,7 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import IO, Any
 
@@ -32,7 +32,7 @@ from pipeline.storage import (
     redact,
     write_atomic,
 )
-from tmad.images import SUFFIXES
+from tmad.images import PICTURES, SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class TarShards(Indexed):
     """A folder in the archive: only what lies below it, with keys relative to it."""
     cache: str | None = None
     """File that keeps the places of the images, so that the archives are walked once and not at every start."""
+    left_out: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    """Files of the folder that are of another kind."""
 
     def keys(self) -> list[str]:
         """Names of the images. The first call walks the archives, or reads what an earlier one kept."""
@@ -183,7 +185,7 @@ def _walk(uri: str, folder: str) -> pa.Table:
             if not name.startswith(folder) or any(part.startswith(".") for part in name.split("/")):
                 continue
             key = name.removeprefix(folder)
-            if name.lower().endswith(SUFFIXES):
+            if name.lower().endswith(PICTURES):
                 if member.isfile() and not member.issparse():
                     keys.append(key)
                     offsets.append(member.offset_data)

@@ -2,38 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.errors import MissingInput
-from pipeline.storage import is_remote, join, list_files, read_bytes, redact
-from tmad.images import SUFFIXES
+from pipeline.storage import Listed, UnsafeName, is_remote, join, listing, read_bytes, redact, version
+from tmad.images import PICTURES, SUFFIXES
 
 
 @dataclass(frozen=True)
 class ImageTree:
-    """A folder with images at any depth, by URI. The key is the path below it; hidden files are not looked at."""
+    """A folder with images at any depth, by URI. The key is the path below it; hidden files are not looked at.
+
+    Pictures in formats that are not decoded are among the images: whoever reads them says so.
+    """
 
     uri: str
-    files: Sequence[str] | None = field(default=None, repr=False, compare=False)
-    """What `list_files` found there, if it was asked already; stays with the process that asked."""
+    files: Mapping[str, Listed] | None = field(default=None, repr=False, compare=False)
+    """What `listing` found there, if it was asked already; stays with the process that asked."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ImageTree, (self.uri,)
 
     def keys(self) -> list[str]:
         """Paths of the images below the folder."""
-        files = list_files(self.uri) if self.files is None else self.files
-        images = [key for key in files if key.lower().endswith(SUFFIXES)]
+        files = self._listing()
+        images = [key for key in files if is_picture(key) and not files[key].link]
         if not images:
             raise MissingInput(
                 f"there is no image in {redact(self.uri)}: of {len(files)} files none ends in one of "
                 f"{', '.join(SUFFIXES)}"
             )
         return images
+
+    def beside(self) -> dict[str, str]:
+        """Files that are no images by their names, and links to folders."""
+        files = self._listing()
+        left = {key: file for key, file in files.items() if file.link or not is_picture(key)}
+        return {key: "link" if file.link else "not-an-image" for key, file in left.items()}
+
+    def versions(self, keys: Sequence[str]) -> list[str]:
+        """By the listing, or one by one where there was none."""
+        if self.files is None and is_remote(self.uri):
+            object.__setattr__(self, "files", listing(self.uri))
+        if self.files is not None:
+            return [self.files[key].version if key in self.files else "" for key in keys]
+        return [_version_of(self.uri, key) for key in keys]
+
+    def _listing(self) -> Mapping[str, Listed]:
+        return listing(self.uri) if self.files is None else self.files
 
     def read(self, key: str) -> bytes:
         """The file below the folder."""
@@ -54,3 +74,15 @@ class ImageTree:
     def labels(self, keys: pa.Array) -> pa.Array:
         """None of any."""
         return pa.nulls(len(keys), pa.int64())
+
+
+def is_picture(key: str) -> bool:
+    """Whether *key* has a picture's ending, of one that can be decoded or not."""
+    return key.lower().endswith(PICTURES)
+
+
+def _version_of(uri: str, key: str) -> str:
+    try:
+        return version(join(uri, key))
+    except UnsafeName:
+        return ""

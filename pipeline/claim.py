@@ -1,4 +1,4 @@
-"""One job at a time in the folder of a prepared set: a claim that its holder renews, and that ends with its holder.
+"""One job at a time in a folder, whatever the job makes there: a claim that its holder renews, and that ends with it.
 
 The claim is a file, `claim.json`: who holds it, and the last sign of life, which a thread renews. What is promised:
 
@@ -128,11 +128,11 @@ class Claim:
 
 
 @contextmanager
-def claim_folder(folder: str, *, expiry_s: float = EXPIRY_S) -> Iterator[Claim]:
+def claim_folder(folder: str, *, expiry_s: float = EXPIRY_S, wait_s: float = 0.0) -> Iterator[Claim]:
     """Hold the *folder*, which is made, against other jobs inside the block.
 
-    Raises `FolderInUse` at once if another job has it. One that has given no sign for a while is watched until it gives
-    one or *expiry_s* (that other job's) has passed.
+    Raises `FolderInUse` if another job has it and does not end within *wait_s*. One that has given no sign for a while
+    is watched until it gives one or *expiry_s* (that other job's) has passed.
     """
     folder = absolute(folder)
     is_new = not is_remote(folder) and not os.path.isdir(folder)
@@ -142,7 +142,7 @@ def claim_folder(folder: str, *, expiry_s: float = EXPIRY_S) -> Iterator[Claim]:
     stop = threading.Event()
     thread = threading.Thread(target=_renew, args=(claim, mine, stop), name="claim", daemon=True)
     try:
-        _acquire(claim, mine)
+        _acquire_within(claim, mine, wait_s)
         thread.start()
         remove_temporary(folder)
         yield claim
@@ -159,6 +159,29 @@ def claim_folder(folder: str, *, expiry_s: float = EXPIRY_S) -> Iterator[Claim]:
         if is_new:
             with suppress(OSError):
                 os.rmdir(folder)  # nothing was written to it
+
+
+def holder_of(folder: str) -> Holder | None:
+    """Who works in *folder*; none = nobody, or nobody who has given a sign of life in time."""
+    theirs = _read(absolute(folder))
+    if theirs is None or theirs.is_dead() or time.time() - theirs.sign > theirs.expiry_s:
+        return None
+    return theirs
+
+
+def _acquire_within(claim: Claim, mine: Holder, wait_s: float) -> None:
+    deadline, announced = time.monotonic() + wait_s, False
+    while True:
+        try:
+            _acquire(claim, mine)
+            return
+        except FolderInUse as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not announced:
+                logger.info("waiting for up to %.0f s: %s", wait_s, error.message)
+                announced = True
+            time.sleep(_POLL_S)
 
 
 def _acquire(claim: Claim, mine: Holder) -> None:
@@ -211,8 +234,8 @@ def _has_ended(folder: str, theirs: Holder) -> bool:
 
 def _in_use(folder: str, theirs: Holder) -> FolderInUse:
     return FolderInUse(
-        f"another job writes to {redact(folder)}: {theirs}; wait for its end, stop it, or choose another out; if it "
-        f"was killed, the next job takes over {theirs.expiry_s:g} s after the last sign",
+        f"another job writes to {redact(folder)}: {theirs}; wait for its end, stop it, or name another folder; if "
+        f"it was killed, the next job takes over {theirs.expiry_s:g} s after the last sign",
         holder=dataclasses.asdict(theirs),
     )
 
