@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from tmad.config import CarafeConfig
 
 SCALE = 2
-
+HAS_TRITON = find_spec("triton") is not None
+"""Triton comes with PyTorch's CUDA builds, but not with all of them."""
 
 START_SPREAD = 0.004
 """Added to every tap of the kernels that up-sampling starts with, before they are normalised."""
@@ -107,7 +108,7 @@ def upsample(features: Tensor, logits: Tensor, kernel: int) -> Tensor:
     The device chooses the form; both are the same function but for rounding. The softmax runs in float32.
     """
     if _is_fused(features.device):
-        from tmad import carafe_triton
+        from tmad import carafe_triton  # Triton, which takes seconds to import, where it is needed
 
         return carafe_triton.upsample(features, logits, kernel)
     batch, _, height, width = logits.shape
@@ -116,10 +117,8 @@ def upsample(features: Tensor, logits: Tensor, kernel: int) -> Tensor:
     return reassemble(features, weights, kernel)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_fused(device: torch.device) -> bool:
-    """Triton comes with PyTorch's CUDA builds, but not with all of them."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    return HAS_TRITON and device.type == "cuda"
 
 
 class Carafe(nn.Module):

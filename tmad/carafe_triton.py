@@ -1,15 +1,21 @@
 """CARAFE's up-sampling as one operator for GPUs: softmax over the taps and reassembly in one kernel, and its gradients.
 
-`tmad.carafe` says what is computed and uses this module on CUDA devices only. Nothing is unfolded or padded, the
-kernels read and write any memory layout by its strides, and sums run in float32 (in float64 for float64). Every value
-is written once, by one program, without atomics: the same inputs give the same bits.
+`tmad.carafe` says what is computed and uses this module on CUDA devices only. Nothing is unfolded or padded, and the
+kernels read and write any memory layout by its strides. Every value is written once, by one program, without atomics:
+the same inputs give the same bits.
 
-A program works on a strip of pixels and a block of channels, and makes the four outputs of each pixel from one reading
-of its neighbours. Legend: P pixels of a strip, in raster order; C channels of a block; T taps; TAPS, T filled up to a
-power of 2.
+A program works on a strip of pixels of one row. What the strip takes from a row of the other side is a matrix with K
+diagonals, so that matrix units do the sums: many of their products are with zeros, and still it takes a fifth of the
+instructions of sums over taps. Operands have the features' dtype, hence weights are rounded to bfloat16 where features
+are, as the form for CPUs rounds them; sums are float32. In float32 products are made of three in TF32, to 1e-6.
+
+Legend: P pixels of a strip, M = 4 P outputs of them, pixel by pixel; U columns around the strip that its taps reach,
+and some more up to a power of 2; C channels of a block; T taps; TAPS, T filled up to a power of 2.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -17,17 +23,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-TILE = 1024
-"""Values of a program's P x C tile: eight a thread, which is one load of 16 bytes in bfloat16."""
-MAX_CHANNELS = 64
-"""Channels of a block, at most."""
+PIXELS = 16
+"""P; smaller is no operand of a matrix unit, and larger means more zeros."""
+CHANNELS = (16, 128)
+"""Channels of a block, at least and at most."""
 WARPS = 4
 
 
 @triton.jit
-def _weight(at, top, there, ACC: tl.constexpr):
-    """exp(logit - top) of a strip; 1 where *there* is false, since it is multiplied by zeros."""
-    return tl.exp(tl.load(at, mask=there, other=0.0).to(ACC) - top)
+def _strip(height, width, P: tl.constexpr):
+    """Image, row and first column of this program's strip."""
+    strips = tl.cdiv(width, P)
+    row = tl.program_id(0) // strips
+    return (row // height).to(tl.int64), row % height, tl.program_id(0) % strips * P
 
 
 @triton.jit
@@ -35,7 +43,7 @@ def _forward(
     features,
     logits,
     out,
-    lse,
+    scales,
     height,
     width,
     channels,
@@ -53,79 +61,56 @@ def _forward(
     ox,
     K: tl.constexpr,
     P: tl.constexpr,
+    U: tl.constexpr,
     C: tl.constexpr,
+    TAPS: tl.constexpr,
     ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """out[c, 2y+a, 2x+b] = sum_ij softmax(logits[ab])_ij f[c, y+i-k/2, x+j-k/2]; lse: log of the softmax's sum."""
-    T: tl.constexpr = K * K
-    pixels = height * width
-    strips = tl.cdiv(pixels, P)
-    image = (tl.program_id(0) // strips).to(tl.int64)
-    p = tl.program_id(0) % strips * P + tl.arange(0, P)
+    """out[c, 2y+a, 2x+b] = sum_ij softmax(logits[ab])_ij f[c, y+i-k/2, x+j-k/2].
+
+    *scales*: the largest logit and the inverse of the softmax's sum.
+    """
+    image, y, first = _strip(height, width, P)
+    m = tl.arange(0, 4 * P)
+    pixel, sub = m // 4, m % 4
+    x = first + pixel
+    inside = x < width
+    taps = tl.arange(0, TAPS)
+    at = logits + image * lb + y * ly + (x * lx + sub * K * K * lt)[:, None] + taps[None, :] * lt
+    logit = tl.load(at, mask=inside[:, None] & (taps < K * K)[None, :], other=0.0).to(ACC)
+    logit = tl.where((taps < K * K)[None, :], logit, float("-inf"))
+    top = tl.max(logit, 1)
+    weights = tl.exp(logit - top[:, None])
+    scale = 1 / tl.sum(weights, 1)
+
     c = tl.program_id(1) * C + tl.arange(0, C)
-    y = p // width
-    x = p % width
-    inside = p < pixels
-    kept = c < channels
-    at = logits + image * lb + y * ly + x * lx
-    source = features + image * fb + (y * fy + x * fx)[:, None] + c[None, :] * fc
+    columns = tl.arange(0, U)
+    source_x = first + columns - K // 2
+    source = features + image * fb + (source_x * fx)[:, None] + c[None, :] * fc
+    readable = ((source_x >= 0) & (source_x < width))[:, None] & (c < channels)[None, :]
+    j = columns[None, :] - pixel[:, None]
+    taken = (j >= 0) & (j < K)
+    sums = tl.zeros((4 * P, C), ACC)
+    for i in tl.static_range(K):
+        source_y = y + i - K // 2
+        value = tl.load(source + source_y * fy, mask=readable & (source_y >= 0) & (source_y < height), other=0.0)
+        weight = tl.where(taken, tl.gather(weights, i * K + j & TAPS - 1, 1), 0.0)
+        sums = tl.dot(weight.to(value.dtype), value, sums, input_precision=PRECISION, out_dtype=ACC)
 
-    top0 = tl.load(at, mask=inside, other=0.0).to(ACC)
-    top1 = tl.load(at + T * lt, mask=inside, other=0.0).to(ACC)
-    top2 = tl.load(at + 2 * T * lt, mask=inside, other=0.0).to(ACC)
-    top3 = tl.load(at + 3 * T * lt, mask=inside, other=0.0).to(ACC)
-    for t in tl.static_range(1, T):
-        top0 = tl.maximum(top0, tl.load(at + t * lt, mask=inside, other=0.0).to(ACC))
-        top1 = tl.maximum(top1, tl.load(at + (T + t) * lt, mask=inside, other=0.0).to(ACC))
-        top2 = tl.maximum(top2, tl.load(at + (2 * T + t) * lt, mask=inside, other=0.0).to(ACC))
-        top3 = tl.maximum(top3, tl.load(at + (3 * T + t) * lt, mask=inside, other=0.0).to(ACC))
-
-    total0 = tl.zeros((P,), ACC)
-    total1 = tl.zeros((P,), ACC)
-    total2 = tl.zeros((P,), ACC)
-    total3 = tl.zeros((P,), ACC)
-    sum0 = tl.zeros((P, C), ACC)
-    sum1 = tl.zeros((P, C), ACC)
-    sum2 = tl.zeros((P, C), ACC)
-    sum3 = tl.zeros((P, C), ACC)
-    # Each exponential is taken once: sums are divided by the softmax's own sum at the end.
-    for t in tl.static_range(T):
-        i = t // K - K // 2
-        j = t % K - K // 2
-        there = inside & (y + i >= 0) & (y + i < height) & (x + j >= 0) & (x + j < width)
-        value = tl.load(source + (i * fy + j * fx), mask=there[:, None] & kept[None, :], other=0.0).to(ACC)
-        w0 = _weight(at + t * lt, top0, inside, ACC)
-        w1 = _weight(at + (T + t) * lt, top1, inside, ACC)
-        w2 = _weight(at + (2 * T + t) * lt, top2, inside, ACC)
-        w3 = _weight(at + (3 * T + t) * lt, top3, inside, ACC)
-        total0 += w0
-        total1 += w1
-        total2 += w2
-        total3 += w3
-        sum0 += w0[:, None] * value
-        sum1 += w1[:, None] * value
-        sum2 += w2[:, None] * value
-        sum3 += w3[:, None] * value
-
-    target = out + image * ob + (2 * y * oy + 2 * x * ox)[:, None] + c[None, :] * oc
-    written = inside[:, None] & kept[None, :]
-    tl.store(target, sum0 / total0[:, None], mask=written)
-    tl.store(target + ox, sum1 / total1[:, None], mask=written)
-    tl.store(target + oy, sum2 / total2[:, None], mask=written)
-    tl.store(target + (oy + ox), sum3 / total3[:, None], mask=written)
-    once = inside & (tl.program_id(1) == 0)
-    noted = lse + image * 4 * pixels + p
-    tl.store(noted, top0 + tl.log(total0), mask=once)
-    tl.store(noted + pixels, top1 + tl.log(total1), mask=once)
-    tl.store(noted + 2 * pixels, top2 + tl.log(total2), mask=once)
-    tl.store(noted + 3 * pixels, top3 + tl.log(total3), mask=once)
+    target = out + image * ob + ((2 * y + sub // 2) * oy + (2 * x + sub % 2) * ox)[:, None] + c[None, :] * oc
+    tl.store(target, sums * scale[:, None], mask=inside[:, None] & (c < channels)[None, :])
+    noted = scales + ((image * height + y) * width + x) * 8 + sub
+    written = inside & (tl.program_id(1) == 0)
+    tl.store(noted, top, mask=written)
+    tl.store(noted + 4, scale, mask=written)
 
 
 @triton.jit
 def _backward_features(
     grad,
     logits,
-    lse,
+    scales,
     grad_features,
     height,
     width,
@@ -144,47 +129,40 @@ def _backward_features(
     dx,
     K: tl.constexpr,
     P: tl.constexpr,
+    U: tl.constexpr,
     C: tl.constexpr,
     ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """df[c, v, u]: what the pixels around (v, u) took from it, gathered instead of scattered, so nothing collides."""
-    T: tl.constexpr = K * K
-    pixels = height * width
-    strips = tl.cdiv(pixels, P)
-    image = (tl.program_id(0) // strips).to(tl.int64)
-    p = tl.program_id(0) % strips * P + tl.arange(0, P)
+    """What the pixels around took from each of the strip, gathered instead of scattered, so that nothing collides."""
+    image, y, first = _strip(height, width, P)
+    pixel = tl.arange(0, P)
+    # Columns of the gradient: two sub-pixels for each of the pixels around.
+    column = tl.arange(0, 2 * U)
+    taker_x, b = first + column // 2 - K // 2, column % 2
+    j = pixel[:, None] - column[None, :] // 2 + K - 1
     c = tl.program_id(1) * C + tl.arange(0, C)
-    y = p // width
-    x = p % width
-    inside = p < pixels
-    kept = c < channels
-    at = logits + image * lb + y * ly + x * lx
-    noted = lse + image * 4 * pixels + p
-    source = grad + image * gb + (2 * y * gy + 2 * x * gx)[:, None] + c[None, :] * gc
-    total = tl.zeros((P, C), ACC)
-    for t in tl.static_range(T):
-        i = K // 2 - t // K
-        j = K // 2 - t % K
-        there = inside & (y + i >= 0) & (y + i < height) & (x + j >= 0) & (x + j < width)
-        read = there[:, None] & kept[None, :]
-        for s in tl.static_range(4):
-            top = tl.load(noted + (s * pixels + i * width + j), mask=there, other=0.0)
-            w = _weight(at + ((s * T + t) * lt + i * ly + j * lx), top, there, ACC)
-            shift = (2 * i + s // 2) * gy + (2 * j + s % 2) * gx
-            total += w[:, None] * tl.load(source + shift, mask=read, other=0.0).to(ACC)
-    target = grad_features + image * db + (y * dy + x * dx)[:, None] + c[None, :] * dc
-    tl.store(target, total, mask=inside[:, None] & kept[None, :])
-
-
-@triton.jit
-def _through_softmax(product, at, noted, target, inside, taps, lt, dt, T: tl.constexpr, ACC: tl.constexpr):
-    """From d/d weights (P, T) of one sub-pixel to d/d logits: w (d - sum w d)."""
-    real = inside[:, None] & (taps < T)[None, :]
-    logit = tl.load(at[:, None] + taps[None, :] * lt, mask=real, other=0.0).to(ACC)
-    top = tl.load(noted, mask=inside, other=0.0)
-    w = tl.where(real, tl.exp(logit - top[:, None]), 0.0)
-    mean = tl.sum(w * product, 1)
-    tl.store(target[:, None] + taps[None, :] * dt, w * (product - mean[:, None]), mask=real)
+    across = (taker_x >= 0) & (taker_x < width)
+    taken = (j >= 0) & (j < K) & across[None, :]
+    at = logits + image * lb + (taker_x * lx + b * K * K * lt)[None, :] + j * lt
+    noted = scales + taker_x * 8 + b
+    upstream = grad + image * gb + ((2 * taker_x + b) * gx)[:, None] + c[None, :] * gc
+    readable = across[:, None] & (c < channels)[None, :]
+    sums = tl.zeros((P, C), ACC)
+    for i in range(K):
+        taker_y = y + K // 2 - i
+        there = (taker_y >= 0) & (taker_y < height)
+        for a in tl.static_range(2):
+            noted_here = noted + (image * height + taker_y) * width * 8 + 2 * a
+            top = tl.load(noted_here, mask=across & there, other=0.0)
+            scale = tl.load(noted_here + 4, mask=across & there, other=0.0)
+            logit = tl.load(at + taker_y * ly + (2 * a * K * K + i * K) * lt, mask=taken & there, other=0.0).to(ACC)
+            weight = tl.where(taken & there, tl.exp(logit - top[None, :]) * scale[None, :], 0.0)
+            value = tl.load(upstream + (2 * taker_y + a) * gy, mask=readable & there, other=0.0)
+            sums = tl.dot(weight.to(value.dtype), value, sums, input_precision=PRECISION, out_dtype=ACC)
+    x = first + pixel
+    target = grad_features + image * db + y * dy + (x * dx)[:, None] + c[None, :] * dc
+    tl.store(target, sums, mask=(x < width)[:, None] & (c < channels)[None, :])
 
 
 @triton.jit
@@ -192,7 +170,7 @@ def _backward_logits(
     grad,
     features,
     logits,
-    lse,
+    scales,
     grad_logits,
     height,
     width,
@@ -215,59 +193,54 @@ def _backward_logits(
     dx,
     K: tl.constexpr,
     P: tl.constexpr,
+    U: tl.constexpr,
     C: tl.constexpr,
+    BLOCKS: tl.constexpr,
     TAPS: tl.constexpr,
     ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """d/d weights: products of gradient and neighbours summed over all channels; then back through the softmax."""
-    T: tl.constexpr = K * K
-    pixels = height * width
-    strips = tl.cdiv(pixels, P)
-    image = (tl.program_id(0) // strips).to(tl.int64)
-    p = tl.program_id(0) % strips * P + tl.arange(0, P)
-    y = p // width
-    x = p % width
-    inside = p < pixels
+    """d/d weights, products of gradient and neighbours summed over all channels; then back through the softmax."""
+    image, y, first = _strip(height, width, P)
+    m = tl.arange(0, 4 * P)
+    pixel, sub = m // 4, m % 4
+    x = first + pixel
+    inside = x < width
     taps = tl.arange(0, TAPS)
-    upstream = grad + image * gb + (2 * y * gy + 2 * x * gx)[:, None]
-    source = features + image * fb + (y * fy + x * fx)[:, None]
-    # All taps of a pixel stay in registers: they are written once, and in one piece where channels are last.
-    product0 = tl.zeros((P, TAPS), ACC)
-    product1 = tl.zeros((P, TAPS), ACC)
-    product2 = tl.zeros((P, TAPS), ACC)
-    product3 = tl.zeros((P, TAPS), ACC)
-    for first in range(0, channels, C):
-        c = first + tl.arange(0, C)
-        kept = (c < channels)[None, :]
-        read = inside[:, None] & kept
-        at_grad = upstream + c[None, :] * gc
-        at_source = source + c[None, :] * fc
-        grad0 = tl.load(at_grad, mask=read, other=0.0).to(ACC)
-        grad1 = tl.load(at_grad + gx, mask=read, other=0.0).to(ACC)
-        grad2 = tl.load(at_grad + gy, mask=read, other=0.0).to(ACC)
-        grad3 = tl.load(at_grad + (gy + gx), mask=read, other=0.0).to(ACC)
-        for t in tl.static_range(T):
-            i = t // K - K // 2
-            j = t % K - K // 2
-            there = inside & (y + i >= 0) & (y + i < height) & (x + j >= 0) & (x + j < width)
-            value = tl.load(at_source + (i * fy + j * fx), mask=there[:, None] & kept, other=0.0).to(ACC)
-            here = (taps == t)[None, :]
-            product0 += tl.where(here, tl.sum(grad0 * value, 1)[:, None], 0.0)
-            product1 += tl.where(here, tl.sum(grad1 * value, 1)[:, None], 0.0)
-            product2 += tl.where(here, tl.sum(grad2 * value, 1)[:, None], 0.0)
-            product3 += tl.where(here, tl.sum(grad3 * value, 1)[:, None], 0.0)
-    at = logits + image * lb + y * ly + x * lx
-    noted = lse + image * 4 * pixels + p
-    target = grad_logits + image * db + y * dy + x * dx
-    _through_softmax(product0, at, noted, target, inside, taps, lt, dt, T, ACC)
-    _through_softmax(product1, at + T * lt, noted + pixels, target + T * dt, inside, taps, lt, dt, T, ACC)
-    _through_softmax(product2, at + 2 * T * lt, noted + 2 * pixels, target + 2 * T * dt, inside, taps, lt, dt, T, ACC)
-    _through_softmax(product3, at + 3 * T * lt, noted + 3 * pixels, target + 3 * T * dt, inside, taps, lt, dt, T, ACC)
+    columns = tl.arange(0, U)
+    source_x = first + columns - K // 2
+    across = (source_x >= 0) & (source_x < width)
+    upstream = grad + image * gb + ((2 * y + sub // 2) * gy + (2 * x + sub % 2) * gx)[:, None]
+    source = features + image * fb + (source_x * fx)[:, None]
+    by_weights = tl.zeros((4 * P, TAPS), ACC)
+    for i in tl.static_range(K):
+        source_y = y + i - K // 2
+        there = (source_y >= 0) & (source_y < height)
+        products = tl.zeros((4 * P, U), ACC)
+        for block in tl.static_range(BLOCKS):
+            c = block * C + tl.arange(0, C)
+            kept = (c < channels)[None, :]
+            got = tl.load(upstream + c[None, :] * gc, mask=inside[:, None] & kept, other=0.0)
+            value = tl.load(source + source_y * fy + c[None, :] * fc, mask=across[:, None] & kept & there, other=0.0)
+            products = tl.dot(got, tl.trans(value), products, input_precision=PRECISION, out_dtype=ACC)
+        here = ((taps >= i * K) & (taps < i * K + K))[None, :]
+        column = pixel[:, None] + taps[None, :] - i * K & U - 1
+        by_weights = tl.where(here, tl.gather(products, column, 1), by_weights)
+    real = inside[:, None] & (taps < K * K)[None, :]
+    rows = (x * lx + sub * K * K * lt)[:, None] + taps[None, :] * lt
+    logit = tl.load(logits + image * lb + y * ly + rows, mask=real, other=0.0).to(ACC)
+    noted = scales + ((image * height + y) * width + x) * 8 + sub
+    top = tl.load(noted, mask=inside, other=0.0)
+    scale = tl.load(noted + 4, mask=inside, other=0.0)
+    weights = tl.where(real, tl.exp(logit - top[:, None]) * scale[:, None], 0.0)
+    mean = tl.sum(weights * by_weights, 1)
+    target = grad_logits + image * db + y * dy + (x * dx + sub * K * K * dt)[:, None] + taps[None, :] * dt
+    tl.store(target, weights * (by_weights - mean[:, None]), mask=real)
 
 
 def upsample(features: Tensor, logits: Tensor, kernel: int) -> Tensor:
     """`tmad.carafe.upsample` for GPUs: (B, C, H, W) and (B, 4 kernel^2, H, W) -> (B, C, 2H, 2W), laid out as *features*
-    are. Weights stay in float32 whatever the dtypes. Differentiable once in both."""
+    are. Differentiable once in both."""
     out: Tensor = _carafe(features, logits, kernel)[0]
     return out
 
@@ -277,27 +250,24 @@ def upsample(features: Tensor, logits: Tensor, kernel: int) -> Tensor:
 @torch.library.custom_op("tmad::carafe", mutates_args=())
 def _carafe(features: Tensor, logits: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = features.shape
-    out, lse = _empty_results(features)
-    strip, block = _tile(height * width, channels)
+    out, scales = _empty_results(features)
+    sizes = _sizes(features, kernel)
     with torch.cuda.device_of(features):
-        _forward[(batch * triton.cdiv(height * width, strip), triton.cdiv(channels, block))](
+        _forward[(batch * height * triton.cdiv(width, PIXELS), triton.cdiv(channels, sizes["C"]))](
             features,
             logits,
             out,
-            lse,
+            scales,
             height,
             width,
             channels,
             *features.stride(),
             *logits.stride(),
             *out.stride(),
-            K=kernel,
-            P=strip,
-            C=block,
-            ACC=_accumulator(features),
-            num_warps=WARPS,
+            TAPS=triton.next_power_of_2(kernel * kernel),
+            **sizes,
         )
-    return out, lse
+    return out, scales
 
 
 @_carafe.register_fake
@@ -306,16 +276,18 @@ def _(features: Tensor, logits: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("tmad::carafe_backward", mutates_args=())
-def _carafe_backward(grad: Tensor, features: Tensor, logits: Tensor, lse: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
+def _carafe_backward(
+    grad: Tensor, features: Tensor, logits: Tensor, scales: Tensor, kernel: int
+) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = features.shape
     grad_features, grad_logits = torch.empty_like(features), torch.empty_like(logits)
-    strip, block = _tile(height * width, channels)
-    strips, accumulator = batch * triton.cdiv(height * width, strip), _accumulator(features)
+    sizes = _sizes(features, kernel)
+    strips = batch * height * triton.cdiv(width, PIXELS)
     with torch.cuda.device_of(features):
-        _backward_features[(strips, triton.cdiv(channels, block))](
+        _backward_features[(strips, triton.cdiv(channels, sizes["C"]))](
             grad,
             logits,
-            lse,
+            scales,
             grad_features,
             height,
             width,
@@ -323,17 +295,13 @@ def _carafe_backward(grad: Tensor, features: Tensor, logits: Tensor, lse: Tensor
             *grad.stride(),
             *logits.stride(),
             *grad_features.stride(),
-            K=kernel,
-            P=strip,
-            C=block,
-            ACC=accumulator,
-            num_warps=WARPS,
+            **sizes,
         )
         _backward_logits[(strips,)](
             grad,
             features,
             logits,
-            lse,
+            scales,
             grad_logits,
             height,
             width,
@@ -342,18 +310,15 @@ def _carafe_backward(grad: Tensor, features: Tensor, logits: Tensor, lse: Tensor
             *features.stride(),
             *logits.stride(),
             *grad_logits.stride(),
-            K=kernel,
-            P=strip,
-            C=block,
             TAPS=triton.next_power_of_2(kernel * kernel),
-            ACC=accumulator,
-            num_warps=WARPS,
+            BLOCKS=triton.cdiv(channels, sizes["C"]),
+            **sizes,
         )
     return grad_features, grad_logits
 
 
 @_carafe_backward.register_fake
-def _(grad: Tensor, features: Tensor, logits: Tensor, lse: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, features: Tensor, logits: Tensor, scales: Tensor, kernel: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(features), torch.empty_like(logits)
 
 
@@ -365,15 +330,15 @@ def _keep(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int], output: tuple[Te
 
 
 def _differentiate(ctx: FunctionCtx, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None]:
-    features, logits, lse = ctx.saved_tensors  # type: ignore[attr-defined]
-    return *_carafe_backward(grad, features, logits, lse, ctx.kernel), None  # type: ignore[attr-defined]
+    features, logits, scales = ctx.saved_tensors  # type: ignore[attr-defined]
+    return *_carafe_backward(grad, features, logits, scales, ctx.kernel), None  # type: ignore[attr-defined]
 
 
 _carafe.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _empty_results(features: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, laid out as *features* are, and room for the softmax's (B, 4, H, W)."""
+    """The output, laid out as *features* are, and room for the softmax's (B, H, W, 8)."""
     batch, channels, height, width = features.shape
     last = features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
     out = torch.empty(
@@ -383,14 +348,18 @@ def _empty_results(features: Tensor) -> tuple[Tensor, Tensor]:
         memory_format=torch.channels_last if last else torch.contiguous_format,
     )
     exact = torch.promote_types(features.dtype, torch.float32)
-    return out, features.new_empty((batch, 4, height, width), dtype=exact)
+    return out, features.new_empty((batch, height, width, 8), dtype=exact)
 
 
-def _tile(pixels: int, channels: int) -> tuple[int, int]:
-    """P and C of the programs."""
-    block = min(triton.next_power_of_2(channels), MAX_CHANNELS)
-    return min(triton.next_power_of_2(pixels), TILE // block), block
-
-
-def _accumulator(features: Tensor) -> tl.dtype:
-    return tl.float64 if features.dtype == torch.float64 else tl.float32
+def _sizes(features: Tensor, kernel: int) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    fewest, most = CHANNELS
+    return {
+        "K": kernel,
+        "P": PIXELS,
+        "U": triton.next_power_of_2(PIXELS + kernel - 1),
+        "C": min(max(triton.next_power_of_2(features.shape[1]), fewest), most),
+        "ACC": tl.float64 if features.dtype == torch.float64 else tl.float32,
+        "PRECISION": "tf32x3" if features.dtype == torch.float32 else "ieee",
+        "num_warps": WARPS,
+    }
