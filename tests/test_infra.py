@@ -193,6 +193,19 @@ def test_the_dockerfile_passes_hadolint(tmp_path: Path) -> None:
     assert subprocess.run([tool("hadolint"), str(broken)], capture_output=True).returncode != 0
 
 
+def test_every_image_of_others_is_named_by_its_digest() -> None:
+    ours = re.compile(r"tmad:|registry\.example\.com/tmad:")
+    named = [service["image"] for service in compose()["services"].values()]
+    for path in INFRA.rglob("*.yaml"):
+        named += re.findall(r"\bimage: (?:&\w+ )?\"?([\w./-]+:[^\s\"]+)", path.read_text())
+    dockerfile = (INFRA / "Dockerfile").read_text()
+    (python,) = re.findall(r"^ARG PYTHON=(.+)$", dockerfile, re.M)
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.M)) == {"python:${PYTHON}"}
+    others = {one for one in named if not ours.match(one)} | {python}
+    assert len(others) == 5
+    assert [one for one in others if not re.search(r"@sha256:[0-9a-f]{64}$", one)] == []
+
+
 def test_the_image_has_no_root_and_no_build_tools_and_copies_only_what_it_needs() -> None:
     text = (INFRA / "Dockerfile").read_text()
     stages = re.findall(r"^FROM (\S+) AS (\w+)$", text, re.M)
