@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,10 +49,7 @@ class Holes:
         """What stands for the hole of each of *keys*, beside its image: a text that changes when the hole may have."""
         if self.config.mask_from == "paired":
             assert self.masks is not None
-            names = [self.masks.of_image(key) for key in keys]
-            flat = [name for one in names for name in one]
-            known = dict(zip(flat, self.masks.source.versions(flat), strict=True))
-            return [str([(name, known[name]) for name in one]) for one in names]
+            return self.masks.versions(keys)
         if self.boxes is not None:
             return [str(self.boxes.get(key)) for key in keys]
         if self.one is not None:
@@ -150,9 +147,9 @@ def open_holes(config: HolesConfig, source: Source, source_uri: str, keys: Seque
             mask_column=config.mask_column,
             rule=config.mask_rule,
             masks_per_image=1,
+            scaled=config.scale_masks,
         )
-        assert masks is not None, "a column was named"
-        return Holes(config, replace(masks, scaled=config.scale_masks)), list(keys)
+        return Holes(config, masks), list(keys)
     assert config.masks is not None, "the settings see to it"
     place = absolute(config.masks)
     if config.mask_from == "boxes":

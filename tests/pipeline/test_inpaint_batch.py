@@ -672,6 +672,44 @@ def test_a_result_is_done_again_when_its_image_or_its_hole_has_changed_and_not_o
         assert not found[:, :40].any(), "nothing of the old one"
 
 
+@pytest.mark.parametrize("kind", ["no mask", "no hole", "no picture", "no image", "another format"])
+def test_a_result_whose_image_or_mask_is_gone_is_told_and_never_passed_off_as_of_today(
+    here, job, tmp_path, caplog, kind
+) -> None:
+    config = job({"a.jpg": jpeg(make_image(0)), "b.png": PHOTO}, {"a.png": MASK, "b.png": MASK})
+    inpaint_all(config)
+    if kind == "no mask":
+        (tmp_path / "masks" / "a.png").unlink()
+    elif kind == "no hole":
+        write(tmp_path / "masks", {"a.png": png_bytes(make_mask() * np.uint8(0))})
+    elif kind == "no picture":
+        write(tmp_path / "images", {"a.jpg": b"text"})
+    elif kind == "no image":
+        (tmp_path / "images" / "a.jpg").unlink()
+    else:
+        config = replace(config, format="png")
+    # A result under another name is told of by the call that has replaced it.
+    for _ in range(1 if kind == "another format" else 2):
+        caplog.clear()
+        summary = inpaint_all(config)
+        assert "1 results of earlier calls are still in" in caplog.text
+        assert "'a.jpg'" in caplog.text
+        if kind.startswith("no ") and kind != "no image":
+            row = ledger(tmp_path / "out")["a.jpg"]
+            assert summary.failed == 1
+            assert row["status"] == "failed"
+            assert row["reason"] == ("not-an-image" if kind == "no picture" else "stale-result")
+            assert "a.jpg is of an earlier call" in row["detail"]
+    (tmp_path / "out" / "a.jpg").unlink()
+    caplog.clear()
+    assert inpaint_all(config).failed == (kind == "no picture")
+    assert "results of earlier calls" not in caplog.text
+    if kind == "no mask":
+        assert ledger(tmp_path / "out")["a.jpg"]["reason"] == "no-mask"
+        write(tmp_path / "masks", {"a.png": MASK})
+        assert inpaint_all(config).done == 1
+
+
 def test_again_does_everything_again(here, job, tmp_path) -> None:
     config = job({"a.png": PHOTO, "b.png": PHOTO}, {"a.png": MASK})
     inpaint_all(config)
