@@ -20,7 +20,7 @@ from benchmarks.harness import Options, Report, Table, start
 from benchmarks.scenes import sample_of
 from pipeline.demo.photographs import write_photographs
 from pipeline.presets import demo
-from pipeline.report import picture_grid
+from pipeline.report.pictures import picture_grid
 from tmad.batch import Batch, collate
 from tmad.config import TrainingConfig
 from tmad.images import crop_scaled, scaled_size, to_model, to_rgb, to_uint8

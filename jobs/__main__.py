@@ -66,13 +66,8 @@ def _as_options(arguments: Sequence[str]) -> list[str]:
 def _inpaint_one(arguments: Sequence[str]) -> int:
     from tmad.shell import inpaint_one
 
-    def find_model(ref: str) -> Path:
-        from pipeline.models import find_model as find
-
-        return find(ref)
-
     try:
-        return inpaint_one(arguments, find_model=find_model)
+        return inpaint_one(arguments)
     except ImportError:
         raise
     except Exception as error:  # one line for a user; --help, Ctrl-C and exits pass

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.sweep.summary import table
 
     done = sweep(command.config)
-    print(table(done.trials, list(done.trials[0].point), command.config.objectives))
+    print(table(done.trials, list(done.trials[0].point), command.config.objectives).text())
     folder = storage.redact(done.folder)
     print(f"report: {folder}/report.html")
     print(f"winner: {folder}/winner.json, for jobs/train_places.py --config")

@@ -30,10 +30,11 @@ from pipeline.data.schema import read_manifest
 from pipeline.errors import ModelNotFound, NotPromoted, TMADError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
+from pipeline.evaluation.side_by_side import side_by_side
 from pipeline.models import find_model
 from pipeline.promotion_rule import Comparison, Requirement, compare, parse_requirement, shortfall
-from pipeline.report import Report, picture_grid, png_bytes
-from pipeline.side_by_side import side_by_side
+from pipeline.report.page import Table, measures_table, render
+from pipeline.report.pictures import picture_grid, png_bytes
 from pipeline.tracking import mlflow_client, resolve_tracking_uri
 from tmad.checkpoint import model_digest, read_model
 from tmad.config import STRICT, PositiveFloat, PositiveInt
@@ -77,7 +78,7 @@ class PromoteConfig:
     num_pictures: Annotated[int, Field(ge=0)] = 8
     """Images shown in the comparison."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the bootstrap."""
+    """Keys the choice of the texture memory and the bootstrap."""
     use_gpu: bool = False
     """Run the models on the GPU."""
     tracking_uri: str | None = None
@@ -187,8 +188,8 @@ def roll_back(config: PromoteConfig) -> Decision:
 
 def _compare(config: PromoteConfig, client: Any, tracking_uri: str, version: int, champion: int | None) -> Decision:
     """The decision in favour of the candidate. Raises `NotPromoted` otherwise."""
-    against = f"v{version}-against-v{champion}" if champion else f"v{version}-first"
-    folder = storage.join(storage.absolute(config.out), config.name, against)
+    label = f"v{version}-against-v{champion}" if champion else f"v{version}-first"
+    folder = storage.join(storage.absolute(config.out), config.name, label)
     digests = {}
     for one, role in ((version, "candidate"), (champion, "champion")):
         if one is not None:
@@ -198,15 +199,14 @@ def _compare(config: PromoteConfig, client: Any, tracking_uri: str, version: int
             f"version {version} of {config.name} is not promoted: it has the weights of version {champion} "
             f"(digest {digests['candidate']})"
         )
-    measured = {
-        one: _measure(config, tracking_uri, one, storage.join(folder, f"v{one}"))
-        for one in (version, champion)
-        if one is not None
-    }
-    comparisons: list[Comparison] = []
-    if champion is not None:
-        draws = {"resamples": config.resamples, "seed": config.seed}
-        comparisons = compare(measured[version], measured[champion], config.rule, confidence=config.confidence, **draws)
+    measured: dict[int, Evaluated] = {}
+    against = None
+    for one in (champion, version):
+        if one is not None:
+            out = storage.join(folder, f"v{one}")
+            measured[one] = _measure(config, tracking_uri, one, out, against)
+            against = out
+    comparisons = [] if champion is None else compare(measured[version], measured[champion], config.rule)
     reasons = [shortfall(one) for one in comparisons if not one.met]
     decision = Decision(config.name, version, champion, comparisons, folder)
     _write(config, client, decision, measured, reasons)
@@ -234,7 +234,7 @@ def _check_sound(config: PromoteConfig, tracking_uri: str, version: int, role: s
     return model_digest(folder)
 
 
-def _measure(config: PromoteConfig, tracking_uri: str, version: int, out: str) -> Evaluated:
+def _measure(config: PromoteConfig, tracking_uri: str, version: int, out: str, against: str | None) -> Evaluated:
     result = evaluate(
         EvaluateConfig(
             model=f"models:/{config.name}/{version}",
@@ -246,6 +246,10 @@ def _measure(config: PromoteConfig, tracking_uri: str, version: int, out: str) -
             num_pictures=config.num_pictures,
             num_extremes=0,
             keep=(),
+            against=against,
+            resamples=config.resamples,
+            confidence=config.confidence,
+            seed=config.seed,
             use_gpu=config.use_gpu,
             tracking_uri=tracking_uri,
         )
@@ -266,30 +270,29 @@ def _write(
     assert decision.folder is not None
     version, champion = decision.version, decision.previous
     verdict = "refused" if reasons else "promoted"
-    report = Report(
-        f"{config.name}: version {version} {'against version ' + str(champion) if champion else 'as the first'}",
-        f"{verdict.capitalize()}. Both versions fill the same holes; a gain is positive where the candidate is better.",
-    )
+    rule = [one.values() for one in decision.comparisons]
+    newest_first = {f"version {one}": measured[one] for one in sorted(measured, reverse=True)}
+    pictures = side_by_side(newest_first)
     header = ["measure", "rule", f"version {version}", f"version {champion}", "gain", "low", "high", "images", "met"]
-    body = [
-        [one.requirement.measure, str(one.requirement), one.candidate, one.champion, one.gain, one.low, one.high,
-         one.images, "yes" if one.met else "no"]
-        for one in decision.comparisons
-    ]  # fmt: skip
-    if body:
-        report.table(header, body)
-        report.text(
-            f"Intervals of {config.confidence:.0%} from {config.resamples:,} bootstrap draws of photographs, seed "
-            f"{config.seed}. A measure without one is of the whole set."
-        )
-    for reason in reasons:
-        report.text(f"Refused: {reason}.")
-    report.heading("All measures")
-    report.measures({f"version {one}": result.means["tmad"] for one, result in measured.items()})
-    pictures = side_by_side({f"version {one}": result for one, result in measured.items()})
-    if pictures:
-        report.heading("The same holes")
-        report.pictures(pictures)
+    page = render(
+        "promotion.html",
+        name=config.name,
+        version=version,
+        champion=champion,
+        verdict=verdict,
+        reasons=reasons,
+        pictures=pictures,
+        rule=Table(
+            header,
+            [[*list(one.values())[:-1], "yes" if one["met"] else "no"] for one in rule],
+            note=f"Intervals of {config.confidence:.0%} from {config.resamples:,} bootstrap draws of photographs, seed "
+            f"{config.seed}. A measure without one is of the whole set.",
+        ),
+        measures=measures_table(
+            {name: one.summary["methods"]["tmad"]["measures"] for name, one in newest_first.items()},
+            note="Means over the images with their intervals; the best of each measure in bold.",
+        ),
+    )
     summary = {
         "name": config.name,
         "candidate": version,
@@ -297,16 +300,11 @@ def _write(
         "verdict": verdict,
         "reasons": list(reasons),
         "data": storage.redact(config.data),
-        "rule": [
-            {"measure": one.requirement.measure, "rule": str(one.requirement), "candidate": one.candidate,
-             "champion": one.champion, "gain": one.gain, "low": one.low, "high": one.high, "images": one.images,
-             "met": one.met}
-            for one in decision.comparisons
-        ],
+        "rule": rule,
         "measures": {str(one): result.means["tmad"] for one, result in measured.items()},
-    }  # fmt: skip
+    }
     files = {
-        "report.html": report.html().encode(),
+        "report.html": page.encode(),
         "comparison.json": (json.dumps(summary, indent=2) + "\n").encode(),
         **({"pictures.png": png_bytes(picture_grid(pictures))} if pictures else {}),
     }

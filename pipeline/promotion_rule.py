@@ -1,21 +1,20 @@
 """The rule of a promotion: which measures have to gain how much, and whether two evaluations say so.
 
-Differences are paired image by image. The interval of their mean comes from a seeded bootstrap that draws photographs,
-with all their crops, and the rule is asked at its unfavourable end.
+Differences and their intervals are those of the evaluation of one version against the other
+(`pipeline.evaluation.compare`); the rule is asked at the interval's unfavourable end.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 from pipeline.errors import NotPromoted
 from pipeline.evaluation.evaluate import Evaluated
 from tmad.metrics import MEASURES
-from tmad.rng import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,11 @@ class Comparison:
     images: int
     met: bool
 
+    def values(self) -> dict[str, object]:
+        """For the table and for comparison.json."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return {"measure": self.requirement.measure, "rule": str(self.requirement), **values}
+
 
 def parse_requirement(word: str, *, must_gain: bool) -> Requirement:
     """Read `measure` or `measure=margin`. Raises `ValueError` for a name that is no measure, with near ones, and for a
@@ -73,58 +77,26 @@ def parse_requirement(word: str, *, must_gain: bool) -> Requirement:
     return Requirement(name, margin, must_gain)
 
 
-def bootstrap(
-    gains: Mapping[str, float], *, resamples: int, confidence: float, seed: int
-) -> tuple[float, float, float]:
-    """Mean of *gains* by image, and the ends of its percentile interval.
-
-    Images of one photograph (`photo.jpg#2`) are drawn together: they are not independent.
-    """
-    groups: dict[str, list[float]] = {}
-    for image_id, gain in sorted(gains.items()):
-        groups.setdefault(image_id.rpartition("#")[0] or image_id, []).append(gain)
-    sums = np.array([sum(group) for group in groups.values()])
-    counts = np.array([len(group) for group in groups.values()])
-    drawn = numpy_generator(seed, "promote").integers(len(groups), size=(resamples, len(groups)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(sums.sum() / counts.sum()), float(low), float(high)
-
-
-def compare(
-    candidate: Evaluated,
-    champion: Evaluated,
-    rule: Sequence[Requirement],
-    *,
-    resamples: int,
-    confidence: float,
-    seed: int,
-) -> list[Comparison]:
-    """Every measure of the rule. Raises `NotPromoted` if they were not measured on the same images."""
+def compare(candidate: Evaluated, champion: Evaluated, rule: Sequence[Requirement]) -> list[Comparison]:
+    """Every measure of the rule; *candidate* was evaluated against *champion*. Raises `NotPromoted` if they were not
+    measured on the same images."""
+    against = candidate.summary["against"]
+    if not candidate.summary["images"] == champion.summary["images"] == against["images"]:
+        raise NotPromoted("the two versions were measured on different images; was the set changed meanwhile?")
     found = []
     for requirement in rule:
         name = requirement.measure
         sign = 1 if MEASURES[name].better == "higher" else -1
         values = [one.means["tmad"].get(name) for one in (candidate, champion)]
-        ours, theirs = (_by_image(one, name) for one in (candidate, champion))
-        if ours.keys() != theirs.keys():
-            raise NotPromoted("the two versions were measured on different images; was the set changed meanwhile?")
-        gains = {
-            key: sign * (value - theirs[key])  # type: ignore[operator]
-            for key, value in ours.items()
-            if value is not None and theirs[key] is not None
-        }
-        gain = low = high = None
-        if gains:
-            gain, low, high = bootstrap(gains, resamples=resamples, confidence=confidence, seed=seed)
-        elif values[0] is not None and values[1] is not None:
-            gain = sign * (values[0] - values[1])
+        entry = against["differences"]["tmad"].get(name, {"mean": None, "low": None, "high": None, "images": 0})
+        gain = None if entry["mean"] is None else sign * entry["mean"]
+        ends = [] if entry["low"] is None else sorted(sign * entry[end] for end in ("low", "high"))
         # A value that the candidate alone lacks is no small sample, it is a fault.
-        lacks = any(value is None and theirs[key] is not None for key, value in ours.items())
-        worst = low if low is not None else gain
-        met = worst is not None and bool(np.isfinite(worst)) and not lacks and requirement.met(worst)
-        found.append(Comparison(requirement, values[0], values[1], gain, low, high, len(gains), met))
+        known = champion.summary["methods"]["tmad"]["measures"].get(name, {"images": 0})["images"]
+        worst = ends[0] if ends else gain
+        met = worst is not None and bool(np.isfinite(worst)) and entry["images"] >= known and requirement.met(worst)
+        low, high = ends or (None, None)
+        found.append(Comparison(requirement, values[0], values[1], gain, low, high, entry["images"], met))
     return found
 
 
@@ -135,7 +107,3 @@ def shortfall(one: Comparison) -> str:
         return f"{name} has no value on this set"
     interval = f", interval {one.low:+.4g} to {one.high:+.4g}" if one.low is not None else ""
     return f"{name} has to be {requirement}, its gain is {one.gain:+.4g}{interval} over {one.images} images"
-
-
-def _by_image(result: Evaluated, measure: str) -> dict[str, float | None]:
-    return {row["image_id"]: row.get(measure) for row in result.evaluation.rows if row["method"] == "tmad"}

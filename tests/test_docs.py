@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from infra.stack_demo import RESULTS
 from pipeline import errors
 from pipeline.data.schema import MANIFEST_NAME
 from pipeline.inpaint.ledger import LEDGER
+from tests.conftest import make_photo
+from tmad.builtin import builtin_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -96,6 +100,28 @@ def test_every_set_that_the_documents_validate_on_is_prepared_as_one() -> None:
     ]
     assert len(commands) >= 4
     assert [command for command in commands if "--split val" not in command] == []
+
+
+@pytest.mark.parametrize(
+    ("document", "made"), [("README.md", "filled.png"), ("docs/inpaint.md", "")], ids=["README", "inpaint"]
+)
+def test_the_python_examples_run_as_they_stand(
+    document: str, made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, mask = make_photo(0, 64, 64), np.zeros((64, 64), np.uint8)
+    mask[20:40, 20:40] = 255
+    Image.fromarray(image).save(tmp_path / "photo.jpg")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first").symlink_to(builtin_model())
+    monkeypatch.chdir(tmp_path)
+    [example] = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
+    names = {"image": image, "mask": mask}
+    exec(compile(example, document, "exec"), names)
+    filled = np.asarray(Image.open(made)) if made else names["filled"]
+    before = np.asarray(Image.open("photo.jpg")) if made else image
+    assert np.array_equal(filled[mask == 0], before[mask == 0])
+    assert not np.array_equal(filled[mask > 0], before[mask > 0])
 
 
 def test_the_quickstart_has_every_job_in_what_is_run() -> None:

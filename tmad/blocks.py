@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import register_parametrization
 
-from tmad.carafe import Carafe
+from tmad.carafe import SCALE, Carafe
 from tmad.config import CarafeConfig
+from tmad.patches import Part, grown, reduced
 
 LEAK = 0.2
 """Slope of every leaky ReLU for negative values [P: Sec. IV]."""
@@ -94,6 +95,18 @@ class UpBlock(nn.Sequential):
             conv(out_channels, out_channels),
             leaky(),
         )
+
+
+def decoded_from(inner: Part, height: int, width: int, carafe: CarafeConfig, levels: int) -> list[Part]:
+    """What *levels* up-blocks in a row have to read for the part *inner* of an output of *height* x *width* pixels:
+    the part of each one's input, the first block's last, in pixels of that input."""
+    found = []
+    for _ in range(levels):
+        read = reduced(grown(inner, 2, height, width), SCALE)  # by the two convolutions
+        height, width = height // SCALE, width // SCALE
+        inner = grown(read, max(carafe.kernel, carafe.encoder_kernel) // 2, height, width)
+        found.append(inner)
+    return found
 
 
 class ResidualBlock(nn.Module):

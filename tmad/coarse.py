@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, leaky, start_linear
+from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, decoded_from, leaky, start_linear
+from tmad.carafe import SCALE
 from tmad.config import CarafeConfig, CoarseConfig
+from tmad.patches import Part, enlarged, reduced, within
 
 
 class CoarseNet(nn.Module):
@@ -17,6 +19,7 @@ class CoarseNet(nn.Module):
 
     def __init__(self, config: CoarseConfig, carafe: CarafeConfig) -> None:
         super().__init__()
+        self._carafe, self._levels = carafe, config.num_down_blocks
         widths = [config.base_width * 2**level for level in range(config.num_down_blocks + 1)]
         dilations = [config.dilations[i % len(config.dilations)] for i in range(config.num_res_blocks)]
         self.layers = nn.Sequential(
@@ -35,12 +38,23 @@ class CoarseNet(nn.Module):
                     if isinstance(layer, nn.Conv2d):
                         start_linear(layer)
 
-    def forward(self, masked: Tensor, mask: Tensor) -> Tensor:
-        """*masked* I_m (B, 3, H, W) in [-1, 1], *mask* M (B, 1, H, W) {0, 1}, sides multiples of 2^num_down_blocks.
+    def forward(self, masked: Tensor, mask: Tensor, inner: Part | None = None) -> Tensor:
+        """*masked* I_m (B, 3, H, W) in [-1, 1], *mask* M (B, 1, H, W) {0, 1}, sides multiples of 2^num_down_blocks;
+        *inner*, rows and columns that are wanted (none = all): no more than these are decoded.
 
-        Returns I_s (B, 3, H, W), clipped to [-1, 1].
+        Returns I_s (B, 3, h, w) of the inner part, clipped to [-1, 1].
         """
-        result: Tensor = _Clip.apply(self.layers(torch.cat([masked, mask], dim=1)))
+        height, width = masked.shape[-2:]
+        whole = slice(0, height), slice(0, width)
+        parts = decoded_from(inner or whole, height, width, self._carafe, self._levels)
+        held = reduced(whole, SCALE**self._levels)
+        features = torch.cat([masked, mask], dim=1)
+        for layer in self.layers:
+            if isinstance(layer, UpBlock):
+                part = parts.pop()
+                features, held = features[..., *within(part, held)], enlarged(part, SCALE)
+            features = layer(features)
+        result: Tensor = _Clip.apply(features[..., *within(inner or whole, held)])
         return result
 
 

@@ -101,12 +101,12 @@ def hole_mask(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """A mask as (H, W) uint8 {0, 1}, 1 = hole, and a note where it shows something, but nothing that counts as white.
 
-    Arrays are (H, W) or (H, W, 1): boolean, true = white; integers, with no value above 1, 1 = white, else grey to 255,
-    or to 65535; floats in [0, 1]. Pillow images may have any mode. What is white says *rule*. The note is given as an
-    `EmptyMaskWarning` too.
+    Arrays are (H, W), (1, H, W), (H, W, 1), or (H, W, 3) and (H, W, 4), of whose colours the brightest counts: boolean,
+    true = white; integers, with no value above 1, 1 = white, else grey to 255, or to 65535; floats in [0, 1]. Pillow
+    images may have any mode. What is white says *rule*. The note is given as an `EmptyMaskWarning` too.
 
-    Raises `UnusableInput` for more than two dimensions, for values out of range, and for a mask without alpha where
-    *rule* asks for it.
+    Raises `UnusableInput` for another shape, for values out of range, and for a mask without alpha where *rule* asks
+    for it.
     """
     grey = mask_grey(mask, rule.value, image_id=image_id)
     white = grey > (0 if rule.value == "nonzero" else rule.threshold)
@@ -128,8 +128,11 @@ def hole_mask(
 def mask_grey(mask: np.ndarray | Image.Image, value: MaskValue = "grey", *, image_id: str = "") -> np.ndarray:
     """What of a mask is looked at, as (H, W) uint8 on a scale to 255. Raises `UnusableInput`, as `hole_mask`."""
     values = _of_picture(mask, value, image_id) if isinstance(mask, Image.Image) else np.asarray(mask)
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[..., 0]
+    if values.ndim == 3 and values.shape[2] in (1, 3, 4):
+        of_alpha = value == "alpha" and values.shape[2] == 4
+        values = values[..., 3] if of_alpha else values[..., :3].max(axis=2)
+    elif values.ndim == 3 and len(values) == 1:
+        values = values[0]
     if trouble := _mask_trouble(values):
         raise UnusableInput("unreadable-array", named(image_id) + trouble)
     if value == "nonzero":
@@ -170,7 +173,7 @@ def _has_varied_alpha(mask: np.ndarray | Image.Image) -> bool:
 
 def _mask_trouble(values: np.ndarray) -> str:
     if values.ndim != 2 or values.size == 0:
-        return f"the mask must have two dimensions (H, W), got {values.shape}"
+        return f"the mask must be (H, W), (1, H, W), or (H, W) with 1, 3 or 4 channels, got {values.shape}"
     if values.dtype.kind not in "buif":
         return f"the mask must be bool, integer or float, got {values.dtype}"
     low, high = values.min(), values.max()

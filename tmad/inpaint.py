@@ -28,10 +28,11 @@ from tmad.holes import EmptyMaskWarning as EmptyMaskWarning
 from tmad.holes import MaskPolarityWarning as MaskPolarityWarning
 from tmad.holes import UnusableInput as UnusableInput
 from tmad.holes import hole_mask as hole_mask
-from tmad.images import decode_image, paste, scale, to_model, to_rgb, to_uint8
+from tmad.images import paste, scale, to_model, to_rgb, to_uint8
+from tmad.inputs import Picture, as_pillow, like, opened
 from tmad.memory import select_pool
 from tmad.model import TMAD
-from tmad.psnet import Part
+from tmad.patches import Part
 from tmad.rng import numpy_generator
 
 Policy = Literal["original", "resize", "crop"]
@@ -47,9 +48,9 @@ LIMIT = 1024
 class InpaintResult:
     """What `Inpainter` made of one image."""
 
-    output: np.ndarray | Image.Image
-    """The filled image: an array for an array, a Pillow image for a Pillow image; same size, same mode where
-    `images.paste` keeps it."""
+    output: np.ndarray | Image.Image | Tensor
+    """The filled image: an array for an array, a tensor for a tensor, else a Pillow image; same size, same type or mode
+    where `images.paste` keeps it."""
     coarse: np.ndarray
     """I^_s (H, W, 3) uint8: the coarse result (or what came as `filled`) inside the hole, the input outside.
     Empty where candidates were not asked for."""
@@ -113,19 +114,22 @@ class Inpainter:
 
     @staticmethod
     def load(
-        folder: Path | str = builtin.NAME,
+        model: Path | str = builtin.NAME,
         *,
         device: torch.device | str = "cpu",
         policy: Policy = "crop",
+        tracking_uri: str | None = None,
         **options: Any,
     ) -> Inpainter:
-        """The model in *folder* (an artifact, or a run that has one; `builtin`, the one in the box), ready for pictures
-        of any size; *options* as above. Raises what `load_model` and `builtin_model` raise, and `ValueError` for a
-        device that this machine does not have."""
+        """The model that *model* names, as in every job, ready for pictures of any size; *options* as above.
+
+        `builtin`, the one in the box; a folder, that of an artifact, a checkpoint or a run; a URI of one;
+        `models:/tmad@champion` or `runs:/<id>/model` of MLflow at *tracking_uri*, else `MLFLOW_TRACKING_URI`. Raises
+        what `load_model` and `builtin_model` raise, `ModelNotFound` where there is none, and `ValueError` for a device
+        that this machine does not have.
+        """
         _check_device(device)
-        folder = builtin.builtin_model() if folder == builtin.NAME else Path(folder)
-        if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
-            folder = folder / "model" if (folder / "model").is_dir() else folder
+        folder = _model_folder(model, tracking_uri)
         return Inpainter(load_model(folder, device=device), policy=policy, **{"keep_candidates": False, **options})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,14 +146,8 @@ class Inpainter:
         self.model.load_state_dict(weights)
         self.model = self.model.to(device).eval()
 
-    def inpaint(
-        self,
-        image: np.ndarray | Image.Image | Path | str,
-        mask: np.ndarray | Image.Image | Path | str,
-        *,
-        image_id: str = "",
-    ) -> np.ndarray | Image.Image:
-        """The filled image alone: an array for an array, a Pillow image for a Pillow image or a file. Arguments and
+    def inpaint(self, image: Picture, mask: Picture, *, image_id: str = "") -> np.ndarray | Image.Image | Tensor:
+        """The filled image alone: an array for an array, a tensor for a tensor, else a Pillow image. Arguments and
         errors as in a call."""
         return self(image, mask, image_id=image_id).output
 
@@ -161,18 +159,19 @@ class Inpainter:
     @torch.inference_mode()
     def __call__(
         self,
-        image: np.ndarray | Image.Image | Path | str,
-        mask: np.ndarray | Image.Image | Path | str,
+        image: Picture,
+        mask: Picture,
         *,
         image_id: str = "",
-        filled: np.ndarray | Image.Image | Path | str | None = None,
+        filled: Picture | None = None,
     ) -> InpaintResult:
         """Fill the hole of one image (Sec. III; inference takes the hole cells and nothing else).
 
-        *image*: Pillow image of any mode, path of a file, or uint8 array (H, W), (H, W, 1), (H, W, 3), (H, W, 4), or
-        uint16 (H, W). *mask*: of the same size, 1 = hole; see `hole_mask` for its types. *filled*: somebody else's
-        result for this image and mask; retrieval and PSNet then work behind it and the coarse network is not asked
-        (Table V). *image_id* and `seed` key the choice of the memory, so the same call gives the same result anywhere.
+        *image*: a file's path or bytes, the open file, a Pillow image of any mode, an array (H, W), (H, W, 1),
+        (H, W, 3) or (H, W, 4) of uint8 or of floats in [0, 1], uint16 (H, W), or such a tensor with its channels first.
+        *mask*: the same, of the same size, 1 = hole; see `hole_mask` for its types. *filled*: somebody else's result
+        for this image and mask; retrieval and PSNet then work behind it and the coarse network is not asked (Table V).
+        *image_id* and `seed` key the choice of the memory, so the same call gives the same result anywhere.
 
         Sides are padded to `size_multiple` (reflected, repeated at the edge where a side is too short) and cropped
         back; the memory is chosen from the image, or the part of it, as it came. A mask without hole gives the input
@@ -182,15 +181,13 @@ class Inpainter:
         Raises `UnusableInput` (a `ValueError`) naming the image: a mask or result of another size, nothing but hole,
         an array that is no image. Raises `UnreadableImage` for a file that is none.
         """
-        image, mask = _opened(image), _opened(mask)
-        filled = None if filled is None else _opened(filled)
-        original = _as_pillow(image, "image", image_id)
+        original = as_pillow(opened(image), "image", image_id)
         size = (original.height, original.width)
-        hole, notes = hole_mask(mask, image_id=image_id)
+        hole, notes = hole_mask(opened(mask), image_id=image_id)
         _check_size("mask", hole.shape, size, image_id)
         donor = None
         if filled is not None:
-            donor = _as_pillow(filled, "filled", image_id)
+            donor = as_pillow(opened(filled), "filled", image_id)
             _check_size("filled", (donor.height, donor.width), size, image_id)
         if not hole.any():
             return self._unchanged(image, original, notes)
@@ -206,11 +203,9 @@ class Inpainter:
             readable = original
         parts = [self._fill(readable, grown, donor, box, image_id) for box in self._boxes(grown)]
         shown = fade(hole, self.feather)
-        output: np.ndarray | Image.Image = paste(
-            original, [((part.box.top, part.box.left), part.rgb, shown[part.box.slices]) for part in parts]
-        )
+        output = paste(original, [((part.box.top, part.box.left), part.rgb, shown[part.box.slices]) for part in parts])
         return InpaintResult(
-            output=np.array(output).reshape(image.shape) if isinstance(image, np.ndarray) else output,
+            output=like(image, output),
             coarse=self._coarse(original, parts),
             candidates=np.concatenate([part.found.candidates for part in parts]),
             cells_yx=np.concatenate([part.found.cells_yx for part in parts]),
@@ -258,7 +253,7 @@ class Inpainter:
         mask = torch.from_numpy(padded_hole).to(device)[None, None].float()
         pool_yx = torch.from_numpy(self._pool(hole, key).astype(np.int64)).to(device)[None]
         if donor is None:
-            coarse = compose(self.model.predict_coarse(image, mask), image, mask)
+            coarse = self._predict(image, mask, _around(padded_hole, config.patch_size))
         else:
             coarse = compose(_to_tensor(_pad(donor, config.size_multiple), device), image, mask)
         memory = self.model.read_memory(coarse, pool_yx)
@@ -269,6 +264,12 @@ class Inpainter:
         before = np.where(hole[..., None] > 0, before, rgb)
         filled, found = self._synthesize(lambda part: coarse[..., *part], before, inside, memory, pool_yx[0])
         return filled, before, found
+
+    def _predict(self, image: Tensor, mask: Tensor, part: Part) -> Tensor:
+        """I^_s of *image*, whose holes lie in *part*."""
+        coarse = image.clone()
+        coarse[..., *part] = compose(self.model.predict_coarse(image, mask, part), image[..., *part], mask[..., *part])
+        return coarse
 
     def _synthesize(
         self, read: Callable[[Part], Tensor], before: np.ndarray, hole: np.ndarray, memory: Tensor, pool_yx: Tensor
@@ -302,7 +303,8 @@ class Inpainter:
             chosen = torch.from_numpy(inside).to(self.device)
             candidates = self.model.retrieval.hand_out(weights[chosen][None], memory, index[chosen][None])
             inner = slice(top - y, bottom - y), slice(left - x, right - x)
-            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None], inner))
+            ends = [(slice(a * k, (b + 1) * k)) for a, b in ((rows.min(), rows.max()), (columns.min(), columns.max()))]
+            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None], inner, (ends[0], ends[1])))
             target[wanted] = made[: target.shape[0], : target.shape[1]][wanted]
         return filled, self._found(index, memory, pool_yx, corners)
 
@@ -339,7 +341,7 @@ class Inpainter:
         small = scale(rgb, size, "bilinear")
         image = _to_tensor(_pad(small, config.size_multiple), self.device)
         mask = torch.from_numpy(_pad(small_hole, config.size_multiple)).to(self.device)[None, None].float()
-        coarse = _to_array(compose(self.model.predict_coarse(image, mask), image, mask))
+        coarse = _to_array(self._predict(image, mask, _around(small_hole, config.size_multiple)))
         return scale(np.ascontiguousarray(coarse[: size[0], : size[1]]), (height, width))
 
     def _fill_in_tiles(
@@ -393,13 +395,11 @@ class Inpainter:
             coarse[part.box.slices] = part.coarse
         return coarse
 
-    def _unchanged(
-        self, image: np.ndarray | Image.Image, original: Image.Image, notes: tuple[str, ...]
-    ) -> InpaintResult:
+    def _unchanged(self, image: Picture, original: Image.Image, notes: tuple[str, ...]) -> InpaintResult:
         config = self.model.config
         none = _none_found(config.retrieval.num_candidates, config.patch_size)
         return InpaintResult(
-            output=image.copy(),
+            output=like(image, original.copy()),
             coarse=self._coarse(original, ()),
             candidates=none.candidates,
             cells_yx=none.cells_yx,
@@ -435,27 +435,17 @@ def _check_device(device: torch.device | str) -> None:
         raise ValueError(f"device {device} needs a GPU that PyTorch can use, and there is none here; use device='cpu'")
 
 
-def _opened(image: np.ndarray | Image.Image | Path | str) -> np.ndarray | Image.Image:
-    """A file's picture, upright; anything else as it is."""
-    return decode_image(Path(image).read_bytes()) if isinstance(image, Path | str) else image
+def _model_folder(model: Path | str, tracking_uri: str | None) -> Path:
+    """The folder on this machine of the artifact that *model* names."""
+    if str(model) == builtin.NAME:
+        return builtin.builtin_model()
+    for folder in (Path(model), Path(model) / "model"):
+        if all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+            return folder
+    # Whoever names a folder needs neither Ray nor MLflow; other places are known to the glue around this package.
+    from pipeline.models import find_model
 
-
-def _as_pillow(image: np.ndarray | Image.Image, what: str, image_id: str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    array = np.asarray(image)
-    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
-    shape, kind = array.shape, array.dtype
-    grey, colour = array.ndim == 2, array.ndim == 3 and shape[2] in (3, 4)
-    readable = (kind == np.uint8 and (grey or colour)) or (kind == np.uint16 and grey)
-    if array.size == 0 or not readable:
-        hint = "; a float image in [0, 1] is (image * 255).round().astype('uint8')" if kind.kind == "f" else ""
-        raise UnusableInput(
-            "unreadable-array",
-            f"{named(image_id)}{what} must be a Pillow image or a uint8 array (H, W), (H, W, 3) or (H, W, 4), "
-            f"or uint16 (H, W), got {kind} {shape}{hint}",
-        )
-    return Image.fromarray(np.ascontiguousarray(array))
+    return find_model(str(model), tracking_uri=tracking_uri)
 
 
 def _check_size(what: str, size: tuple[int, ...], wanted: tuple[int, int], image_id: str) -> None:
@@ -475,6 +465,12 @@ def _pad(array: np.ndarray, multiple: int) -> np.ndarray:
         widths = [(0, extra if index == axis else 0) for index in range(array.ndim)]
         array = np.pad(array, widths, mode="reflect" if extra < side else "edge")
     return array
+
+
+def _around(hole: np.ndarray, multiple: int) -> Part:
+    """The rows and columns that hold all of *hole*, to multiples of *multiple*."""
+    rows, columns = (np.flatnonzero(hole.any(axis=axis)) // multiple * multiple for axis in (1, 0))
+    return slice(rows[0], rows[-1] + multiple), slice(columns[0], columns[-1] + multiple)
 
 
 def _to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:

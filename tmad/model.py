@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from tmad.coarse import CoarseNet, compose
 from tmad.config import TMADConfig
 from tmad.mosaic import lay_out, with_details
-from tmad.patches import cell_corners, cut, tile
-from tmad.psnet import Part, PSNet
+from tmad.patches import Part, cell_corners, cut, tile
+from tmad.psnet import PSNet
 from tmad.retrieval import Retrieval, Retrieved
 from tmad.rng import seed_of
 
@@ -87,9 +87,9 @@ class TMAD(nn.Module):
             output=output,
         )
 
-    def predict_coarse(self, image: Tensor, mask: Tensor) -> Tensor:
-        """I_s from I_m = I * (1 - M) and M (Sec. III-A), float32."""
-        result: Tensor = self.coarse(compose(torch.zeros_like(image), image, mask), mask)
+    def predict_coarse(self, image: Tensor, mask: Tensor, inner: Part | None = None) -> Tensor:
+        """I_s from I_m = I * (1 - M) and M (Sec. III-A), float32; of the part *inner* alone, if one is named."""
+        result: Tensor = self.coarse(compose(torch.zeros_like(image), image, mask), mask, inner)
         return result.float()
 
     def read_memory(self, coarse: Tensor, pool_yx: Tensor) -> Tensor:
@@ -112,12 +112,18 @@ class TMAD(nn.Module):
         return self.retrieval(cut(coarse, corners, k), self.patches(memory), memory)
 
     def synthesize(
-        self, coarse: Tensor, mask: Tensor, candidates: Tensor, cells: Tensor, inner: Part | None = None
+        self,
+        coarse: Tensor,
+        mask: Tensor,
+        candidates: Tensor,
+        cells: Tensor,
+        inner: Part | None = None,
+        area: Part | None = None,
     ) -> Tensor:
         """PSNet over a part of the picture (Sec. III-C), in which the windows *candidates* were retrieved for *cells*.
 
-        *coarse* I^_s (B, 3, H, W), *mask* (B, 1, H, W), sides multiples of k. Returns *inner* of (B, 3, H, W), float32,
-        linear.
+        *coarse* I^_s (B, 3, H, W), *mask* (B, 1, H, W), sides multiples of k; *area* as for `mosaic.lay_out`. Returns
+        *inner* of (B, 3, H, W), float32, linear.
         """
-        mosaics, details = lay_out(candidates, cells, coarse, mask, patch_size=self.config.patch_size)
+        mosaics, details = lay_out(candidates, cells, coarse, mask, patch_size=self.config.patch_size, area=area)
         return self.psnet(coarse, mask, mosaics, details, inner)

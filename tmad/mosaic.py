@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tmad.patches import Part
+
 NUM_BANDS = 2
 """Bands of detail that a window carries beside its colours."""
 
@@ -26,9 +28,15 @@ def with_details(image: Tensor, patch_size: int) -> Tensor:
     from it. Returns (B, CHANNELS, H, W)."""
     levels = [image]
     for divisor in (8, 4):
-        side = 2 * (patch_size // divisor) + 1
-        levels.append(F.avg_pool2d(image, side, stride=1, padding=side // 2, count_include_pad=False))
+        reach = patch_size // divisor
+        levels.append(_box_blur(_box_blur(image, (reach, 0)), (0, reach)))
     return torch.cat([image, *(fine - blurred for fine, blurred in pairwise(levels))], dim=1)
+
+
+def _box_blur(image: Tensor, reach: tuple[int, int]) -> Tensor:
+    """Means of *image* (B, C, H, W) over so many rows and columns on either side, as far as there are any."""
+    size = [2 * one + 1 for one in reach]
+    return F.avg_pool2d(image, size, stride=1, padding=list(reach), count_include_pad=False)
 
 
 def ramp(patch_size: int, overlap: int) -> Tensor:
@@ -45,14 +53,26 @@ def ramp(patch_size: int, overlap: int) -> Tensor:
     return weights[:, None] * weights
 
 
-def lay_out(windows: Tensor, cells: Tensor, coarse: Tensor, mask: Tensor, *, patch_size: int) -> tuple[Tensor, Tensor]:
+def lay_out(
+    windows: Tensor, cells: Tensor, coarse: Tensor, mask: Tensor, *, patch_size: int, area: Part | None = None
+) -> tuple[Tensor, Tensor]:
     """Blend the windows that were borrowed for *cells* into pictures.
 
     *windows* (B, N, C, CHANNELS, k + 2o, k + 2o); *cells* (B, N), raster indices, none twice; *coarse* I^_s (B, 3, H,
     W); *mask* (B, 1, H, W), 1 = hole. Cells without a hole pixel take no part: their windows would reach into those
-    that have one. Returns mosaics (B, C, 3, H, W), the candidates' colours, with *coarse* where
-    nothing was borrowed and outside the hole; and details (B, C, NUM_BANDS, 3, H, W), 0 where nothing was borrowed.
+    that have one. *area*, rows and columns that hold all *cells*, multiples of k: nothing is blended beyond it (none =
+    the whole picture). Returns mosaics (B, C, 3, H, W), the candidates' colours, with *coarse* where nothing was
+    borrowed and outside the hole; and details (B, C, NUM_BANDS, 3, H, W), 0 where nothing was borrowed.
     """
+    if area is not None:
+        top, left = (one.start // patch_size for one in area)
+        columns, inner = coarse.shape[-1] // patch_size, (area[1].stop - area[1].start) // patch_size
+        moved = (cells // columns - top) * inner + cells % columns - left
+        there = lay_out(windows, moved, coarse[..., *area], mask[..., *area], patch_size=patch_size)
+        mosaics = coarse[:, None].to(there[0].dtype).repeat(1, windows.shape[2], 1, 1, 1)
+        details = there[1].new_zeros(*mosaics.shape[:2], NUM_BANDS, *mosaics.shape[2:])
+        mosaics[..., *area], details[..., *area] = there
+        return mosaics, details
     num_candidates, side = windows.shape[2], windows.shape[-1]
     size = coarse.shape[-2:]
     touched = F.max_pool2d(mask.float(), patch_size).flatten(1).gather(1, cells)[:, :, None, None, None]

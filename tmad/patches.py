@@ -1,4 +1,4 @@
-"""Geometry of patches: the grid of cells, cutting by coordinates, tiling back.
+"""Geometry of patches: parts of images, the grid of cells, cutting by coordinates, tiling back.
 
 Shapes: B images, N patches of an image, k patch side, H W image sides (multiples of k). A cell is one k x k square of
 the non-overlapping grid, named by its raster index in the (H/k) x (W/k) grid.
@@ -9,6 +9,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Part = tuple[slice, slice]
+"""Rows and columns of an image."""
+
+
+def grown(part: Part, by: int, height: int, width: int) -> Part:
+    """*part* with *by* pixels more on all sides, as far as the image goes."""
+    rows, columns = part
+    return (
+        slice(max(0, rows.start - by), min(height, rows.stop + by)),
+        slice(max(0, columns.start - by), min(width, columns.stop + by)),
+    )
+
+
+def within(part: Part, whole: Part) -> Part:
+    """*part* as seen from the corner of *whole*."""
+    rows, columns = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, whole, strict=True))
+    return rows, columns
+
+
+def reduced(part: Part, divisor: int) -> Part:
+    """*part* in an image whose sides are divided by *divisor*: all pixels that it has a share in."""
+    rows, columns = (slice(one.start // divisor, -(-one.stop // divisor)) for one in part)
+    return rows, columns
+
+
+def enlarged(part: Part, factor: int) -> Part:
+    """*part* in an image whose sides are multiplied by *factor*."""
+    rows, columns = (slice(factor * one.start, factor * one.stop) for one in part)
+    return rows, columns
 
 
 def cell_corners(cells: Tensor, *, patch_size: int, width: int) -> Tensor:

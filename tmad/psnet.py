@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, leaky, normalise_spectra, out_conv
+from tmad.blocks import DownBlock, ResidualBlock, UpBlock, conv, decoded_from, leaky, normalise_spectra, out_conv
 from tmad.config import CarafeConfig, PSNetConfig
 from tmad.mosaic import NUM_BANDS
-
-Part = tuple[slice, slice]
-"""Rows and columns."""
+from tmad.patches import Part, enlarged, grown, reduced, within
 
 
 class PSNet(nn.Module):
@@ -28,16 +26,15 @@ class PSNet(nn.Module):
     def __init__(self, config: PSNetConfig, carafe: CarafeConfig, num_candidates: int) -> None:
         super().__init__()
         base = config.base_width
-        self.residual = config.residual
+        self.residual, self._carafe = config.residual, carafe
         # Full resolution: two convolutions each of the first down-block, the last up-block and the final pair; half:
         # those of the second and first, and the reassembly; quarter: the residual blocks and the reassembly.
         blocks = max(config.num_res_blocks, config.num_texture_res_blocks)
         reassembly = max(carafe.kernel, carafe.encoder_kernel) // 2
         self.reach = 6 + 2 * (4 + reassembly) + 4 * (2 * blocks + reassembly + 1)
         """Pixels beyond which nothing changes a pixel of the output."""
-        # What of the texture encoder and of the decoder is needed around a part, in whole pixels of their features.
+        # What the texture encoder sees around a pixel of its features, in whole pixels of them.
         self._texture_reach = 8 * (config.num_texture_res_blocks + 1)
-        self._decoder_reach = 4 * (reassembly + (6 + reassembly) // 2 + 2)
         self.encoder = nn.Sequential(
             conv(4, base, 1),
             leaky(),
@@ -76,15 +73,18 @@ class PSNet(nn.Module):
         """
         height, width = coarse.shape[-2:]
         inner = inner or (slice(0, height), slice(0, width))
-        decoded_part = _grown(inner, self._decoder_reach, height, width)
-        texture_part = _grown(decoded_part, self._texture_reach, height, width)
-        place = _within(decoded_part, texture_part)
-        features = self.encoder(torch.cat([coarse, mask.to(coarse.dtype)], dim=1))[..., *_scaled(decoded_part, 4)]
+        decoded_part = grown(inner, 2, height, width)  # by the pair of convolutions
+        half_part, quarter_part = decoded_from(decoded_part, height, width, self._carafe, 2)
+        texture_part = grown(enlarged(quarter_part, 4), self._texture_reach, height, width)
+        features = self.encoder(torch.cat([coarse, mask.to(coarse.dtype)], dim=1))[..., *quarter_part]
         half = self.texture_half(mosaics[..., *texture_part].flatten(1, 2))
-        quarter = self.texture_quarter(half)[..., *_scaled(place, 4)]
+        quarter = self.texture_quarter(half)[..., *within(quarter_part, reduced(texture_part, 4))]
+        half = half[..., *within(half_part, reduced(texture_part, 2))]
         decoded = self.up_half(torch.cat([features, quarter], dim=1))
-        decoded = self.up_full(torch.cat([decoded, half[..., *_scaled(place, 2)]], dim=1))
-        decoded = self.decode(decoded)[..., *_within(inner, decoded_part)]
+        decoded = decoded[..., *within(half_part, enlarged(quarter_part, 2))]
+        decoded = self.up_full(torch.cat([decoded, half], dim=1))
+        decoded = decoded[..., *within(decoded_part, enlarged(half_part, 2))]
+        decoded = self.decode(decoded)[..., *within(inner, decoded_part)]
         coarse, details = coarse[..., *inner], details[..., *inner]
         result: Tensor = self.output(decoded).float()
         if self.residual != "none":
@@ -94,22 +94,3 @@ class PSNet(nn.Module):
             gains = self.gains(decoded).float()[:, :, None]
             result = result + (gains * details.flatten(1, 2)).sum(1)
         return result
-
-
-def _grown(part: Part, by: int, height: int, width: int) -> Part:
-    rows, columns = part
-    return (
-        slice(max(0, rows.start - by), min(height, rows.stop + by)),
-        slice(max(0, columns.start - by), min(width, columns.stop + by)),
-    )
-
-
-def _within(part: Part, whole: Part) -> Part:
-    """*part* as seen from the corner of *whole*."""
-    rows, columns = (slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, whole, strict=True))
-    return rows, columns
-
-
-def _scaled(part: Part, divisor: int) -> Part:
-    rows, columns = (slice(one.start // divisor, one.stop // divisor) for one in part)
-    return rows, columns

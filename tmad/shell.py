@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 DESCRIPTION = """
@@ -59,8 +59,8 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def inpaint_one(argv: Sequence[str], *, find_model: Callable[[str], Path]) -> int:
-    """Fill one file; returns the exit code. *find_model* is asked for a model that is no folder here.
+def inpaint_one(argv: Sequence[str]) -> int:
+    """Fill one file; returns the exit code.
 
     Raises `ValueError` with one line that says what cannot be used and why.
     """
@@ -82,9 +82,8 @@ def inpaint_one(argv: Sequence[str], *, find_model: Callable[[str], Path]) -> in
     warnings.simplefilter("ignore", UserWarning)  # what they say stands in the result's notes
     max_pixels = options.max_pixels or MAX_PIXELS
     allow_pixels(max_pixels)
-    folder = Path(options.model)
     inpainter = Inpainter.load(
-        folder if folder.is_dir() else find_model(options.model),
+        options.model,
         device=options.device,
         policy=options.policy,
         feather=options.feather,

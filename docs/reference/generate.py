@@ -149,49 +149,9 @@ def configuration() -> str:
     return NOTE + "\n".join(lines).rstrip() + "\n"
 
 
-def signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """`name(argument: type) -> type`."""
-    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    arguments = ast.unparse(node.args)
-    return f"{node.name}({re.sub(r'^(self|cls)(, )?', '', arguments)}){result}"
-
-
-def members(body: list[ast.stmt], owner: str = "") -> Iterator[str]:
-    """Lines of the public functions and classes of *body*."""
-    for node in body:
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) or node.name.startswith("_"):
-            continue
-        words = ast.get_docstring(node)
-        if words is None:
-            continue
-        name = f"class {node.name}" if isinstance(node, ast.ClassDef) else signature(node)
-        yield f"- **`{owner}{name}`**"
-        yield ""
-        yield textwrap.indent(words, "  ")
-        yield ""
-        if isinstance(node, ast.ClassDef):
-            yield from members(node.body, f"{node.name}.")
-
-
-def api(package: str) -> str:
-    """The page of one package, module by module, by its docstrings."""
-    lines = [f"# {package}", "", f"The public functions and classes of `{package}/`, with their docstrings.", ""]
-    for path in sorted((ROOT / package).rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        found = list(members(tree.body))
-        if path.name == "__init__.py" and not found:
-            continue
-        lines += [f"## {path.relative_to(ROOT)}", "", ast.get_docstring(tree) or "", "", *found]
-    return NOTE + "\n".join(lines).rstrip() + "\n"
-
-
 def pages() -> dict[Path, str]:
     """Every page of this folder and what it should say."""
-    return {
-        FOLDER / "configuration.md": configuration(),
-        FOLDER / "api-tmad.md": api("tmad"),
-        FOLDER / "api-pipeline.md": api("pipeline"),
-    }
+    return {FOLDER / "configuration.md": configuration()}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Pictures of what was left out are read from the source once more, a few for each
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +22,8 @@ from pipeline.data.own_masks import join_counts, mask_warnings
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.schema import Record, open_shard, set_folder
 from pipeline.data.sources.base import Source
-from pipeline.report import Report
+from pipeline.report.page import Table, histogram, render
+from pipeline.report.pictures import jpeg_bytes
 from pipeline.storage import absolute, exists, join, read_bytes, remove, write_atomic
 from tmad.images import decode_rgb
 
@@ -79,7 +79,7 @@ def write_report(
     # Numbers are removed first and written last, so beside them lies the page that belongs to them.
     if not (exists(page) and exists(numbers) and read_bytes(numbers) == text):
         remove(numbers)
-        _page(findings, _Pictures(out, receipts, source, config, other)).write(page)
+        write_atomic(page, _page(findings, _Pictures(out, receipts, source, config, other)).encode())
         write_atomic(numbers, text)
     return page
 
@@ -136,58 +136,40 @@ def _sizes(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _page(findings: dict[str, Any], pictures: _Pictures) -> Report:
-    used, listed, drops = findings["images_used"], findings["images_listed"], findings["drops"]
-    page = Report(
-        "Prepared set: what is in it, what was left out",
-        f"{findings['records']} records of {used} images; {listed} were listed, {sum(drops.values())} left out.",
-    )
-    for warning in findings["warnings"]:
-        page.text(f"Warning: {warning}")
-    settings = findings["settings"]
+def _page(findings: dict[str, Any], pictures: _Pictures) -> str:
+    drops, holes, settings = findings["drops"], findings["holes"], findings["settings"]
     facts = {"source": settings["source"], "held against": settings.get("against") or "nothing"}
     if findings["decoded"]["count"]:
         side, aspect = findings["decoded"]["short_side"], findings["decoded"]["aspect"]
         facts["shorter side, pixels"] = f"{side['min']} to {side['max']}, median {side['median']:g}"
         facts["longer to shorter side"] = f"up to {aspect['max']:g}, median {aspect['median']:g}"
-    page.facts({**facts, "images without colour, kept": findings["grey"]["count"]})
-    page.heading("Left out")
-    if drops:
-        rows = [(reason, count, f"{count / listed:.2%}", MEANING.get(reason, "")) for reason, count in drops.items()]
-        page.table(["reason", "images", "share", "meaning"], rows)
-    else:
-        page.text("Nothing.")
-    for reason in drops:
-        _copies_or_images(page, reason, [one for one in findings["left_out"] if one["reason"] == reason], pictures)
+    facts["images without colour, kept"] = findings["grey"]["count"]
+    sections = [(reason, [one for one in findings["left_out"] if one["reason"] == reason]) for reason in drops]
     for reason, title in (("duplicate", "Duplicates that were kept"), ("near-duplicate", "Near duplicates, kept")):
-        _copies_or_images(page, title, [one for one in findings["copies_kept"] if one["reason"] == reason], pictures)
-    grey = [{"key": key, "detail": ""} for key in findings["grey"]["first"]]
-    _copies_or_images(page, "Without colour, kept", grey, pictures, total=findings["grey"]["count"])
-    holes = findings["holes"]
-    page.heading("Holes")
-    page.histogram(
-        holes["histogram"],
-        low=0,
-        high=1,
-        label=f"{holes['masks']} masks by the share of the picture that is hole: from {holes['min']:.3f} to "
-        f"{holes['max']:.3f}, {holes['mean']:.3f} on average.",
+        sections.append((title, [one for one in findings["copies_kept"] if one["reason"] == reason]))
+    sections.append(("Without colour, kept", [{"key": key, "detail": ""} for key in findings["grey"]["first"]]))
+    totals = {"Without colour, kept": findings["grey"]["count"]}
+    galleries = []
+    for title, lines in sections:
+        if lines:
+            total = totals.get(title, len(lines))
+            more = f", the first {SHOWN} by key" if total > SHOWN else ""
+            galleries.append((f"{title}: {total}{more}", pictures.of(lines[:SHOWN]), "copy_of" in lines[0]))
+    label = (
+        f"{holes['masks']} masks by the share of the picture that is hole: from {holes['min']:.3f} to "
+        f"{holes['max']:.3f}, {holes['mean']:.3f} on average."
     )
-    page.heading("Records with their holes in red")
-    page.gallery(pictures.sample())
-    return page
-
-
-def _copies_or_images(
-    page: Report, title: str, lines: Sequence[dict[str, Any]], pictures: _Pictures, total: int | None = None
-) -> None:
-    """A section with the first of *lines*, beside each copy the image that it is a copy of."""
-    if not lines:
-        return
-    total = total or len(lines)
-    page.heading(f"{title}: {total}" + (f", the first {SHOWN} by key" if total > SHOWN else ""))
-    if "copy_of" in lines[0]:
-        page.text("Left the copy, right the image that it is a copy of.")
-    page.gallery(pictures.of(lines[:SHOWN]))
+    listed = findings["images_listed"]
+    reasons = [(reason, count, f"{count / listed:.2%}", MEANING.get(reason, "")) for reason, count in drops.items()]
+    return render(
+        "prepared.html",
+        found=findings,
+        sample=pictures.sample(),
+        left_out=Table(["reason", "images", "share", "meaning"], reasons),
+        galleries=galleries,
+        holes=histogram(holes["histogram"], low=0, high=1, label=label),
+        facts=facts,
+    )
 
 
 class _Pictures:
@@ -204,7 +186,7 @@ class _Pictures:
         self.out, self.receipts, self.source, self.config, self.other = out, receipts, source, config, other
 
     def of(self, lines: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[bytes | None]]]:
-        """Figures for `Report.gallery`; of copies the image that stays is on the right."""
+        """Figures of a gallery; of copies the image that stays is on the right."""
 
         def figure(line: dict[str, Any]) -> tuple[str, str, list[bytes | None]]:
             shown = [self._of_source(line["key"])]
@@ -258,6 +240,4 @@ def thumbnail(rgb: np.ndarray) -> bytes:
     """(H, W, 3), uint8, as a JPEG file of at most `THUMBNAIL` pixels a side."""
     image = Image.fromarray(np.ascontiguousarray(rgb))
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "jpeg", quality=80)
-    return buffer.getvalue()
+    return jpeg_bytes(image, quality=80)

@@ -33,7 +33,8 @@ from pipeline.evaluation.evaluate import Evaluated, evaluate
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import Summary, inpaint_all
 from pipeline.presets import PRESETS
-from pipeline.report import Picture, Report
+from pipeline.report.page import Table, render
+from pipeline.report.pictures import Row
 from pipeline.tracking import resolve_tracking_uri
 from pipeline.train.launch import train
 from tmad.config import STRICT, PositiveInt
@@ -243,47 +244,23 @@ def _write_report(
     model: str,
     tracking_uri: str | None,
 ) -> None:
-    report = Report(
-        "T-MAD demo",
-        "The model in the box, fine-tuned for minutes on crops of a handful of photographs by every part of the "
-        "system, fills holes in photographs that it has never seen.",
+    photographs = [
+        [one.file, "training" if one.split == "train" else "validation", one.licence, one.source] for one in PHOTOGRAPHS
+    ]
+    page = render(
+        "demo.html",
+        e=evaluation.sections(),
+        run=run,
+        features=finished["perceptual"],
+        model=model,
+        examples=list(_example_rows(inpainted)),
+        tracking_uri=tracking_uri,
+        photographs=Table(["photograph", "used for", "licence", "source"], photographs),
     )
-    evaluation.write_sections(report)
-    report.heading("Whole photographs, filled from folders")
-    report.text(f"Images and masks from a folder each, filled by {model} at their own size.")
-    report.pictures(list(_example_rows(inpainted)))
-    report.heading("Training")
-    schedule, features = run.schedule, finished["perceptual"]
-    report.facts(
-        {
-            "workers": f"{run.workers.num_workers} (Ray Train)",
-            "started from": run.init_from or "random weights",
-            "images": f"{schedule.coarse_images:,} coarse network alone, then {schedule.joint_images:,} jointly, "
-            f"{schedule.batch_images} a step",
-            "patches": f"{run.model.patch_size} px, memory of {run.model.memory.pool_size}, "
-            f"{run.model.retrieval.num_candidates} candidates",
-            "perceptual loss": "VGG-19"
-            if features == "vgg19"
-            else f"{features} features: no VGG-19 weights are downloaded",
-            "registered as": model,
-        }
-    )
-    if tracking_uri is not None:
-        report.text("Losses, rates, measures and pictures over time are in MLflow:")
-        report.command(f"mlflow ui --backend-store-uri {tracking_uri}")
-    report.heading("Photographs")
-    report.text("Training and validation share no photograph. Licences as the packages that ship them state them.")
-    report.table(
-        ["photograph", "used for", "licence", "source"],
-        [
-            [one.file, "training" if one.split == "train" else "validation", one.licence, one.source]
-            for one in PHOTOGRAPHS
-        ],
-    )
-    report.write(str(path))
+    storage.write_atomic(str(path), page.encode())
 
 
-def _example_rows(folder: Path) -> Iterator[tuple[str, dict[str, Picture]]]:
+def _example_rows(folder: Path) -> Iterator[Row]:
     for image in sorted((folder / "images").iterdir()):
         result = folder / "results" / f"{image.stem}.png"
         if not result.exists():

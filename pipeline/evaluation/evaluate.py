@@ -14,9 +14,10 @@ from pipeline.evaluation.compare import REPORT, Comparison, compare, folder_of, 
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.external import export_inputs
 from pipeline.evaluation.measure import Evaluation, Opened, measure_set, open_inputs
-from pipeline.evaluation.page import caption, markdown, write_sections
+from pipeline.evaluation.page import markdown, sections
 from pipeline.evaluation.pictures import Shown, choose, paint
-from pipeline.report import Report, picture_grid, png_bytes
+from pipeline.report.page import render
+from pipeline.report.pictures import Row, picture_grid, png_bytes
 from pipeline.storage import absolute, join, read_bytes, redact
 from pipeline.tracking import Tracker, check_run
 
@@ -40,9 +41,9 @@ class Evaluated:
         """Method, then measure, then its mean or value."""
         return self.evaluation.means
 
-    def write_sections(self, report: Report) -> None:
-        """The evaluation as sections of *report*."""
-        write_sections(report, self.evaluation, self.shown, self.comparison)
+    def sections(self) -> dict[str, Any]:
+        """What the sections of a page show."""
+        return sections(self.evaluation, self.shown, self.comparison)
 
 
 def evaluate(config: EvaluateConfig) -> Evaluated:
@@ -60,9 +61,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
         changed = [] if comparison is None else comparison.changed
         shown = paint(evaluation, [*(choose(evaluation) if evaluation.summary["images"] else []), *changed])
         done = Evaluated(evaluation, shown, comparison)
-        report = Report("T-MAD evaluation", "Every method fills the same holes of the same images.")
-        done.write_sections(report)
-        claim.write("report.html", report.html().encode())
+        claim.write("report.html", render("evaluation.html", e=done.sections()).encode())
         claim.write("report.md", markdown(done.summary, comparison).encode())
         if grid := grid_rows(shown):
             claim.write("pictures.png", png_bytes(picture_grid(grid)))
@@ -104,9 +103,9 @@ def export(config: EvaluateConfig) -> int:
     return export_inputs(config.data, config.export, manifest=read_manifest(config.data))
 
 
-def grid_rows(shown: Sequence[Shown]) -> list[tuple[str, dict[str, bytes]]]:
+def grid_rows(shown: Sequence[Shown]) -> list[Row]:
     """The evenly spread images, for a picture grid."""
-    return [(caption(one), one.pictures) for one in shown if one.choice.why == "spread"]
+    return [one.row for one in shown if one.choice.why == "spread"]
 
 
 def _track(done: Evaluated, out: str, tracker: Tracker) -> None:

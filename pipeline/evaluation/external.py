@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline import storage
 from pipeline.data.schema import Manifest, open_shard, read_records, set_folder
 from pipeline.errors import MissingInput, UnfitResults
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from tmad.images import SUFFIXES, decode_rgb
 
 _SHOWN = 10

@@ -28,7 +28,7 @@ from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.external import Results, result_name
 from pipeline.evaluation.methods import Filler, Row
 from pipeline.evaluation.networks import ScriptedNetwork
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from pipeline.storage import file_sizes, join, read_bytes
 from tmad.inpaint import Inpainter, UnusableInput
 from tmad.metrics import MEASURES, measure

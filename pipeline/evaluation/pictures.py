@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import io
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from pipeline.evaluation.measure import Evaluation, num_workers, resources
 from pipeline.evaluation.methods import Filled, Filler
 from pipeline.evaluation.parts import Job, Part, opened, read_part
 from pipeline.evaluation.summary import rows_of_images
-from pipeline.report import Zoom, zoom_on
+from pipeline.report.pictures import Row, Zoom, jpeg_bytes, zoom_on
 from tmad.inpaint import InpaintResult
 from tmad.metrics import measure
 
@@ -37,7 +36,6 @@ SERIES = (0.125, 0.25, 0.375, 0.5, 0.625)
 """Sides of the holes of a series, shares of the image's side."""
 VIEW_SCALE = 2
 """The retrieval view is so many times larger than the image."""
-JPEG_QUALITY = 92
 
 _CELL_COLOUR, _WINDOW_COLOUR = (230, 30, 30), (30, 90, 230)
 
@@ -66,9 +64,21 @@ class Shown:
     """By column: input, candidates, each method by its title, truth."""
     zoom: Zoom | None
     retrieval: list[tuple[str, str, list[bytes]]]
-    """For `Report.gallery`: a cell with its windows marked, then the patches in rank order."""
+    """A cell with its windows marked, then the patches in rank order: name, what is said of it, pictures."""
     series: list[tuple[str, dict[str, bytes]]]
-    """For `Report.pictures`: mask sizes from small to large."""
+    """Mask sizes from small to large."""
+
+    @property
+    def caption(self) -> str:
+        """The line above the pictures."""
+        value = f", psnr_hole {self.choice.value:.2f} dB" if self.choice.value is not None else ""
+        mask = f", mask {self.choice.variant}" if self.choice.variant else ""
+        return f"{self.choice.image_id}{mask}, hole {self.hole_fraction:.0%}{value}"
+
+    @property
+    def row(self) -> Row:
+        """For a report's strip of pictures."""
+        return self.caption, self.pictures
 
 
 def choose(evaluation: Evaluation) -> list[Choice]:
@@ -140,18 +150,11 @@ def _show(choice: Choice, filled: Filled, filler: Filler, job: Job) -> Shown:
     return Shown(
         choice,
         float(filled.mask.mean()),
-        {name: jpeg(picture) for name, picture in pictures.items()},
+        {name: jpeg_bytes(picture) for name, picture in pictures.items()},
         zoom_on(filled.mask),
         list(retrieval_view(filled)) if detailed else [],
         list(mask_series(filler, filled, choice, titles)) if detailed else [],
     )
-
-
-def jpeg(picture: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 as the bytes of a JPEG file with full colour."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture)).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return buffer.getvalue()
 
 
 def candidates_sheet(image: np.ndarray, result: InpaintResult) -> np.ndarray:
@@ -182,14 +185,14 @@ def retrieval_view(filled: Filled, *, cells: int = 2) -> Iterable[tuple[str, str
             f"cell at {top}, {left} (red)",
             "its memory patches (blue), by rank: "
             + "; ".join(f"{n}. from {y}, {x}" for n, (y, x) in enumerate(places, 1)),
-            [jpeg(_marked(with_white_hole(filled.truth, mask), (top, left), places, k))],
+            [jpeg_bytes(_marked(with_white_hole(filled.truth, mask), (top, left), places, k))],
         )
         coarse, final = (
             picture[top : top + k, left : left + k] for picture in (result.coarse, np.asarray(result.output))
         )
         patches = [_enlarged(patch) for patch in result.candidates[cell]]
-        yield "patches 1, 2, ...", "in rank order", [jpeg(patch) for patch in patches]
-        yield "coarse, result", "of this cell", [jpeg(_enlarged(coarse)), jpeg(_enlarged(final))]
+        yield "patches 1, 2, ...", "in rank order", [jpeg_bytes(patch) for patch in patches]
+        yield "coarse, result", "of this cell", [jpeg_bytes(_enlarged(coarse)), jpeg_bytes(_enlarged(final))]
 
 
 def _marked(picture: np.ndarray, cell: tuple[int, int], places: Sequence[Sequence[int]], k: int) -> np.ndarray:
@@ -233,4 +236,4 @@ def mask_series(
             pictures[titles.get(name, name)] = output
         pictures["truth"] = filled.truth
         caption = f"hole {side}×{side}, {mask.mean():.0%}: psnr_hole {', '.join(figures)}"
-        yield caption, {name: jpeg(picture) for name, picture in pictures.items()}
+        yield caption, {name: jpeg_bytes(picture) for name, picture in pictures.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -19,13 +19,14 @@ from pipeline.claim import claim_folder
 from pipeline.config import RunConfig
 from pipeline.data.schema import read_records
 from pipeline.errors import SweepFailed
+from pipeline.evaluation.side_by_side import spread_pictures
 from pipeline.models import load_any_model
 from pipeline.presets import PRESETS
-from pipeline.report import Picture, Report
-from pipeline.side_by_side import spread_pictures
+from pipeline.report.page import Table, render
+from pipeline.report.pictures import Row as Strip
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import Finished, check_points, finish, resolve, room, run_trials, sweep_folder, told
-from pipeline.sweep.results import Trial, as_dict
+from pipeline.sweep.results import as_dict
 from pipeline.sweep.space import Point
 from pipeline.sweep.studies import STUDIES, Study
 from pipeline.sweep.summary import measured
@@ -81,7 +82,7 @@ class Row:
     """Means over seeds."""
     spread: dict[str, float]
     """Largest minus smallest of the seeds; empty with one seed."""
-    pictures: list[tuple[str, dict[str, Picture]]]
+    pictures: list[Strip]
 
 
 def as_sweep(config: AblateConfig) -> tuple[SweepConfig, list[Point], list[str]]:
@@ -139,33 +140,40 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
             rows = [_at_size(models[0][1], sweep, side) for side in study.hole_sides]
         else:
             rows = [_variant(label, [m for one, m in models if one == label], sweep) for label in study.variants]
-        text = table(rows, study)
-        _report(config, study, rows, done.trials).write(storage.join(folder, REPORT_FILE))
+        ours = table(rows, study)
+        runs = [
+            [
+                one.name,
+                ", ".join(f"{name} {value}" for name, value in one.point.items()),
+                one.images,
+                round(one.seconds),
+            ]
+            for one in done.trials
+        ]
+        page = render(
+            "ablation.html",
+            study=study,
+            pictures=_pictures(rows, study),
+            table=ours,
+            scale=scale(config, study),
+            runs=Table(["run", "settings", "images", "seconds"], runs),
+        )
+        storage.write_atomic(storage.join(folder, REPORT_FILE), page.encode())
         summary = {
             "study": config.study,
             "rows": [{"label": row.label, "measures": row.measures, "spread": row.spread} for row in rows],
             "paper": {label: dict(values) for label, values in study.paper.items()},
             "trials": [as_dict(one) for one in done.trials],
             "config": json.loads(json.dumps(asdict(config))),
-            "table": text,
+            "table": ours.text(),
         }
         finish(sweep, done, summary, (REPORT_FILE,))
-    return replace(done, summary=summary), text
+    return replace(done, summary=summary), ours.text()
 
 
-def table(rows: Sequence[Row], study: Study) -> str:
-    """Ours and the paper's, as text."""
-    header, body = _cells(rows, study)
-    texts = [header, *[["–" if cell is None else str(cell) for cell in row] for row in body]]
-    widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in texts
-    )
-
-
-def _cells(rows: Sequence[Row], study: Study) -> tuple[list[str], list[list[object]]]:
+def table(rows: Sequence[Row], study: Study) -> Table:
+    """Ours beside the paper's."""
     columns = list(dict.fromkeys(name for values in study.paper.values() for name in values))
-    header = ["", *SHOWN, *(f"paper: {name}" for name in columns)]
     body: list[list[object]] = []
     for row in rows:
         cells: list[object] = [row.label]
@@ -173,8 +181,13 @@ def _cells(rows: Sequence[Row], study: Study) -> tuple[list[str], list[list[obje
             value = row.measures.get(name)
             spread = f" ±{row.spread[name] / 2:.2g}" if name in row.spread else ""
             cells.append(None if value is None else f"{value:.4g}{spread}")
-        body.append([*cells, *(study.paper.get(row.label, {}).get(name) for name in columns)])
-    return header, body
+        body.append(
+            [
+                *cells,
+                *(None if value is None else str(value) for value in map(study.paper.get(row.label, {}).get, columns)),
+            ]
+        )
+    return Table(["", *SHOWN, *(f"paper: {name}" for name in columns)], body)
 
 
 def _variant(label: str, models: Sequence[str], sweep: SweepConfig) -> Row:
@@ -194,7 +207,7 @@ def _at_size(model: str, sweep: SweepConfig, share: float) -> Row:
     """The same images with a square hole in the middle, *share* of their side."""
     inpainter, means = Inpainter(load_any_model(model)), Summary()
     texture: SlicedWasserstein | None = None
-    pictures: list[tuple[str, dict[str, Picture]]] = []
+    pictures: list[Strip] = []
     for record in read_records(sweep.run.data.validation_set):
         truth = record.pixels()
         mask = centred_hole(truth.shape[0], truth.shape[1], share)
@@ -244,32 +257,16 @@ def scale(config: AblateConfig, study: Study) -> str:
     return said
 
 
-def _report(config: AblateConfig, study: Study, rows: Sequence[Row], trials: Sequence[Trial]) -> Report:
-    report = Report(study.title, f"What the paper concludes: {study.claim}")
-    header, body = _cells(rows, study)
-    report.table(header, body)
-    report.text(scale(config, study))
-    report.heading("The same holes")
-    report.pictures(_pictures(rows, study))
-    report.heading("Runs")
-    report.table(
-        ["run", "settings", "images", "seconds"],
-        [[one.name, ", ".join(f"{name} {value}" for name, value in one.point.items()), one.images, round(one.seconds)]
-         for one in trials],
-    )  # fmt: skip
-    return report
-
-
-def _pictures(rows: Sequence[Row], study: Study) -> list[tuple[str, Mapping[str, Picture]]]:
+def _pictures(rows: Sequence[Row], study: Study) -> list[Strip]:
     if study.hole_sides:
         return [
             (f"{caption}, {row.label}", cells)
             for row in rows
             for caption, cells in row.pictures[: 1 + len(row.pictures) // 3]
         ]
-    found: list[tuple[str, Mapping[str, Picture]]] = []
-    for shown in zip(*(row.pictures for row in rows), strict=True):
-        caption, first = shown[0]
-        results = {row.label: cells["result"] for row, (_, cells) in zip(rows, shown, strict=True)}
+    found: list[Strip] = []
+    for same in zip(*(row.pictures for row in rows), strict=True):
+        caption, first = same[0]
+        results = {row.label: cells["result"] for row, (_, cells) in zip(rows, same, strict=True)}
         found.append((caption, {"input": first["input"], **results, "truth": first["truth"]}))
     return found

@@ -1,179 +1,144 @@
-"""Small SVG figures of a sweep: parallel coordinates, importance, Pareto front. No plotting library."""
+"""Figures of a sweep: parallel coordinates, importance, Pareto front; what is pointed at tells its settings."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report import Report
+from pipeline.report.page import Drawing
 from pipeline.sweep.config import direction
 from pipeline.sweep.results import Trial, pareto, sort_key
 from pipeline.sweep.space import Domain, LogRange
 
-STYLE = (
-    "<style>.figure{display:block;width:100%;max-width:60rem;height:auto}"
-    ".figure text{font:11px system-ui,sans-serif;fill:var(--soft)}.figure .axis{stroke:var(--line)}"
-    ".figure .trial{fill:none;stroke-width:1.6;opacity:.8}.figure .trial:hover{stroke-width:4;opacity:1}"
-    ".figure .cut{stroke-dasharray:4 3;opacity:.45}</style>"
-)
-
 WIDTH = 960
+BLUE, RED, GREY = "#3b7dd8", "#c65f3c", "#9aa5b1"
 
 
-class FigureReport(Report):
-    """A report that can hold figures."""
-
-    def figure(self, svg: str, caption: str) -> None:
-        """Add *svg*, with *caption* below it."""
-        self._parts.append(f"{STYLE}{svg}<p class='note'>{html.escape(caption)}</p>")
-
-
-def parallel_coordinates(trials: Sequence[Trial], space: Mapping[str, Domain], objective: str) -> str:
+def parallel_coordinates(trials: Sequence[Trial], space: Mapping[str, Domain], objective: str) -> Drawing:
     """A line for each trial through an upright axis for each setting, and one for the objective, which colours it."""
     shown = [trial for trial in trials if objective in trial.measures]
     top, height = 30, 240
-    names = [*space, objective]
-    gap = (WIDTH - 120) / max(1, len(names) - 1)
     values = [trial.measures[objective] for trial in shown]
-    axes = [_Axis.of_setting(space[name], [trial.point[name] for trial in shown]) for name in space]
-    axes.append(_Axis.of_numbers(values))
-
-    def y(share: float) -> float:
-        return top + height * (1 - share)
-
-    parts = []
-    for index, (name, axis) in enumerate(zip(names, axes, strict=True)):
-        x = 60 + index * gap
-        parts.append(f'<line class="axis" x1="{x:.0f}" x2="{x:.0f}" y1="{top}" y2="{top + height}"/>')
-        short = html.escape(name.rpartition(".")[2].removeprefix("weight_"))
-        parts.append(f'<text x="{x:.0f}" y="14" text-anchor="middle">{short}<title>{html.escape(name)}</title></text>')
-        parts += [
-            f'<text x="{x + 4:.0f}" y="{y(share) + 4:.0f}">{html.escape(text)}</text>' for share, text in axis.ticks
-        ]
-    for trial in sorted(shown, key=lambda one: _goodness(one.measures[objective], values, objective)):
-        rows = [*(trial.point[name] for name in space), trial.measures[objective]]
+    axes = {name: _Axis.of_setting(domain, [one.point[name] for one in shown]) for name, domain in space.items()}
+    axes[objective] = _Axis.of_numbers(values)
+    xs = {name: 60 + place * (WIDTH - 120) / max(1, len(axes) - 1) for place, name in enumerate(axes)}
+    drawing = Drawing(WIDTH, top + height + 14, f"parallel coordinates of {len(shown)} trials")
+    for name, x in xs.items():
+        drawing.line(x, top, x, top + height)
+        short = name.rpartition(".")[2].removeprefix("weight_")
+        drawing.add("text", short, title=name, x=x, y=14, text_anchor="middle")
+        for share, text in axes[name].ticks:
+            drawing.add("text", text, x=x + 4, y=top + height * (1 - share) + 4)
+    goodness = _Axis.of_numbers(values, reverse=direction(objective) == "min")
+    for trial in sorted(shown, key=lambda one: goodness.share(one.measures[objective])):
+        row = {**trial.point, objective: trial.measures[objective]}
         places = " ".join(
-            f"{60 + index * gap:.1f},{y(axis.share(row)):.1f}"
-            for index, (axis, row) in enumerate(zip(axes, rows, strict=True))
+            f"{xs[name]:.1f},{top + height * (1 - axis.share(row[name])):.1f}" for name, axis in axes.items()
         )
-        colour = _colour(_goodness(trial.measures[objective], values, objective))
-        cut = "" if trial.status == "finished" else " cut"
-        parts.append(
-            f'<polyline class="trial{cut}" points="{places}" stroke="{colour}"><title>{_told(trial, objective)}</title>'
-            "</polyline>"
+        drawing.add(
+            "polyline",
+            title=_told(trial, objective),
+            class_="trial" if trial.status == "finished" else "trial cut",
+            points=places,
+            stroke=_colour(goodness.share(trial.measures[objective]) if len(set(values)) > 1 else 1.0),
         )
-    return _svg(parts, top + height + 14, f"parallel coordinates of {len(shown)} trials")
+    return drawing
 
 
-def bars(values: Mapping[str, float], label: str) -> str:
+def bars(values: Mapping[str, float], label: str) -> Drawing:
     """A horizontal bar for each name, from the middle: values in [-1, 1]."""
-    parts, middle, unit = [], 560, 340
+    middle, unit = 560, 340
+    drawing = Drawing(WIDTH, 12 + 22 * len(values), label)
     for row, (name, value) in enumerate(values.items()):
-        y = 8 + 22 * row
-        left = middle + min(0.0, value) * unit
-        colour = "#3b7dd8" if value >= 0 else "#c65f3c"
-        parts.append(
-            f'<text x="200" y="{y + 12}" text-anchor="end">{html.escape(name)}</text>'
-            f'<rect x="{left:.1f}" y="{y}" width="{abs(value) * unit:.1f}" height="15" fill="{colour}"/>'
-            f'<text x="{middle + (value * unit) + (6 if value >= 0 else -6):.1f}" y="{y + 12}" '
-            f'text-anchor="{"start" if value >= 0 else "end"}">{value:+.2f}</text>'
+        y, end = 8 + 22 * row, middle + value * unit
+        drawing.add("text", name, x=200, y=y + 12, text_anchor="end")
+        drawing.add(
+            "rect", x=min(middle, end), y=y, width=abs(value) * unit, height=15, fill=BLUE if value >= 0 else RED
         )
-    height = 12 + 22 * len(values)
-    parts.append(f'<line class="axis" x1="{middle}" x2="{middle}" y1="0" y2="{height}"/>')
-    return _svg(parts, height, label)
+        gap, anchor = (6, "start") if value >= 0 else (-6, "end")
+        drawing.add("text", f"{value:+.2f}", x=end + gap, y=y + 12, text_anchor=anchor)
+    drawing.line(middle, 0, middle, drawing.height)
+    return drawing
 
 
-def front(trials: Sequence[Trial], x_name: str, y_name: str) -> str:
+def front(trials: Sequence[Trial], x_name: str, y_name: str) -> Drawing:
     """Every trial by two measures, the better to the right and up; the Pareto front of the finished ones as a line."""
     shown = [trial for trial in trials if x_name in trial.measures and y_name in trial.measures]
     best = pareto(trials, (x_name, y_name))
     top, left, height, width = 16, 70, 300, 640
-    axes = {name: _Axis.of_numbers([trial.measures[name] for trial in shown]) for name in (x_name, y_name)}
+    ends = {"max": "higher is better", "min": "reversed: lower is better"}
+    axes = {
+        name: _Axis.of_numbers([trial.measures[name] for trial in shown], reverse=direction(name) == "min")
+        for name in (x_name, y_name)
+    }
 
     def place(trial: Trial) -> tuple[float, float]:
-        shares = []
-        for name in (x_name, y_name):
-            share = axes[name].share(trial.measures[name])
-            shares.append(share if direction(name) == "max" else 1 - share)
-        return left + 20 + (width - 40) * shares[0], top + 20 + (height - 40) * (1 - shares[1])
+        x, y = (axis.share(trial.measures[name]) for name, axis in axes.items())
+        return left + 20 + (width - 40) * x, top + 20 + (height - 40) * (1 - y)
 
-    parts = [
-        f'<line class="axis" x1="{left}" x2="{left}" y1="{top}" y2="{top + height}"/>',
-        f'<line class="axis" x1="{left}" x2="{left + width}" y1="{top + height}" y2="{top + height}"/>',
-    ]
-    for name in (x_name, y_name):
-        for share, text in axes[name].ticks:
-            along = share if direction(name) == "max" else 1 - share
-            if name == x_name:
-                parts.append(
-                    f'<text x="{left + 20 + (width - 40) * along:.0f}" y="{top + height + 15}" text-anchor="middle">'
-                    f"{text}</text>"
-                )
-            else:
-                y = top + 24 + (height - 40) * (1 - along)
-                parts.append(f'<text x="{left - 6}" y="{y:.0f}" text-anchor="end">{text}</text>')
-    ends = {"max": "higher is better", "min": "reversed: lower is better"}
-    parts.append(f'<text x="{left + width / 2:.0f}" y="{top + height + 32}" text-anchor="middle">{x_name}, '
-                 f"{ends[direction(x_name)]}</text>")  # fmt: skip
-    parts.append(f'<text x="{left + 6}" y="{top + 4}">{y_name}, {ends[direction(y_name)]}</text>')
+    drawing = Drawing(WIDTH, top + height + 40, f"{y_name} against {x_name}")
+    drawing.line(left, top, left, top + height)
+    drawing.line(left, top + height, left + width, top + height)
+    for share, text in axes[x_name].ticks:
+        drawing.add("text", text, x=left + 20 + (width - 40) * share, y=top + height + 15, text_anchor="middle")
+    for share, text in axes[y_name].ticks:
+        drawing.add("text", text, x=left - 6, y=top + 24 + (height - 40) * (1 - share), text_anchor="end")
+    said = f"{x_name}, {ends[direction(x_name)]}"
+    drawing.add("text", said, x=left + width / 2, y=top + height + 32, text_anchor="middle")
+    drawing.add("text", f"{y_name}, {ends[direction(y_name)]}", x=left + 6, y=top + 4)
     line = " ".join("{:.1f},{:.1f}".format(*place(trial)) for trial in sorted(best, key=lambda one: place(one)[0]))
-    parts.append(f'<polyline class="trial" points="{line}" stroke="#3b7dd8"/>')
+    drawing.add("polyline", class_="trial", points=line, stroke=BLUE)
     for trial in shown:
         x, y = place(trial)
-        fill = "#3b7dd8" if trial in best else "#9aa5b1"
-        opacity = 1 if trial.status == "finished" else 0.45
-        parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}" opacity="{opacity}"><title>'
-            f"{_told(trial, x_name, y_name)}</title></circle>"
-            f'<text x="{x + 8:.1f}" y="{y + 4:.1f}">{trial.number}</text>'
-        )
-    return _svg(parts, top + height + 40, f"{y_name} against {x_name}")
+        fill, opacity = BLUE if trial in best else GREY, 1 if trial.status == "finished" else 0.45
+        drawing.add("circle", title=_told(trial, x_name, y_name), cx=x, cy=y, r=5, fill=fill, opacity=opacity)
+        drawing.add("text", str(trial.number), x=x + 8, y=y + 4)
+    return drawing
 
 
+@dataclass(frozen=True)
 class _Axis:
-    """Where values stand between the ends of an axis."""
+    """Where values stand between the ends of an axis, as shares of its length."""
 
-    def __init__(self, places: Mapping[Any, float] | None, low: float, high: float, log: bool) -> None:
-        self._places, self._low, self._high, self._log = places, low, high, log
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    reverse: bool = False
+    places: Mapping[str, float] | None = None
+    """Of values that are no numbers."""
 
     @classmethod
-    def of_numbers(cls, values: Sequence[float]) -> _Axis:
-        return cls(None, min(values, default=0.0), max(values, default=1.0), False)
+    def of_numbers(cls, values: Sequence[float], *, reverse: bool = False) -> _Axis:
+        return cls(min(values, default=0.0), max(values, default=1.0), reverse=reverse)
 
     @classmethod
     def of_setting(cls, domain: Domain, values: Sequence[Any]) -> _Axis:
         if isinstance(domain, LogRange):
-            return cls(None, domain.low, domain.high, True)
+            return cls(domain.low, domain.high, log=True)
         ordered = sorted({str(value): value for value in (*domain.values, *values)}.values(), key=sort_key)
         last = max(1, len(ordered) - 1)
-        return cls({_key(value): index / last for index, value in enumerate(ordered)}, 0, 1, False)
+        return cls(places={_key(value): index / last for index, value in enumerate(ordered)})
 
     def share(self, value: Any) -> float:
-        if self._places is not None:
-            return self._places[_key(value)]
-        if self._high <= self._low:
+        if self.places is not None:
+            return self.places[_key(value)]
+        if self.high <= self.low:
             return 0.5
-        if self._log:
-            return math.log(value / self._low) / math.log(self._high / self._low)
-        return (value - self._low) / (self._high - self._low)
+        low, high, value = map(math.log, (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        share = (value - low) / (high - low)
+        return 1 - share if self.reverse else share
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
-        if self._places is not None:
-            return [(place, name) for name, place in self._places.items()]
-        return [(self.share(value), f"{value:.4g}") for value in dict.fromkeys((self._low, self._high))]
+        if self.places is not None:
+            return [(place, name) for name, place in self.places.items()]
+        return [(self.share(value), f"{value:.4g}") for value in dict.fromkeys((self.low, self.high))]
 
 
 def _key(value: Any) -> str:
     return str(tuple(value) if isinstance(value, list) else value)
-
-
-def _goodness(value: float, values: Sequence[float], objective: str) -> float:
-    low, high = min(values), max(values)
-    share = (value - low) / (high - low) if high > low else 1.0
-    return share if direction(objective) == "max" else 1 - share
 
 
 def _colour(share: float) -> str:
@@ -185,11 +150,4 @@ def _colour(share: float) -> str:
 def _told(trial: Trial, *measures: str) -> str:
     values = ", ".join(f"{name} {trial.measures[name]:.4g}" for name in measures)
     point = ", ".join(f"{name} {value}" for name, value in trial.point.items())
-    return html.escape(f"{trial.label}, {trial.status}: {values}; {point}")
-
-
-def _svg(parts: Sequence[str], height: float, label: str) -> str:
-    return (
-        f'<svg class="figure" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
-        f'aria-label="{html.escape(label, quote=True)}">{"".join(parts)}</svg>'
-    )
+    return f"{trial.label}, {trial.status}: {values}; {point}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ from pipeline import storage
 from pipeline.errors import ModelNotFound
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
-from pipeline.report import Picture
-from pipeline.side_by_side import side_by_side
-from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig
-from pipeline.sweep.figures import FigureReport, bars, front, parallel_coordinates
+from pipeline.evaluation.side_by_side import side_by_side
+from pipeline.report.page import Table, render
+from pipeline.report.pictures import Row
+from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
+from pipeline.sweep.figures import bars, front, parallel_coordinates
 from pipeline.sweep.results import Trial
 from pipeline.sweep.space import Domain
 from pipeline.sweep.trial import trial_folder
@@ -32,55 +34,34 @@ def write_summary(
     """Write `report.html` into *folder*. *summary* is the content of summary.json."""
     objective = config.objectives[0]
     best = summary["winner"]
-    counts = {status: sum(one.status == status for one in trials) for status in dict.fromkeys(t.status for t in trials)}
-    report = FigureReport(
-        f"Sweep {config.name}",
-        f"{len(trials)} trials of {config.run.schedule.joint_images:,} images in the joint phase, compared by "
-        f"{objective} of {config.run.schedule.validation_images:,} validation images with fixed masks.",
-    )
-    report.facts(
-        {
+    counts = Counter(one.status for one in trials)
+    page = render(
+        "sweep.html",
+        config=config,
+        objective=objective,
+        trials=trials,
+        folder=storage.redact(folder),
+        facts={
             "winner": f"trial {best['number']} ({best['name']}): "
             + ", ".join(f"{name} {value:.4g}" for name, value in best["measures"].items()),
             "settings of the winner": ", ".join(f"{name} {value}" for name, value in best["point"].items()),
             "trials": ", ".join(f"{count} {status}" for status, count in counts.items()),
             "search": config.search + (", ASHA" if config.stop_early else ""),
-        }
+        },
+        pictures=picture_rows(config, folder, trials),
+        table=table(trials, list(space), config.objectives),
+        coordinates=parallel_coordinates(trials, space, objective)
+        if any(objective in one.measures for one in trials)
+        else None,
+        importance=bars(found, "rank correlation of settings and objective")
+        if (found := summary["importance"])
+        else None,
+        chance=chance(len(trials)),
+        front=front(trials, DISTORTION, TEXTURE)
+        if any(DISTORTION in one.measures and TEXTURE in one.measures for one in trials)
+        else None,
     )
-    report.text("A longer run with the winner's settings:")
-    report.command(f"python jobs/train_places.py --config {storage.redact(folder)}/winner.json --name best")
-    report.heading("Trials")
-    report.table(*rows(trials, list(space), config.objectives))
-    report.text(
-        "A trial that was stopped early was measured at fewer images than the others: its figures say where it stood "
-        "then. Differences between few trials are partly chance; repeat the best ones with other seeds before "
-        "believing them."
-    )
-    if any(objective in one.measures for one in trials):
-        report.heading("Settings and objective")
-        report.figure(
-            parallel_coordinates(trials, space, objective),
-            f"A line for each trial, orange where {objective} is best; dashed: not trained to the end. Point at a line "
-            "for its settings.",
-        )
-    if found := summary["importance"]:
-        report.figure(
-            bars(found, "rank correlation of settings and objective"),
-            f"Importance: Spearman's rank correlation of each setting with {objective} at the last validation that all "
-            f"trials reached, positive where larger values are better. {chance(len(trials))}",
-        )
-    if any(DISTORTION in one.measures and TEXTURE in one.measures for one in trials):
-        report.heading("Distortion against texture")
-        report.figure(
-            front(trials, DISTORTION, TEXTURE),
-            "Pareto front of the finished trials (blue): no other one is better in one measure and not worse in the "
-            "other. Pale: not trained to the end.",
-        )
-    pictures = picture_rows(config, folder, trials)
-    if pictures:
-        report.heading("The same holes")
-        report.pictures(pictures)
-    report.write(storage.join(folder, REPORT_FILE))
+    storage.write_atomic(storage.join(folder, REPORT_FILE), page.encode())
 
 
 def chance(trials: int) -> str:
@@ -92,13 +73,10 @@ def chance(trials: int) -> str:
     return f"With {trials} trials, values between -{bound:.1f} and {bound:.1f} may be chance."
 
 
-def rows(
-    trials: Sequence[Trial], settings: Sequence[str], measures: Sequence[str]
-) -> tuple[list[str], list[list[object]]]:
-    """Header and rows of the table of trials, the best first."""
+def table(trials: Sequence[Trial], settings: Sequence[str], measures: Sequence[str]) -> Table:
+    """The trials, the best first."""
     wanted = list(dict.fromkeys((*measures, DISTORTION, TEXTURE)))
-    header = ["trial", "status", "images", *wanted, *settings, "what went wrong"]
-    body: list[list[object]] = [
+    rows = [
         [
             trial.number,
             trial.status,
@@ -109,10 +87,10 @@ def rows(
         ]
         for trial in _best_first(trials, measures[0])
     ]
-    return header, body
+    return Table(["trial", "status", "images", *wanted, *settings, "what went wrong"], rows)
 
 
-def picture_rows(config: SweepConfig, folder: str, trials: Sequence[Trial]) -> list[tuple[str, dict[str, Picture]]]:
+def picture_rows(config: SweepConfig, folder: str, trials: Sequence[Trial]) -> list[Row]:
     """The first validation images as the best trials fill them, each with its newest model."""
     results: dict[str, Evaluated] = {}
     for trial in _best_first(trials, config.objectives[0])[:MAX_COLUMNS]:
@@ -145,20 +123,7 @@ def measured(model: str, config: SweepConfig, out: str, *, limit: int | None) ->
     )
 
 
-def table(trials: Sequence[Trial], settings: Sequence[str], measures: Sequence[str]) -> str:
-    """The table of trials as text, for a terminal."""
-    header, body = rows(trials, settings, measures)
-    lines: list[list[object]] = [[*header], *body]
-    texts = [[_cell(value) for value in row] for row in lines]
-    widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in texts
-    )
-
-
 def _best_first(trials: Sequence[Trial], objective: str) -> list[Trial]:
-    from pipeline.sweep.config import direction
-
     sign = -1 if direction(objective) == "max" else 1
 
     def key(trial: Trial) -> tuple[Any, ...]:
@@ -170,9 +135,3 @@ def _best_first(trials: Sequence[Trial], objective: str) -> list[Trial]:
 
 def _short(value: object) -> object:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

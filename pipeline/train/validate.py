@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from pipeline.report import picture_grid
+from pipeline.report.pictures import picture_grid
 from pipeline.train.context import TrainContext
 from tmad.batch import Batch
 from tmad.coarse import compose

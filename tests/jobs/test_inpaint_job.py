@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jobs.inpaint import SOME_FAILED, main
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from tests.tmad.tiny import make_image, make_mask
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "jobs" / "inpaint.py"

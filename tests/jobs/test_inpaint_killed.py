@@ -24,7 +24,7 @@ from pipeline import storage
 from pipeline.inpaint import run
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import inpaint_all
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from tests.conftest import RAY_ENVIRONMENT, ROOT
 from tests.pipeline.test_inpaint_batch import MASK, fill_here, jpeg
 from tests.tmad.tiny import make_image

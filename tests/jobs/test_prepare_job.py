@@ -14,7 +14,7 @@ from jobs.prepare import main
 from pipeline import storage
 from pipeline.cli import run_job
 from pipeline.data.schema import read_records
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from tests.pipeline.test_sources import tar_of
 from tests.tmad.tiny import make_image
 

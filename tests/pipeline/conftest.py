@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.schema import RECORD_SCHEMA, Manifest, Shard, pack_mask
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from pipeline.tracking import mlflow_client
 from tests.tmad.tiny import MODEL, make_image, make_mask
 from tmad.checkpoint import save_model

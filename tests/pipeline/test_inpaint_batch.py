@@ -25,7 +25,7 @@ from pipeline.inpaint import run
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import Summary, inpaint_all
 from pipeline.inpaint.worker import InpaintWorker, Job
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from pipeline.tracking import mlflow_client
 from tests.conftest import ROOT
 from tests.tmad.tiny import make_image, make_mask
@@ -580,7 +580,7 @@ def test_every_mask_is_the_same_hole_for_every_path(here, job, tmp_path, model_f
             given = [str(part) for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)]
             given = [part for part in given if part != "True"]
             paths = [str(tmp_path / "photo" / "a.png"), str(tmp_path / name / "m" / "a.png"), "-o", str(out / "a.png")]
-            assert inpaint_one([*paths, "-m", str(model_folder), *given], find_model=Path) == 0
+            assert inpaint_one([*paths, "-m", str(model_folder), *given]) == 0
         else:
             places: dict[str, object] = {"input": tmp_path / "photo", "masks": tmp_path / name / "m"}
             if place == "one":

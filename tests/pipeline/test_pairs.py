@@ -22,7 +22,7 @@ from pipeline.inpaint.run import inpaint_all
 from pipeline.presets import smoke
 from pipeline.promote import PromoteConfig, promote
 from pipeline.registry import register_model
-from pipeline.report import png_bytes
+from pipeline.report.pictures import png_bytes
 from pipeline.storage import write_atomic
 from pipeline.sweep.ablate import AblateConfig, ablate
 from pipeline.sweep.config import SweepConfig

@@ -10,13 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from pipeline.errors import ModelNotFound, NotPromoted
 from pipeline.promote import PREVIOUS_TAG, VERDICT_TAG, PromoteConfig, promote, roll_back
-from pipeline.promotion_rule import bootstrap
 from pipeline.registry import register_model
 from pipeline.tracking import Tracker, mlflow_client
 from tests.pipeline.conftest import SetMaker
@@ -83,6 +81,10 @@ def test_a_better_version_is_promoted_with_its_comparison_and_can_be_rolled_back
     assert psnr.low is not None
     assert 0 < psnr.low <= psnr.gain <= psnr.high
     assert psnr.gain == pytest.approx(psnr.candidate - psnr.champion)
+    evaluated = json.loads((Path(settings["out"]) / "tests/v2-against-v1/v2/report.json").read_text())
+    difference = evaluated["against"]["differences"]["tmad"]["psnr_hole"]
+    assert (psnr.gain, psnr.low, psnr.high) == tuple(difference[end] for end in ("mean", "low", "high"))
+    assert (evaluated["resamples"], evaluated["confidence"]) == (200, 0.95)
 
     client = mlflow_client(tracking_uri)
     for version in ("1", "2"):
@@ -198,18 +200,6 @@ def test_two_promotions_at_once_leave_the_better_one(
         assert codes == [1, 0], said
         assert over == {"2": None, "3": "1"}
         assert "not promoted over version 3" in said[0]
-
-
-def test_the_bootstrap_is_seeded_and_draws_photographs() -> None:
-    rng = np.random.default_rng(0)
-    gains = {f"photo-{index}.png#0": float(rng.normal(0.3, 1)) for index in range(40)}
-    settings: dict[str, Any] = {"resamples": 500, "confidence": 0.95, "seed": 1}
-    mean, low, high = bootstrap(gains, **settings)
-    assert bootstrap(gains, **settings) == (mean, low, high)
-    assert low < mean < high
-    # Ten equal crops of each photograph are no ten times as many photographs.
-    crops = {f"{name[:-1]}{crop}": gain for name, gain in gains.items() for crop in range(10)}
-    assert bootstrap(crops, **settings) == pytest.approx((mean, low, high))
 
 
 def test_names_that_are_not_there_and_rules_without_sense_are_refused(tracking_uri: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,10 +17,11 @@ from pipeline.data.schema import Manifest
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.measure import Evaluation
 from pipeline.evaluation.methods import Filler, table_rows
-from pipeline.evaluation.page import markdown, write_sections
+from pipeline.evaluation.page import markdown, sections
 from pipeline.evaluation.parts import Job
 from pipeline.evaluation.pictures import Choice, _show, candidates_sheet
-from pipeline.report import Figure, Report, picture_grid, zoom_on
+from pipeline.report.page import Cell, Table, _templates, measures_table, render
+from pipeline.report.pictures import picture_grid, zoom_on
 from tests.tmad.tiny import make_image, make_mask
 from tmad.checkpoint import load_model
 from tmad.inpaint import Inpainter
@@ -101,9 +103,7 @@ def evaluation(model_folder: Path) -> tuple[Evaluation, list]:
 @pytest.fixture(scope="module")
 def page(evaluation: tuple[Evaluation, list], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
-    report = Report("T-MAD evaluation", "A page.")
-    write_sections(report, *evaluation)
-    path.write_text(report.html())
+    path.write_text(render("evaluation.html", e=sections(*evaluation)))
     return path
 
 
@@ -171,30 +171,51 @@ def test_the_markdown_has_the_same_figures(evaluation: tuple[Evaluation, list]) 
 
 
 def test_the_best_of_each_measure_is_bold_whichever_way_it_counts() -> None:
-    report = Report("x")
-    report.measures(
+    table = measures_table(
         {
-            "a": {"psnr_hole": 20.0, "l1_hole_pct": 5.0},
-            "b": {"psnr_hole": 21.0, "l1_hole_pct": 6.0},
-            "c": {"psnr_hole": None},
+            "a": {"psnr_hole": entry(20.0), "l1_hole_pct": entry(5.0)},
+            "b": {"psnr_hole": entry(21.0), "l1_hole_pct": entry(6.0)},
+            "c": {"psnr_hole": entry(None)},
         }
     )
-    rows = re.findall(r"<code>(\w+)</code>.*?</th>(.*?)</tr>", report.html())
-    assert {name: re.findall(r"<td class='number'>(.*?)</td>", cells) for name, cells in rows} == {
-        "l1_hole_pct": ["<strong>5.000</strong>", "6.000", "–"],
-        "psnr_hole": ["20.00", "<strong>21.00</strong>", "–"],
+    assert {str(row[0]): [str(cell) for cell in row[1:]] for row in table.rows} == {
+        "`l1_hole_pct`, %, ↓ lower is better": ["**5.000**", "6.000", "–"],
+        "`psnr_hole`, dB, ↑ higher is better": ["20.00", "**21.00**", "–"],
     }
+    page = drawn("{{ parts.table(table) }}", table=table)
+    assert re.findall(r'<td class="number">(.*?)</td>', page)[:2] == ["<strong>5.000</strong>", "6.000"]
+
+
+def drawn(source: str, **values: object) -> str:
+    """A part of a page."""
+    return _templates().from_string('{% import "parts.html" as parts %}' + source).render(values)
 
 
 def test_text_from_outside_cannot_become_markup() -> None:
-    report = Report("<script>1</script>", "<b>")
-    report.heading("<i>")
-    report.facts({"<u>": "<img src=x>"})
-    report.table(["<b>"], [[Figure("<script>3", "<img src=x>")]])
-    report.pictures([("<script>2</script>", {'a"b': np.zeros((2, 2, 3), dtype=np.uint8)})])
-    text = report.html()
+    evil = "<script>1</script>"
+    picture = np.zeros((2, 2, 3), dtype=np.uint8)
+    text = drawn(
+        "{{ parts.facts(facts) }}{{ parts.table(table) }}{{ parts.pictures(rows) }}{{ parts.gallery(figures) }}",
+        facts={"<u>": "<img src=x>", evil: evil},
+        table=Table([evil], [[Cell("<script>3", "<img src=x>")], [evil]], note=evil),
+        rows=[(evil, {'a"b': picture})],
+        figures=[(evil, evil, [picture, None])],
+    )
+    assert text.count("<img") == 2, "the pictures"
     assert "<script" not in text
     assert "<img src=x>" not in text
+    assert 'a"b' not in text
+
+
+def test_a_value_that_a_template_lacks_is_an_error() -> None:
+    with pytest.raises(jinja2.UndefinedError, match="'e' is undefined"):
+        render("evaluation.html")
+
+
+def test_a_table_that_is_wider_than_a_phone_says_so() -> None:
+    few, many = (drawn("{{ parts.table(table) }}", table=Table(["a"] * n, [[1] * n])) for n in (4, 5))
+    assert 'class="scroll"' in few
+    assert 'class="scroll wide"' in many
 
 
 def test_the_zoom_is_the_smallest_square_around_the_hole() -> None:

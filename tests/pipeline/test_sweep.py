@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.config import PerceptualConfig, RunConfig
 from pipeline.presets import places, smoke
+from pipeline.report.page import Drawing, _templates
 from pipeline.sweep.ablate import AblateConfig, Row, as_sweep, centred_hole, scale, table
 from pipeline.sweep.config import SWEEP_PRESETS, SweepConfig
 from pipeline.sweep.figures import bars, front, parallel_coordinates
@@ -181,6 +182,12 @@ def test_a_correlation_is_never_said_to_be_chance_below_a_value_that_none_can_ha
     assert chance(17) == "With 17 trials, values between -0.5 and 0.5 may be chance."
 
 
+def drawn(figure: Drawing) -> str:
+    """As it stands in a page."""
+    template = '{% import "parts.html" as parts %}{{ parts.drawing(figure, "") }}'
+    return _templates().from_string(template).render(figure=figure)
+
+
 def test_figures_hold_every_trial_and_escape_what_they_show() -> None:
     space = {"loss.weight_l1": LogRange(0.1, 10.0), "loss.patch_region": Choice(("<cell>", "hole"))}
     trials = [
@@ -188,12 +195,18 @@ def test_figures_hold_every_trial_and_escape_what_they_show() -> None:
                    swd_hole_truthscaled=50.0 - n)
         for n in range(2)
     ]  # fmt: skip
-    lines = parallel_coordinates(trials, space, "psnr_hole")
-    dots = front(trials, "psnr_hole", "swd_hole_truthscaled")
+    lines, dots, rows = (
+        drawn(figure)
+        for figure in (
+            parallel_coordinates(trials, space, "psnr_hole"),
+            front(trials, "psnr_hole", "swd_hole_truthscaled"),
+            bars({"a": 0.5, "b": -1.0}, "label"),
+        )
+    )
     assert (lines.count("<polyline"), dots.count("<circle")) == (2, 2)
     assert "<cell>" not in lines + dots
     assert "&lt;cell&gt;" in lines
-    assert "+0.50" in bars({"a": 0.5, "b": -1.0}, "label")
+    assert "+0.50" in rows
 
 
 def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
@@ -260,7 +273,7 @@ def test_studies_are_runs_that_differ_in_what_they_study_alone() -> None:
 
 def test_the_papers_figures_stand_beside_ours() -> None:
     rows = [Row("W-Sum", {"psnr_hole": 20.0}, {"psnr_hole": 1.0}, [])]
-    text = table(rows, STUDIES["candidates"])
+    text = table(rows, STUDIES["candidates"]).text()
     assert "16.872" in text
     assert "20 ±0.5" in text
 

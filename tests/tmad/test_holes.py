@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.errors import ModelNotFound
 from tests.tmad.tiny import MODEL, make_image
 from tmad.holes import Box, block_any, dilate, fade, group_holes
 from tmad.inpaint import Inpainter, UnusableInput
@@ -194,7 +195,7 @@ def test_a_loaded_inpainter_takes_and_gives_arrays_and_pictures(model: TMAD, tmp
     assert isinstance(picture, Image.Image)
     assert np.array_equal(array, np.asarray(picture))
     assert torch.is_inference_mode_enabled() is False
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(ModelNotFound, match=r"config\.json"):
         Public.load(tmp_path)
 
 

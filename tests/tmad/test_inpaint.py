@@ -337,6 +337,9 @@ def in_palette(indices: list, palette: list[int]) -> Image.Image:
         (Image.fromarray(np.array([[[0, 0, 0, 255], [255, 255, 255, 0]]], dtype=np.uint8)), [[0, 1]]),
         (Image.fromarray(np.array([[0, 40000]], dtype=np.uint16)), [[0, 1]]),
         (np.array([[[0], [1]]], dtype=np.uint8), [[0, 1]]),
+        (np.array([[[0, 1], [1, 0]]], dtype=bool), [[0, 1], [1, 0]]),
+        (np.array([[[0, 0, 0], [255, 0, 0], [0, 0, 200]]], dtype=np.uint8), [[0, 1, 1]]),
+        (np.array([[[0, 0, 0, 255], [255, 255, 255, 0]]], dtype=np.uint8), [[0, 1]]),
         (Image.fromarray(np.array([[[0, 0, 0], [255, 0, 0], [0, 0, 200]]], dtype=np.uint8)), [[0, 1, 1]]),
         (in_palette([[0, 1]], [0, 0, 0, 128, 0, 0]), [[0, 1]]),
         (Image.fromarray(np.array([[0, 70000]], dtype=np.int32).clip(0, 65535)), [[0, 1]]),
@@ -364,6 +367,7 @@ SOFT = np.array([[[0, 0, 0, 0], [0, 0, 0, 90], [0, 0, 0, 255]]], dtype=np.uint8)
         (np.array([[0, 1, 65535]], np.uint16), {"value": "nonzero"}, [[0, 1, 1]]),
         (in_palette([[0, 1, 2]], [0, 0, 0, 5, 5, 5, 0, 0, 0]), {"value": "nonzero"}, [[0, 1, 1]]),
         (Image.fromarray(SOFT), {"value": "alpha"}, [[0, 0, 1]]),
+        (SOFT, {"value": "alpha"}, [[0, 0, 1]]),
         (Image.fromarray(SOFT), {"value": "alpha", "threshold": 0}, [[0, 1, 1]]),
         (Image.fromarray(SOFT), {"value": "alpha", "hole": "black"}, [[1, 1, 0]]),
         (Image.fromarray(SOFT), {"value": "nonzero", "hole": "black"}, [[1, 1, 1]]),
@@ -396,7 +400,8 @@ def test_a_grey_mask_without_a_hole_warns() -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.zeros((4, 4, 3), dtype=np.uint8), r"two dimensions \(H, W\), got \(4, 4, 3\)"),
+        (np.zeros((4, 4, 2), dtype=np.uint8), r"1, 3 or 4 channels, got \(4, 4, 2\)"),
+        (np.zeros((2, 1, 4, 4), dtype=np.uint8), r"1, 3 or 4 channels, got \(2, 1, 4, 4\)"),
         (np.full((4, 4), 7.0), r"must lie in \[0, 1\], got \[7, 7\]"),
         (np.full((4, 4), np.nan), r"must lie in \[0, 1\]"),
         (np.full((4, 4), -1), r"mask values must lie in .* got \[-1, -1\]"),
@@ -409,10 +414,17 @@ def test_a_mask_that_cannot_be_read_is_refused(mask: np.ndarray, message: str) -
 
 
 @pytest.mark.parametrize(
-    "image", [np.zeros((8, 8, 3)), np.zeros((8, 8, 2), dtype=np.uint8), np.zeros((0, 8, 3), dtype=np.uint8)]
+    "image",
+    [
+        np.full((8, 8, 3), 1.5),
+        np.full((8, 8, 3), np.nan),
+        np.zeros((8, 8, 2), dtype=np.uint8),
+        np.zeros((0, 8, 3), dtype=np.uint8),
+        torch.zeros((8, 8, 3), dtype=torch.uint8),  # channels last
+    ],
 )
 def test_an_array_that_is_no_image_is_refused(inpainter: Inpainter, image: np.ndarray) -> None:
-    with pytest.raises(UnusableInput, match="must be a Pillow image or a uint8 array"):
+    with pytest.raises(UnusableInput, match="must be a file, a Pillow image, or an array"):
         inpainter(image, box(8, 8))
 
 

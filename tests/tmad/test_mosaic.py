@@ -82,6 +82,20 @@ def test_laying_out_equals_adding_window_by_window_and_pixel_by_pixel(overlap: i
 
 
 @pytest.mark.parametrize("overlap", [0, 2, K // 2])
+def test_an_area_that_holds_all_cells_changes_nothing_in_it_and_nothing_is_blended_beyond(overlap: int) -> None:
+    cells, area = [[1, 2, 6], [5, 2, 1]], (slice(0, 2 * K), slice(K, 3 * K))
+    windows, cells, coarse, mask = inputs(overlap, cells)
+    mosaics, details = lay_out(windows, cells, coarse, mask, patch_size=K, area=area)
+    whole = lay_out(windows, cells, coarse, mask, patch_size=K)
+    for got, wanted in zip((mosaics, details), whole, strict=True):
+        assert torch.equal(got[..., *area], wanted[..., *area])
+    beyond = torch.ones(SIZE, dtype=torch.bool)
+    beyond[*area] = False
+    assert torch.equal(mosaics[..., beyond], coarse[:, None].expand_as(mosaics)[..., beyond])
+    assert (details[..., beyond] == 0).all()
+
+
+@pytest.mark.parametrize("overlap", [0, 2, K // 2])
 def test_overlap_add_equals_a_loop_over_cells_and_leaves_out_what_lies_beyond_the_border(overlap: int) -> None:
     side = K + 2 * overlap
     windows, cells = rand(2, 5, 3, side, side), torch.tensor(CELLS)

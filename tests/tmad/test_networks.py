@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -339,10 +340,7 @@ def test_nothing_beyond_its_reach_changes_a_pixel_of_psnet_and_something_near_it
     blocks: int, texture_blocks: int, carafe: CarafeConfig
 ) -> None:
     net = make_psnet(1, carafe=carafe, num_res_blocks=blocks, num_texture_res_blocks=texture_blocks, base_width=2)
-    for part in net.modules():
-        if isinstance(part, Carafe):  # as it may become: at the start its kernels hardly depend on what is there
-            nn.init.normal_(part.encode.weight, std=0.3)
-            nn.init.normal_(part.encode.bias, std=0.3)
+    with_strong_kernels(net)
     side = 4 * (-(-2 * (net.reach + 8) // 4))
     farthest = 0
     # All positions that a pixel can have in the quarter-resolution grid.
@@ -356,6 +354,33 @@ def test_nothing_beyond_its_reach_changes_a_pixel_of_psnet_and_something_near_it
     assert farthest <= net.reach
     # The bound is not much too wide either: three pixels are lost to rounding to the grid.
     assert farthest >= net.reach - 4
+
+
+def with_strong_kernels(net: nn.Module) -> nn.Module:
+    """*net* with CARAFE as it may become: at the start its kernels hardly depend on what is there."""
+    for part in net.modules():
+        if isinstance(part, Carafe):
+            nn.init.normal_(part.encode.weight, std=0.3)
+            nn.init.normal_(part.encode.bias, std=0.3)
+    return net
+
+
+INNER = [np.s_[0:8, 4:16], np.s_[41:44, 3:90], np.s_[29:30, 64:65], np.s_[88:96, 80:96], np.s_[0:96, 0:96]]
+"""Parts at borders and corners, inside, of one pixel, and all of a picture of 96 pixels."""
+
+
+@pytest.mark.parametrize("inner", INNER, ids=str)
+@pytest.mark.parametrize("carafe", [CarafeConfig(mid_channels=4), CarafeConfig(kernel=1, encoder_kernel=7)])
+def test_a_part_of_what_the_networks_make_is_what_the_whole_has_there(
+    inner: tuple[slice, slice], carafe: CarafeConfig
+) -> None:
+    psnet = with_strong_kernels(make_psnet(carafe=carafe).double())
+    parts = [part.double() for part in psnet_inputs(96, 96, batch=1)]
+    coarse = with_strong_kernels(CoarseNet(MODEL.coarse, carafe).double())
+    # CARAFE's softmax runs in float32.
+    near = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    near(psnet(*parts, inner), psnet(*parts)[..., *inner])
+    near(coarse(parts[0], parts[1], inner), coarse(parts[0], parts[1])[..., *inner])
 
 
 def test_the_reach_of_the_papers_settings_is_70_pixels(full: TMAD) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from pipeline.evaluation.evaluate import Evaluated
 from pipeline.evaluation.methods import TITLES
-from pipeline.report import Picture
+from pipeline.report.pictures import Row
 
 
-def side_by_side(results: Mapping[str, Evaluated]) -> list[tuple[str, dict[str, Picture]]]:
+def side_by_side(results: Mapping[str, Evaluated]) -> list[Row]:
     """Rows of a report: input, the result of each evaluation by its label, truth, of the images that all show."""
-    rows: list[tuple[str, dict[str, Picture]]] = []
+    rows: list[Row] = []
     for same in zip(*map(spread_pictures, results.values()), strict=False):
         caption, first = same[0]
         filled = {label: cells["result"] for label, (_, cells) in zip(results, same, strict=True)}
@@ -19,12 +19,14 @@ def side_by_side(results: Mapping[str, Evaluated]) -> list[tuple[str, dict[str, 
     return rows
 
 
-def spread_pictures(result: Evaluated) -> list[tuple[str, dict[str, Picture]]]:
+def spread_pictures(result: Evaluated) -> list[Row]:
     """Caption, and input, result and truth, of the images that are spread over the set."""
-    found: list[tuple[str, dict[str, Picture]]] = []
-    for one in result.shown:
-        if one.choice.why == "spread":
-            cells = {"input": "input", "result": TITLES["tmad"], "truth": "truth"}
-            caption = f"{one.choice.image_id}, hole {one.hole_fraction:.0%}"
-            found.append((caption, {name: one.pictures[column] for name, column in cells.items()}))
-    return found
+    columns = {"input": "input", "result": TITLES["tmad"], "truth": "truth"}
+    return [
+        (
+            f"{one.choice.image_id}, hole {one.hole_fraction:.0%}",
+            {name: one.pictures[column] for name, column in columns.items()},
+        )
+        for one in result.shown
+        if one.choice.why == "spread"
+    ]

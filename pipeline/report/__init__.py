@@ -1,0 +1,1 @@
+"""Pages for readers: one HTML file each, from the templates beside this file."""
