@@ -148,13 +148,11 @@ def available() -> dict[str, float]:
 def _knock(address: str) -> None:
     """Raise `OSError` unless a Ray may listen at `[ray://]host[:port]`: Ray itself asks for minutes, in lines of its
     own."""
-    place = urlsplit(address if "://" in address else f"//{address}")
-    port = place.port or (CLIENT_PORT if place.scheme == "ray" else None)
-    if not place.hostname or not port:
+    if (place := _host_and_port(address)) is None:
         return  # Ray says at once what is wrong with it
-    socket.create_connection((place.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
+    socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
     if os.environ.get("RAY_USE_TLS", "0") == "0":
-        with grpc.insecure_channel(f"{place.hostname}:{port}") as channel:
+        with grpc.insecure_channel("{}:{}".format(*place)) as channel:
             try:
                 grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
             except grpc.FutureTimeoutError:
@@ -163,13 +161,19 @@ def _knock(address: str) -> None:
                 ) from None
 
 
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    place = urlsplit(address if "://" in address else f"//{address}")
+    port = place.port or (CLIENT_PORT if place.scheme == "ray" else None)
+    return (place.hostname, port) if place.hostname and port else None
+
+
 def _watch(address: str) -> None:
-    """End the job when the cluster at *address* is gone."""
-    last = time.monotonic()
-    while ray.is_initialized():
+    """End the job when nobody takes connections at *address* any more; a cluster that is slow still does."""
+    place, last = _host_and_port(address), time.monotonic()
+    while place is not None and ray.is_initialized():
         time.sleep(KNOCK_S)
         try:
-            _knock(address)
+            socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
             last = time.monotonic()
         except OSError as error:
             if time.monotonic() - last > LOST_AFTER_S and ray.is_initialized():

@@ -23,8 +23,8 @@ from tmad.files import ImageFile
 from tmad.holes import dilate, scaled_hole
 from tmad.images import UnreadableImage, to_rgb
 
-Boxes = Mapping[str, Sequence[tuple[float, float, float, float]]]
-"""Left, top, width, height in pixels of the upright picture, by the image's key."""
+Boxes = Mapping[str, Sequence[Any]]
+"""[left, top, width, height] in pixels of the upright picture, by the image's key, as the file has them."""
 
 NO_HOLE = ("no-mask", "no-hole")
 """Reasons of images with nothing to fill, which are skipped or copied, as the settings say."""
@@ -120,7 +120,7 @@ class Holes:
 
     def _of_boxes(self, key: str, height: int, width: int) -> np.ndarray:
         hole = np.zeros((height, width), np.uint8)
-        for left, top, box_width, box_height in (self.boxes or {}).get(key, ()):
+        for left, top, box_width, box_height in map(_box, (self.boxes or {}).get(key, ())):
             rows = slice(max(0, math.floor(top)), max(0, math.ceil(top + box_height)))
             columns = slice(max(0, math.floor(left)), max(0, math.ceil(left + box_width)))
             if not hole[rows, columns].size:
@@ -153,7 +153,8 @@ def open_holes(config: HolesConfig, source: Source, source_uri: str, keys: Seque
     assert config.masks is not None, "the settings see to it"
     place = absolute(config.masks)
     if config.mask_from == "boxes":
-        return Holes(config, boxes=read_boxes(place)), list(keys)
+        boxes = read_boxes(place)
+        return Holes(config, boxes=boxes, unmatched=sorted(boxes.keys() - set(keys))), list(keys)
     if config.mask_from == "one":
         try:
             hole = MaskReader().of_file(read_bytes(place), config.mask_rule, f"the mask {redact(place)}")
@@ -235,7 +236,7 @@ def read_boxes(uri: str) -> Boxes:
         raise CorruptSource(f"{redact(uri)} must hold a JSON object, got {type(content).__name__}")
     if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
         content = _of_coco(uri, content)
-    return {key: [_box(uri, key, box) for box in boxes] for key, boxes in content.items()}
+    return {key: boxes if isinstance(boxes, list) else [boxes] for key, boxes in content.items()}
 
 
 def _of_coco(uri: str, content: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -243,16 +244,18 @@ def _of_coco(uri: str, content: Mapping[str, Any]) -> dict[str, list[Any]]:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         found: dict[str, list[Any]] = {}
         for annotation in content["annotations"]:
-            found.setdefault(names[annotation["image_id"]], []).append(annotation["bbox"])
+            found.setdefault(names.get(annotation["image_id"], "an image_id without image"), []).append(
+                annotation["bbox"]
+            )
     except (KeyError, TypeError) as error:
         raise CorruptSource(f"{redact(uri)} is no COCO file: {type(error).__name__}: {error}") from None
     return found
 
 
-def _box(uri: str, key: str, box: Any) -> tuple[float, float, float, float]:
+def _box(box: Any) -> tuple[float, float, float, float]:
     numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
     if not numbers or not all(map(math.isfinite, box)) or box[2] <= 0 or box[3] <= 0:
-        raise CorruptSource(
-            f"{redact(uri)}, {key!r}: a box is [left, top, width, height] in pixels, the last two positive, got {box!r}"
+        raise UnreadableImage(
+            "bad-box", f"a box is [left, top, width, height] in pixels, the last two positive, got {box!r}"
         )
     return tuple(map(float, box))  # type: ignore[return-value]

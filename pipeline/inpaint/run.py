@@ -253,6 +253,9 @@ def _rows_beside(job: Job, beside: Mapping[str, str]) -> dict[str, Row]:
     details = {
         "not-an-image": "its name has no ending of a picture",
         "link": "a symbolic link to a folder, which is not followed",
+        "not-a-file": "a pipe, a socket or a device",
+        "no-key": "the row has no key",
+        "same-key": "an earlier row has this key",
         "not-read": "the folder's other files were read: archives or tables",
     }
     facts: dict[str, Any] = {"model": job.model, "model_digest": job.model_digest, "identity": job.identity}

@@ -375,11 +375,6 @@ def test_a_row_without_an_image_is_an_empty_file(table):
         ({}, r"no column 'image'; set image_column; its columns are jpeg"),
         ({"image_column": "y"}, r"column 'y' of .*x.parquet holds string, encoded images \(binary\) are needed"),
         ({"image_column": "jpeg", "key_column": "jpeg.path"}, r"no column 'jpeg.path'; set key_column"),
-        ({"image_column": "jpeg", "key_column": "z"}, r"1 rows of .* have no key in column 'z'"),
-        (
-            {"image_column": "jpeg", "key_column": "y"},
-            r"1 rows of .* have the key of another row in column 'y', e.g. 'cat'",
-        ),
         ({"image_column": "jpeg", "label_column": "y"}, r"column 'y' of .* \(string\) cannot be the label_column"),
     ],
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,7 +112,7 @@ class Indexed:
     files: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    @cached_property
+    @property
     def _index(self) -> Index:
         raise NotImplementedError
 
