@@ -36,7 +36,6 @@ EAGER: dict[str, Form] = {
     "unfold before up-sampling, einsum": forms.unfolded_small,
     "shifts, plain autograd": forms.shifts,
     "shifts, channels-last, plain autograd": forms.shifts_channels_last,
-    "Function by blocks of rows": forms.shifts_rows,
 }
 CHANNELS_LAST = ("shifts, channels-last, plain autograd", COMPILED)
 """Forms that get and give channels-last tensors, as a network run in that layout would pass them on."""

@@ -150,7 +150,6 @@ def _measure_forms(size: int, model: TMAD, report: Report, options: InferenceOpt
         "down-blocks literal: convolve, then halve": (literal_down_blocks(model), None),
         "CARAFE unfolded after up-sampling": (model, forms.unfolded_large),
         "CARAFE unfolded before up-sampling": (model, forms.unfolded_small),
-        "CARAFE by blocks of rows": (model, forms.shifts_rows),
         "weights in channels-last": (channels_last, None),
         "CARAFE by nearest neighbour: not the method, a floor": (model, forms.nearest),
     }

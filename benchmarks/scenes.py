@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tmad.batch import Batch, Sample, collate, make_sample
+from tmad.batch import Batch, collate, make_sample
 from tmad.config import TMADConfig
 from tmad.memory import select_pool
 from tmad.rng import numpy_generator
@@ -23,33 +23,22 @@ def centred_hole(side: int, hole_side: int) -> np.ndarray:
     return mask
 
 
-def sample_of(
-    config: TMADConfig,
-    image_id: str,
-    image: np.ndarray,
-    mask: np.ndarray,
-    *,
-    cells: int,
-    pool_rng: np.random.Generator,
-    rng: np.random.Generator,
-) -> Sample:
-    """A sample as training sees it, its memory drawn by *pool_rng* and the rest by *rng*."""
-    pool_yx = select_pool(
-        mask,
-        patch_size=config.patch_size,
-        stride=config.memory_stride,
-        pool_size=config.memory.pool_size,
-        rule=config.memory.rule,
-        rng=pool_rng,
-    )
-    return make_sample(image_id, image, mask, pool_yx, patch_size=config.patch_size, num_cells=cells, rng=rng)
-
-
 def training_batch(config: TMADConfig, *, side: int, images: int, cells: int) -> Batch:
     """A batch as training sees it: the hole covers a quarter of each image."""
     mask = centred_hole(side, side // 2)
     samples = []
     for number in range(images):
         rng = numpy_generator("sample", number)
-        samples.append(sample_of(config, str(number), picture(side, number), mask, cells=cells, pool_rng=rng, rng=rng))
+        pool_yx = select_pool(
+            mask,
+            patch_size=config.patch_size,
+            stride=config.memory_stride,
+            pool_size=config.memory.pool_size,
+            rule=config.memory.rule,
+            rng=rng,
+        )
+        image = picture(side, number)
+        samples.append(
+            make_sample(str(number), image, mask, pool_yx, patch_size=config.patch_size, num_cells=cells, rng=rng)
+        )
     return collate(samples)

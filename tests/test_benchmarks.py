@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import carafe, carafe_forms, data, harness, inference, overfit, retrieval, training_step
+from benchmarks import carafe, carafe_forms, data, harness, inference, retrieval, training_step
 from benchmarks.harness import Options, Report, Table, Timing
 from tmad.carafe import reassemble
 from tmad.config import LossConfig, TMADConfig
@@ -59,18 +59,6 @@ def test_every_benchmark_explains_itself(name: str, capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert f"python benchmarks/{name}.py" in text
     assert "--keep-pages" in text
-
-
-def test_overfitting_measures_both_results_and_draws_them(tmp_path: Path) -> None:
-    assert overfit.main(["--quick", "--out", str(tmp_path)]) == 0
-    suffixes = {path.suffix: path for path in tmp_path.iterdir()}
-    assert suffixes.keys() == {".md", ".json", ".jpg"}
-    (figures,) = json.loads(suffixes[".json"].read_text())["figures"].values()
-    rows = ["coarse, after the coarse phase", "coarse, after the joint phase", "result, after the joint phase"]
-    assert [name for name in figures if name != "samples"] == rows
-    for row in rows:
-        assert 5 < figures[row]["psnr_hole"] < 40
-        assert figures[row]["swd_hole"] > 0
 
 
 def test_a_benchmark_runs_as_a_script_from_another_folder(tmp_path: Path) -> None:
