@@ -252,6 +252,7 @@ def test_a_job_that_is_stopped_ends_with_the_code_and_goes_on_to_what_one_in_one
         job = Job(tmp_path / f"log-{number}", asked.command)
         came = job.wait_for(asked.moment(), every_s=0.02)
         assert came, f"{name} ended before {event}: {job.said()}"
+        assert name == "demo" or (asked.claimed / CLAIM_NAME).exists(), "it holds what it writes to"
         # A terminal sends to all processes of the foreground; `kill` to one.
         job.process.send_signal(kind) if kind == signal.SIGTERM else os.killpg(job.process.pid, kind)
         last = check_end(job, asked, code)

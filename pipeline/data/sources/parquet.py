@@ -100,10 +100,10 @@ class ParquetTable(Indexed):
         with ThreadPoolExecutor(_READERS) as pool:
             table = pa.concat_tables(pool.map(self._list_file, range(len(self._uris)))).combine_chunks()
         nameless = pc.is_null(table["key"])
-        odd = {self._row_name(table, row): "no-key" for row in np.flatnonzero(nameless.to_numpy())}
+        odd = {self._row_name(table, row): "no-key" for row in np.flatnonzero(nameless.to_numpy()).tolist()}
         index = Index(table.filter(pc.invert(nameless)))
         again = index.repeated()
-        odd |= {self._row_name(index.table, row): "same-key" for row in again}
+        odd |= {self._row_name(index.table, row): "same-key" for row in again.tolist()}
         if odd:
             logger.warning(
                 "%s: %d rows have no key of their own in column %r and are left out, %s first",
@@ -115,7 +115,7 @@ class ParquetTable(Indexed):
         return Index(kept.drop_columns(["at"])), odd
 
     def _row_name(self, table: pa.Table, row: int) -> str:
-        return f"{self._name(table['file'][int(row)].as_py())}#{table['at'][int(row)].as_py()}"
+        return f"{self._name(table['file'][row].as_py())}#{table['at'][row].as_py()}"
 
     def _name(self, number: int) -> str:
         return self.files[number] if self.files else self.uri.rsplit("/", 1)[-1]
