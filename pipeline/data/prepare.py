@@ -1,4 +1,4 @@
-"""A collection of photographs to a prepared set, by Ray Data: one task a shard, nothing done twice.
+"""A collection of photographs to a prepared set: shards by Ray Data, nothing done twice.
 
 A shard is finished when its receipt is there, the set when its manifest is. Its bytes depend on settings and images
 alone: not on the number of workers, on the order in which shards finish, or on how often the job was stopped. Copies
@@ -8,55 +8,36 @@ are found when all shards are there, and those shards that hold some are written
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline import observe
 from pipeline.claim import Claim, claim_folder, holder_of
-from pipeline.cluster import start_ray
 from pipeline.data.collection import UNUSABLE, drop_of, open_collection
-from pipeline.data.contract import examine, summarise_holes
 from pipeline.data.contract_report import write_report
-from pipeline.data.copies import Facts, encode_facts, facts_file, find_copies, read_facts, read_other_facts
+from pipeline.data.copies import Facts, find_copies, read_facts, read_other_facts
 from pipeline.data.evaluation_set import LISTING_NAME, listing
-from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
+from pipeline.data.own_masks import MaskReader, join_counts, mask_warnings
 from pipeline.data.plan import PLAN_NAME, ShardPlan, extend_plan, read_plan
-from pipeline.data.pool_pixels import with_patches
 from pipeline.data.prepare_config import PrepareConfig as PrepareConfig
 from pipeline.data.receipts import (
     by_reason,
     count_drops,
     make_manifest,
     read_receipts,
-    shard_file,
     unplanned_files,
     with_copies,
 )
-from pipeline.data.records import make_records, open_as
-from pipeline.data.schema import (
-    MANIFEST_NAME,
-    PATCHES_FIELD,
-    SCHEMA_VERSION,
-    Manifest,
-    open_shard,
-    read_manifest,
-    set_folder,
-)
-from pipeline.data.sources.ahead import read_ahead
+from pipeline.data.records import make_records
+from pipeline.data.schema import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest, set_folder
+from pipeline.data.shards import ShardMaker, leave_out_copies, make_shards
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
-from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import ConfigMismatch, FolderInUse, MissingInput, TooManyBadImages, WrongCount
 from pipeline.storage import absolute, exists, file_sizes, join, read_bytes, redact
 
@@ -128,6 +109,7 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
     plan = _settle_plan(claim, keys, config)
     del keys, collection
     inputs = plan.inputs(source, config, masks)
+    maker = ShardMaker(masks, claim, config, inputs)
     there = file_sizes(out)
     receipts = read_receipts(out, inputs, there)
     if receipts:
@@ -143,12 +125,7 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
         _tell(manifest, receipts, config)
         return manifest
     progress = _Progress(len(plan), receipts.values(), redact(out))
-    make_shard = partial(_make_shard, source=source, claim=claim, config=config, masks=masks)
-
-    def make(indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-        return _run(plan.tasks(indices, inputs), make_shard)
-
-    for receipt in make(todo):
+    for receipt in make_shards(source, plan, todo, maker):
         receipts[receipt["index"]] = receipt
         progress.add(receipt)
         if progress.dropped > config.max_bad_fraction * len(plan):
@@ -159,7 +136,7 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
         index: with_copies(receipts[index], dropped) for index, dropped in zip(inputs, copies.dropped, strict=True)
     }
     _check_drops(planned, len(plan), source, claim, config, other)
-    receipts = _without_copies({index: receipts[index] for index in inputs}, planned, make, claim, config)
+    receipts = _without_copies({index: receipts[index] for index in inputs}, planned, source, plan, maker)
     claim.write("quarantine.jsonl", _quarantine(receipts))
     ordered = list(receipts.values())
     claim.check()
@@ -266,115 +243,32 @@ def _check_count(keys: Sequence[str], source: Source, claim: Claim, config: Prep
         )
 
 
-def _run(todo: Sequence[dict[str, Any]], function: Callable[[dict[str, Any]], pa.Table]) -> Iterator[dict[str, Any]]:
-    """Receipts of the shards that *function* writes, as Ray Data's tasks finish them."""
-    if not todo:
-        return
-    start_ray()
-    dataset = run_tasks(todo, function, num_cpus=1)
-    for rows in iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0):
-        for text in rows["receipt"]:
-            yield json.loads(text)
-
-
-def _make_shard(
-    task: dict[str, Any], *, source: Source, claim: Claim, config: PrepareConfig, masks: OwnMasks | None = None
-) -> pa.Table:
-    """Write one shard, then its receipt; running it twice writes the same bytes twice."""
-    rows: list[dict[str, Any]] = []
-    facts: list[dict[str, Any]] = []
-    drops: list[dict[str, Any]] = []
-    reader = MaskReader(masks, max_pixels=config.max_pixels)
-    for key, read in read_ahead(source, task["keys"]):
-        data = b""
-        try:
-            data = read()
-            photograph = open_as(data, config)
-            fact = examine(key, photograph, config)
-            rows += make_records(key, data, config, label=source.label(key), photograph=photograph, masks=reader)
-            facts.append(fact)
-        except UNUSABLE as error:
-            drops.append(drop_of(key, error, len(data)))
-    claim.write(facts_file(task["index"]), encode_facts(facts))
-    receipt = {"index": task["index"], "inputs": task["inputs"], "images": len(task["keys"]), "drops": drops}
-    if config.mask_from != "family":
-        receipt["masks"] = dict(reader.counts)
-    return _write_shard(pa.Table.from_pylist(rows, schema=config.record_schema), receipt, claim, config)
-
-
-def _filter_shard(receipt: dict[str, Any], *, claim: Claim, config: PrepareConfig) -> pa.Table:
-    """Write a shard anew without the copies among its receipt's drops; again, running it twice is running it once."""
-    schema = config.record_schema
-    there = receipt["rows"] > 0
-    table = open_shard(claim.folder, receipt["file"]).read(columns=schema.names) if there else schema.empty_table()
-    left_out = pa.array([drop["key"] for drop in receipt["drops"]], pa.string())
-    copied = pc.is_in(pc.struct_field(table["source"], "key"), value_set=left_out)
-    kept = table.filter(pc.invert(copied)).combine_chunks().cast(schema)
-    return _write_shard(kept, receipt, claim, config)
-
-
-def _write_shard(table: pa.Table, receipt: dict[str, Any], claim: Claim, config: PrepareConfig) -> pa.Table:
-    """Write the shard, then its receipt, which is also returned; *table* is without the windows' pixels."""
-    sink = pa.BufferOutputStream()
-    rows = config.row_group_rows
-    groups = with_patches(table, rows=rows, patch_size=config.patch_size) if config.pool_pixels else iter([table])
-    schema = config.record_schema.append(PATCHES_FIELD) if config.pool_pixels else config.record_schema
-    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
-        for group in groups:
-            writer.write_table(group, row_group_size=rows)
-    data = sink.getvalue().to_pybytes()
-    file = shard_file(receipt["index"], "parquet")
-    if len(table):
-        claim.write(file, data)
-    else:
-        claim.remove(file)
-    keys = pc.struct_field(table["source"], "key").to_pylist()
-    receipt = {
-        **receipt,
-        "file": file,
-        "rows": len(table),
-        "size": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "first_key": keys[0] if keys else "",
-        "last_key": keys[-1] if keys else "",
-        "holes": summarise_holes(pc.list_flatten(table["hole_fraction"]).to_numpy()),
-    }
-    text = json.dumps(receipt, sort_keys=True)
-    claim.write(shard_file(receipt["index"], "json"), text.encode())
-    return pa.table({"receipt": [text]})
-
-
 def _without_copies(
     receipts: dict[int, dict[str, Any]],
     planned: dict[int, dict[str, Any]],
-    make: Callable[[Sequence[int]], Iterator[dict[str, Any]]],
-    claim: Claim,
-    config: PrepareConfig,
+    source: Source,
+    plan: ShardPlan,
+    maker: ShardMaker,
 ) -> dict[int, dict[str, Any]]:
-    """Write anew the shards that do not hold what is *planned*; the receipts of all shards, in order.
-
-    *make* makes the shards with these numbers from the source.
-    """
+    """Write anew the shards that do not hold what is *planned*; the receipts of all shards, in order."""
     changed = [index for index, receipt in planned.items() if receipt["drops"] != receipts[index]["drops"]]
     if not changed:
         return receipts
-    claim.remove(MANIFEST_NAME)
+    maker.claim.remove(MANIFEST_NAME)
 
     def left_out(receipt: dict[str, Any]) -> set[str]:
         return {drop["key"] for drop in receipt["drops"]}
 
     # An earlier run may have left out what now, with other images in the source, is the first of its kind.
     lacking = [index for index in changed if not left_out(receipts[index]) <= left_out(planned[index])]
-    made = {receipt["index"]: receipt for receipt in make(lacking)}
-    receipts = {**receipts, **made}
-    filtering = [
+    receipts = {**receipts, **{receipt["index"]: receipt for receipt in make_shards(source, plan, lacking, maker)}}
+    copied = [
         {**receipts[index], "drops": planned[index]["drops"]}
         for index in changed
         if planned[index]["drops"] != receipts[index]["drops"]
     ]
-    logger.info("leaving copies out of %d of %d shards", len(filtering), len(planned))
-    filter_shard = partial(_filter_shard, claim=claim, config=config)
-    return {**receipts, **{receipt["index"]: receipt for receipt in _run(filtering, filter_shard)}}
+    logger.info("leaving copies out of %d of %d shards", len(copied), len(planned))
+    return {**receipts, **{receipt["index"]: receipt for receipt in leave_out_copies(copied, maker)}}
 
 
 def _quarantine(receipts: Mapping[int, dict[str, Any]]) -> bytes:

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.data import prepare as prepare_module
 from pipeline.data.own_masks import MaskReader, OwnMasks, open_masks, stem_of
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.records import RecordConfig, make_records
@@ -24,6 +23,7 @@ from pipeline.data.schema import Manifest, Record, read_records
 from pipeline.data.sources.choose import open_source
 from pipeline.errors import ConfigMismatch, CorruptSource, MissingInput, TooManyBadImages
 from tests.conftest import make_photo
+from tests.pipeline.test_contract import run_here
 from tests.pipeline.test_inpaint_batch import MASK_FILES, ONE_HOLE
 from tests.pipeline.test_sources import parquet_of, tar_of
 from tmad.config import MemoryConfig
@@ -81,20 +81,9 @@ def settings(source: Path | str, out: Path, **changes) -> PrepareConfig:
     return PrepareConfig(**{**SMALL, "source": str(source), "out": str(out), **changes})
 
 
-def in_this_process(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> None:
-    """Make shards one after the other here, without Ray."""
-
-    def run(tasks, function, **_):
-        return [function(task).to_pydict() for task in (reversed(tasks) if backwards else tasks)]
-
-    monkeypatch.setattr(prepare_module, "start_ray", lambda: None)
-    monkeypatch.setattr(prepare_module, "run_tasks", run)
-    monkeypatch.setattr(prepare_module, "iterate", lambda tables, **_: tables)
-
-
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_this_process(monkeypatch)
+    run_here(monkeypatch)
 
 
 def records_of(out: Path) -> list[Record]:
@@ -442,7 +431,7 @@ def test_masks_and_images_of_object_storage_make_the_set_that_local_ones_make(
     remote = prepare(settings(places["photos"], f"{bucket}/set", masks=places["masks"], **changes))
     assert faulty_cluster.unspent() == 0
     assert (remote.images_used, remote.drops) == (3, {})
-    in_this_process(monkeypatch)
+    run_here(monkeypatch)
     local = prepare(settings(photos, tmp_path / "set", masks=masks, **changes))
     assert (remote.shards, remote.digest) == (local.shards, local.digest)
     for shard in local.shards:
@@ -459,7 +448,7 @@ def test_masks_and_images_of_object_storage_make_the_set_that_local_ones_make(
 def test_the_set_does_not_depend_on_who_makes_which_shard(mask_from, ray_session, photos, masks, tmp_path, monkeypatch):
     changes = {"mask_from": mask_from, "masks": masks, "masks_per_image": 2, "crops_per_image": 2}
     prepare(settings(photos, tmp_path / "ray", **changes))
-    in_this_process(monkeypatch, backwards=True)
+    run_here(monkeypatch, backwards=True)
     prepare(settings(photos, tmp_path / "here", **changes))
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "here")
     prepare(settings(photos, tmp_path / "other", **changes, seed=1))

@@ -35,7 +35,6 @@ SOURCES = ["tree", "tar", "parquet", "list"]
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks run here, one after the other, without Ray."""
     run_here(monkeypatch)
 
 
@@ -100,8 +99,13 @@ def shards_of(out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", SOURCES)
 def test_a_set_that_is_extended_twice_keeps_every_file_of_the_old_shards(kind, tmp_path, monkeypatch):
     made = []
-    make = prepare_module._make_shard
-    monkeypatch.setattr(prepare_module, "_make_shard", lambda task, **more: made.append(task) or make(task, **more))
+    make = prepare_module.make_shards
+
+    def make_and_note(source, plan, shards, maker):
+        made.extend(map(plan.keys, shards))
+        return make(source, plan, shards, maker)
+
+    monkeypatch.setattr(prepare_module, "make_shards", make_and_note)
     out = tmp_path / "set"
     digests = []
     for parts, new in (([FIRST], 3), ([FIRST, SECOND], 2), ([FIRST, SECOND, THIRD], 1)):
@@ -113,7 +117,7 @@ def test_a_set_that_is_extended_twice_keeps_every_file_of_the_old_shards(kind, t
         assert manifest.images_listed == sum(map(len, parts))
         digests.append(manifest.digest)
     assert len(set(digests)) == 3
-    assert [sorted(set(task["keys"])) for task in made] == [sorted(THIRD)]
+    assert [sorted(keys) for keys in made] == [sorted(THIRD)]
     assert sorted(keys_of(out)) == sorted({**FIRST, **SECOND, **THIRD}.keys() - {"05.png"})
     assert keys_of(out)[: len(FIRST)] == sorted(FIRST)
     (line,) = (out / "quarantine.jsonl").read_text().splitlines()
