@@ -128,7 +128,7 @@ class Inpainter:
         what `load_model` and `builtin_model` raise, `ModelNotFound` where there is none, and `ValueError` for a device
         that this machine does not have.
         """
-        _check_device(device)
+        check_device(device)
         folder = _model_folder(model, tracking_uri)
         return Inpainter(load_model(folder, device=device), policy=policy, **{"keep_candidates": False, **options})
 
@@ -140,7 +140,7 @@ class Inpainter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         config, weights, device = state.pop("model")
-        _check_device(device)
+        check_device(device)
         self.__dict__.update(state)
         self.model = TMAD(config)
         self.model.load_state_dict(weights)
@@ -430,7 +430,8 @@ class _Part:
     found: _Found
 
 
-def _check_device(device: torch.device | str) -> None:
+def check_device(device: torch.device | str) -> None:
+    """Raise `ValueError` for a device that this machine does not have."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} needs a GPU that PyTorch can use, and there is none here; use device='cpu'")
 
