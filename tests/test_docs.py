@@ -87,6 +87,12 @@ def test_what_the_stacks_demo_looks_for_is_what_the_jobs_write() -> None:
     assert f"train/{MANIFEST_NAME}" in RESULTS
 
 
+def test_the_slow_tests_that_have_a_reason_are_tests() -> None:
+    named = re.findall(r"\| `([\w/.]+)`: `(test_\w+)` \|", (ROOT / "docs" / "tests.md").read_text())
+    assert len(named) > 20
+    assert [(file, name) for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()] == []
+
+
 def test_every_set_that_the_documents_validate_on_is_prepared_as_one() -> None:
     """Without `--split val` it is another set, which `evaluate --against` does not take for the same."""
     texts = [

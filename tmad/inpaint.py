@@ -156,7 +156,7 @@ class Inpainter:
         what `load_model` and `builtin_model` raise, `ModelNotFound` where there is none, and `ValueError` for a device
         that this machine does not have.
         """
-        _check_device(device)
+        check_device(device)
         folder = _model_folder(model, tracking_uri)
         return Inpainter(load_model(folder, device=device), policy=policy, **{"keep_candidates": False, **options})
 
@@ -166,7 +166,7 @@ class Inpainter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         model, device = state.pop("model")
-        _check_device(device)
+        check_device(device)
         self.__dict__.update(state)
         self.model = model.to(device)
 
@@ -644,7 +644,8 @@ class _OnHost:
         return self.coarse
 
 
-def _check_device(device: torch.device | str) -> None:
+def check_device(device: torch.device | str) -> None:
+    """Raise `ValueError` for a device that this machine does not have."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} needs a GPU that PyTorch can use, and there is none here; use device='cpu'")
 
