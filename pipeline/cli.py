@@ -190,6 +190,13 @@ def _help_text(description: str, presets: Mapping[str, Callable[[], Any]]) -> st
     return "\n".join(lines)
 
 
+def with_model(argv: Sequence[str]) -> list[str]:
+    """*argv* with the model of `TMAD_MODEL`, if it names none itself."""
+    model = os.environ.get("TMAD_MODEL")
+    named = any(one in ("--config", "--model") or one.startswith(("--config=", "--model=")) for one in argv)
+    return [*argv, "--model", model] if model and not named else list(argv)
+
+
 def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main(argv)` as a program: logging to stderr, errors as one line, exit code.
 
