@@ -51,6 +51,11 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
     return ["the same files", *(f"{what}: {sorted(names)}" for what, names in said.items() if names)]
 
 
+# Triton reads it once, when something imports it, as `torch.compile` does: without a GPU its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
     torch.set_num_threads(1)
