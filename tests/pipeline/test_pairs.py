@@ -51,12 +51,7 @@ def jobs(
     def begin(runs: str) -> dict[str, Begin]:
         out = f"{runs}/same"
         run = replace(
-            smoke(),
-            name=None,
-            runs=runs,
-            model=replace(smoke().model, patch_size=16),
-            data=DataConfig(train=data, val=val),
-            tracking=TrackingConfig(uri="none"),
+            smoke(), name=None, runs=runs, data=DataConfig(train=data, val=val), tracking=TrackingConfig(uri="none")
         )
         study = {"run": run, "name": "same"}
         inputs = {"input": str(tmp_path / "i"), "masks": str(tmp_path / "m"), "model": str(model_folder)}
