@@ -100,9 +100,14 @@ def _measure_holes(size: int, model: TMAD, limit: float, report: Report, options
     image = picture(size, "inference")
     large, small = centred_hole(size, size // 2), centred_hole(size, size // 4)
 
+    inpainter = Inpainter(model, keep_candidates=False)
+
     def fill(mask: np.ndarray, chunk: int) -> Callable[[], InpaintResult]:
-        inpainter = Inpainter(model, cells_per_chunk=chunk, keep_candidates=False)
-        return lambda: inpainter(image, mask)
+        def call() -> InpaintResult:
+            inpainter.cells_per_chunk = chunk
+            return inpainter(image, mask)
+
+        return call
 
     cells = len(hole_cells(large, model.config.patch_size))
     quarter, sixteenth = f"hole {size // 2} x {size // 2}", f"hole {size // 4} x {size // 4}"
@@ -114,7 +119,7 @@ def _measure_holes(size: int, model: TMAD, limit: float, report: Report, options
         f"{sixteenth}, its cells at once": fill(small, cells),
         "hole of one pixel: little but the coarse network": fill(centred_hole(size, 1), cells),
     }
-    macs = {name: _macs(model, call) for name, call in calls.items()}
+    macs = {name: _macs(inpainter.model, call) for name, call in calls.items()}
     peaks = {name: peak_bytes(call) for name, call in calls.items()}
     reference = _pixels(calls[whole])
     apart = max(int((_pixels(call) != reference).sum()) for call in chunked.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
-from pipeline.cli import parse, run_job
+from pipeline.cli import parse, run_job, with_model
 from pipeline.inpaint.config import InpaintConfig
 
 SOME_FAILED = 3
@@ -41,10 +40,7 @@ One picture, without Ray: tmad inpaint photo.jpg mask.png -o filled.jpg --model 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, inpaint, print the counts; returns the exit code."""
-    model = os.environ.get("TMAD_MODEL")
-    if model and not any(one in ("--config", "--model") or one.startswith(("--config=", "--model=")) for one in argv):
-        argv = [*argv, "--model", model]
-    command = parse(InpaintConfig, argv, prog="inpaint.py", description=DESCRIPTION)
+    command = parse(InpaintConfig, with_model(argv), prog="inpaint.py", description=DESCRIPTION)
     # Ray takes seconds to import; --help and a wrong option should not.
     from pipeline.inpaint.ledger import LEDGER
     from pipeline.inpaint.run import check, inpaint_all

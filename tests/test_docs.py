@@ -87,6 +87,12 @@ def test_what_the_stacks_demo_looks_for_is_what_the_jobs_write() -> None:
     assert f"train/{MANIFEST_NAME}" in RESULTS
 
 
+def test_the_slow_tests_that_have_a_reason_are_tests() -> None:
+    named = re.findall(r"\| `([\w/.]+)`: `(test_\w+)` \|", (ROOT / "docs" / "tests.md").read_text())
+    assert len(named) > 20
+    assert [(file, name) for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()] == []
+
+
 def test_every_set_that_the_documents_validate_on_is_prepared_as_one() -> None:
     """Without `--split val` it is another set, which `evaluate --against` does not take for the same."""
     texts = [
@@ -139,6 +145,15 @@ def test_every_kind_of_error_has_its_place_in_troubleshooting() -> None:
     }
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     assert set(re.findall(r"^### (\w+)$", page, re.M)) == kinds
+
+
+def test_the_tests_that_hold_each_fault_exist() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text()
+    entries = {int(number): line for number, line in re.findall(r"^\| (\d+) \|(.*)$", page, re.M)}
+    assert list(entries) == list(range(1, 36))
+    held = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert all("::test_" in line for line in entries.values())
+    assert [one for one in held if not re.search(rf"^def {one[1]}\(", (ROOT / one[0]).read_text(), re.M)] == []
 
 
 def test_the_dashboard_is_written_by_its_script_and_shows_metrics_that_are_exported() -> None:

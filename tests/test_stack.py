@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 WATCHED = """
-import logging, time
+import logging, sys, time
+from pathlib import Path
 from pipeline import observe
 from pipeline.cli import configure_logging
 from pipeline.cluster import start_ray
@@ -37,8 +38,11 @@ tracker = Tracker(None, None, exported_as="watched")
 tracker.metrics({"rate/images_per_s": 12.5, "loss/total": 0.75, "bad_steps": 2}, 800)
 observe.count("storage_repeat", 3)
 logging.getLogger("pipeline.test").info("after the interval")
-time.sleep(45)
+end = time.monotonic() + 150
+while not Path(sys.argv[1]).exists() and time.monotonic() < end:
+    time.sleep(0.2)
 """
+"""Goes on until the file that it is given is there."""
 
 
 class Running:
@@ -99,10 +103,12 @@ def test_storage_and_tracking_answer_under_the_addresses_that_it_prints(client: 
 def test_a_submitted_job_shows_its_metrics_at_a_nodes_endpoint_and_logs_json(client: Running, tmp_path: Path) -> None:
     addresses = re.findall(r"Metrics, \S+ +(http\S+)", client.said)
     assert len(addresses) == 3, "a head and two workers"
-    (tmp_path / "watched.py").write_text(WATCHED)
+    folder, seen = tmp_path / "job", str(tmp_path / "seen")
+    folder.mkdir()
+    (folder / "watched.py").write_text(WATCHED)
     variables = json.dumps({"env_vars": {"TMAD_LOG": "json", "PYTHONPATH": str(ROOT)}})
-    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", str(tmp_path)]
-    command = [*submit, "--runtime-env-json", variables, "--", "python", "watched.py"]
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", str(folder)]
+    command = [*submit, "--runtime-env-json", variables, "--", "python", "watched.py", seen]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wanted = {
         r'ray_tmad_rate\{.*name="images_per_s".*run="watched".*\} 12.5',
@@ -116,6 +122,7 @@ def test_a_submitted_job_shows_its_metrics_at_a_nodes_endpoint_and_logs_json(cli
         time.sleep(1)
         pages = "".join(urllib.request.urlopen(address, timeout=30).read().decode() for address in addresses)
         missing = {pattern for pattern in missing if not re.search(pattern, pages)}
+    Path(seen).touch()
     output, _ = job.communicate(timeout=120)
     assert missing == set(), output.decode()
     line = next(line for line in output.decode().splitlines() if "after the interval" in line)

@@ -3,9 +3,12 @@
 Every output pixel is a weighted sum of the k_up x k_up input pixels around its source, the weights being predicted
 from the features and normalised by a softmax. The reassembly runs as one loop over the k_up^2 shifts that accumulates
 into the output: nothing is unfolded, and for the backward pass only the padded features and the weights are kept.
+On a CUDA device softmax and reassembly are one operator instead (`carafe_triton`).
 """
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,8 @@ from torch.nn import functional as F
 from tmad.config import CarafeConfig
 
 SCALE = 2
-
+HAS_TRITON = find_spec("triton") is not None
+"""Triton comes with PyTorch's CUDA builds, but not with all of them."""
 
 START_SPREAD = 0.004
 """Added to every tap of the kernels that up-sampling starts with, before they are normalised."""
@@ -98,6 +102,25 @@ def reassemble(features: Tensor, weights: Tensor, kernel: int) -> Tensor:
     return _Reassemble.apply(features, weights, kernel)
 
 
+def upsample(features: Tensor, logits: Tensor, kernel: int) -> Tensor:
+    """Reassembly of *features* (B, C, H, W) with the softmax of *logits* (B, 4 * kernel^2, H, W); see `reassemble`.
+
+    The device chooses the form; both are the same function but for rounding. The softmax runs in float32.
+    """
+    if _is_fused(features.device):
+        from tmad import carafe_triton  # Triton, which takes seconds to import, where it is needed
+
+        return carafe_triton.upsample(features, logits, kernel)
+    batch, _, height, width = logits.shape
+    logits = logits.reshape(batch, SCALE * SCALE, kernel**2, height, width)
+    weights = logits.float().softmax(dim=2).to(features.dtype)
+    return reassemble(features, weights, kernel)
+
+
+def _is_fused(device: torch.device) -> bool:
+    return HAS_TRITON and device.type == "cuda"
+
+
 class Carafe(nn.Module):
     """CARAFE up-sampling x2 with its kernel-prediction branch."""
 
@@ -117,8 +140,4 @@ class Carafe(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W); the kernel softmax runs in float32."""
-        logits = self.encode(self.compress(features))
-        batch, _, height, width = logits.shape
-        logits = logits.reshape(batch, SCALE * SCALE, self.kernel**2, height, width)
-        weights = logits.float().softmax(dim=2).to(features.dtype)
-        return reassemble(features, weights, self.kernel)
+        return upsample(features, self.encode(self.compress(features)), self.kernel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,9 @@ class CoarseNet(nn.Module):
         whole = slice(0, height), slice(0, width)
         parts = decoded_from(inner or whole, height, width, self._carafe, self._levels)
         held = reduced(whole, SCALE**self._levels)
-        features = torch.cat([masked, mask], dim=1)
+        # Weights may be bfloat16 where there is no autocast.
+        first: Any = self.layers[0]
+        features = torch.cat([masked, mask], dim=1).to(first.weight.dtype)
         for layer in self.layers:
             if isinstance(layer, UpBlock):
                 part = parts.pop()

@@ -41,24 +41,12 @@ def draw(
 
     *mask* (H, W) {0, 1}, sides multiples of patch_size; *pool_yx* (N_pool, 2).
     """
-    grid = hole_grid(mask, patch_size)
-    mirrored, cells, mix = choose(grid, num_cells=num_cells, rng=rng, flip=flip)
+    mirrored = flip and bool(rng.random() < 0.5)
     if mirrored:
         mask = np.ascontiguousarray(mask[:, ::-1])
         pool_yx = mirrored_corners(pool_yx, mask.shape[1], patch_size)
-    return Draws(mirrored, mask, pool_yx, cells, mix)
-
-
-def choose(
-    grid: np.ndarray, *, num_cells: int, rng: np.random.Generator, flip: bool
-) -> tuple[bool, np.ndarray, np.ndarray]:
-    """The draws alone (`Draws.mirrored`, `cells`, `mix`) of an image whose hole touches the cells of *grid* (as
-    `hole_grid`), which is not mirrored yet."""
-    mirrored = flip and bool(rng.random() < 0.5)
-    if mirrored:
-        grid = grid[:, ::-1]
-    cells = draw_cells(grid, num=num_cells, rng=rng)
-    return mirrored, cells, rng.random(len(cells) + 1, dtype=np.float32)
+    cells = draw_cells(hole_grid(mask, patch_size), num=num_cells, rng=rng)
+    return Draws(mirrored, mask, pool_yx, cells, rng.random(len(cells) + 1, dtype=np.float32))
 
 
 def mirrored_corners(corners: np.ndarray, width: int, patch_size: int) -> np.ndarray:

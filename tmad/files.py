@@ -124,9 +124,22 @@ def fill_file(
     if the result, opened again, is not what the original was outside the hole.
     """
     result = inpainter(file.image, hole, image_id=image_id, filled=filled)
+    return encode_filled(file, hole, result, feather=inpainter.feather, opaque=opaque, kind=kind)
+
+
+def encode_filled(
+    file: ImageFile,
+    hole: np.ndarray,
+    result: InpaintResult,
+    *,
+    feather: int = 0,
+    opaque: bool = False,
+    kind: Kind = "same",
+) -> FilledFile:
+    """What an inpainter with this *feather* made of the file's picture, as a file; the rest as `fill_file`."""
     picture = result.output
     assert isinstance(picture, Image.Image), "a Pillow image comes back for a Pillow image"
-    zone = dilate((hole > 0).astype(np.uint8), inpainter.feather)
+    zone = dilate((hole > 0).astype(np.uint8), feather)
     if opaque and picture.mode in ("LA", "RGBA"):
         alpha = np.array(picture.getchannel("A"))
         alpha[hole > 0] = 255

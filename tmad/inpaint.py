@@ -1,18 +1,21 @@
 """Inpainting of arrays and photographs: any size, any mode in; valid pixels come out bit-identical.
 
 The coarse network sees the image, or each group of holes with its surroundings, once; the hole cells then go through
-retrieval and PSNet in squares, so that memory beyond the coarse pass does not grow with the hole. Shapes: H W image
-sides, k patch side, C candidates.
+retrieval and PSNet in squares, so that memory beyond the coarse pass does not grow with the hole. On a GPU images of
+one size go through the networks together. Shapes: B images, N cells of an image, P memory patches, C candidates, H W
+image sides, k patch side.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -22,17 +25,18 @@ from torch import Tensor
 from tmad import builtin
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model
 from tmad.coarse import compose
+from tmad.config import TMADConfig
 from tmad.draws import hole_cells
 from tmad.holes import Box, block_any, dilate, fade, group_holes, named, polarity_notes
 from tmad.holes import EmptyMaskWarning as EmptyMaskWarning
 from tmad.holes import MaskPolarityWarning as MaskPolarityWarning
 from tmad.holes import UnusableInput as UnusableInput
 from tmad.holes import hole_mask as hole_mask
-from tmad.images import paste, scale, to_model, to_rgb, to_uint8
+from tmad.images import UnreadableImage, paste, scale, to_model, to_rgb, to_uint8
 from tmad.inputs import Picture, as_pillow, like, opened
 from tmad.memory import select_pool
-from tmad.model import TMAD
-from tmad.patches import Part
+from tmad.model import TMAD, folded
+from tmad.patches import Part, cut, within
 from tmad.rng import numpy_generator
 
 Policy = Literal["original", "resize", "crop"]
@@ -42,6 +46,14 @@ CONTEXT = 128
 """Pixels around a hole that the networks see by default: four cells of the paper's size."""
 LIMIT = 1024
 """Pixels of a side up to which the coarse network works at full size by default; some 600 MB of memory."""
+GPU_PIXELS = 2**22
+"""Pixels that go through the networks together on a GPU by default."""
+
+_GRAIN = 4
+"""What PSNet sees of pictures that go together has sides of so many cells, or a multiple."""
+
+Precision = Literal["fp32", "bf16"]
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -85,8 +97,10 @@ class Inpainter:
         cells_per_chunk: int = 256,
         seed: int = 0,
         keep_candidates: bool = True,
+        precision: Precision | None = None,
+        pixels_at_once: int | None = None,
     ) -> None:
-        """How pictures of any size are worked on.
+        """How pictures of any size are worked on, by a copy of *model* where it is.
 
         *policy*: `original`, the coarse network sees the whole picture; `resize`, it sees the picture with its longer
         side reduced to *limit* pixels; `crop`, it sees each group of holes with *context* pixels around it, reduced
@@ -94,6 +108,11 @@ class Inpainter:
         pixels around the hole over which the result passes into the picture; they change, those beyond them never do.
         *cells_per_chunk*, cells worked on at once, bounds the memory of retrieval and PSNet; *seed* keys the choice of
         the texture memory.
+
+        *precision* of coarse network and PSNet, retrieval being float32 always; none = `bf16` on a GPU, `fp32` on a
+        CPU. *pixels_at_once*: so many pixels of pictures of one size go through the networks together; none =
+        `GPU_PIXELS` on a GPU and one picture on a CPU, where a result is thus the same to the last bit whatever else is
+        in the batch. On a GPU, in another precision or in company, a value may differ by rounding.
         """
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
@@ -103,7 +122,17 @@ class Inpainter:
             raise ValueError(f"context and feather must not be negative, got {context} and {feather}")
         if limit < 2 * model.config.size_multiple:
             raise ValueError(f"limit must be at least {2 * model.config.size_multiple}, got {limit}")
-        self.model = model.eval()
+        if pixels_at_once is not None and pixels_at_once < 1:
+            raise ValueError(f"pixels_at_once must be at least 1, got {pixels_at_once}")
+        self.model = folded(model)
+        on_gpu = self.device.type == "cuda"
+        self.precision = precision or ("bf16" if on_gpu else "fp32")
+        if self.precision == "bf16":
+            for network in (self.model.coarse, self.model.psnet):
+                network.to(torch.bfloat16)
+                if on_gpu:
+                    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.pixels_at_once = pixels_at_once or (GPU_PIXELS if on_gpu else 1)
         self.policy = policy
         self.context = context
         self.limit = limit
@@ -128,23 +157,19 @@ class Inpainter:
         what `load_model` and `builtin_model` raise, `ModelNotFound` where there is none, and `ValueError` for a device
         that this machine does not have.
         """
-        _check_device(device)
+        check_device(device)
         folder = _model_folder(model, tracking_uri)
         return Inpainter(load_model(folder, device=device), policy=policy, **{"keep_candidates": False, **options})
 
     def __getstate__(self) -> dict[str, Any]:
-        """The settings, the model's configuration, and its weights: all that another process needs."""
-        weights = {name: value.cpu() for name, value in self.model.state_dict().items()}
-        settings = {name: value for name, value in self.__dict__.items() if name != "model"}
-        return {**settings, "model": (self.model.config, weights, str(self.device))}
+        """Settings and networks: all that another process needs."""
+        return {**self.__dict__, "model": (copy.deepcopy(self.model).cpu(), str(self.device))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        config, weights, device = state.pop("model")
-        _check_device(device)
+        model, device = state.pop("model")
+        check_device(device)
         self.__dict__.update(state)
-        self.model = TMAD(config)
-        self.model.load_state_dict(weights)
-        self.model = self.model.to(device).eval()
+        self.model = model.to(device)
 
     def inpaint(self, image: Picture, mask: Picture, *, image_id: str = "") -> np.ndarray | Image.Image | Tensor:
         """The filled image alone: an array for an array, a tensor for a tensor, else a Pillow image. Arguments and
@@ -156,7 +181,6 @@ class Inpainter:
         """Where the model computes."""
         return next(self.model.parameters()).device
 
-    @torch.inference_mode()
     def __call__(
         self,
         image: Picture,
@@ -181,6 +205,39 @@ class Inpainter:
         Raises `UnusableInput` (a `ValueError`) naming the image: a mask or result of another size, nothing but hole,
         an array that is no image. Raises `UnreadableImage` for a file that is none.
         """
+        prepared = self.prepare(image, mask, image_id=image_id, filled=filled)
+        self.compute([prepared])
+        return self.finish(prepared)
+
+    def batch(
+        self,
+        images: Sequence[Picture],
+        masks: Sequence[Picture],
+        *,
+        image_ids: Sequence[str] | None = None,
+        filled: Sequence[Picture] | None = None,
+    ) -> list[InpaintResult | UnusableInput | UnreadableImage]:
+        """Fill images of any sizes, those of one size together (`pixels_at_once`); arguments as in a call, one for
+        each image. An image that cannot be filled has its error in place of a result, and the others theirs."""
+        number = len(images)
+        for name, given in {"masks": masks, "image_ids": image_ids, "filled": filled}.items():
+            if given is not None and len(given) != number:
+                raise ValueError(f"{name} must be as many as images ({number}), got {len(given)}")
+        found: list[Prepared | UnusableInput | UnreadableImage] = []
+        for place, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            image_id = image_ids[place] if image_ids is not None else ""
+            try:
+                donor = filled[place] if filled is not None else None
+                found.append(self.prepare(image, mask, image_id=image_id, filled=donor))
+            except (UnusableInput, UnreadableImage) as error:
+                found.append(error)
+        self.compute([one for one in found if isinstance(one, Prepared)])
+        return [self.finish(one) if isinstance(one, Prepared) else one for one in found]
+
+    # A call in three steps, for those who feed a GPU: the first and the last may run in any thread, beside the second.
+
+    def prepare(self, image: Picture, mask: Picture, *, image_id: str = "", filled: Picture | None = None) -> Prepared:
+        """All that comes before the networks; arguments and errors as in a call."""
         original = as_pillow(opened(image), "image", image_id)
         size = (original.height, original.width)
         hole, notes = hole_mask(opened(mask), image_id=image_id)
@@ -190,30 +247,57 @@ class Inpainter:
             donor = as_pillow(opened(filled), "filled", image_id)
             _check_size("filled", (donor.height, donor.width), size, image_id)
         if not hole.any():
-            return self._unchanged(image, original, notes)
+            return Prepared(image, original, hole, notes, [])
         grown = dilate(hole, self.feather)
         if grown.all():
             message = "the mask leaves nothing but hole: no texture to fill it from"
             raise UnusableInput("all-hole", named(image_id) + message)
         notes += polarity_notes(hole, image_id)
-
         if original.mode == "F":  # whose values mean what the whole picture's range says
             readable: Image.Image = Image.fromarray(to_rgb(original))
         else:
             readable = original
-        parts = [self._fill(readable, grown, donor, box, image_id) for box in self._boxes(grown)]
-        shown = fade(hole, self.feather)
-        output = paste(original, [((part.box.top, part.box.left), part.rgb, shown[part.box.slices]) for part in parts])
+        parts = [self._part(readable, grown, donor, box, image_id) for box in self._boxes(grown)]
+        return Prepared(image, original, hole, notes, parts)
+
+    @torch.inference_mode()
+    def compute(self, pictures: Sequence[Prepared]) -> None:
+        """Take prepared pictures through the networks; on a GPU it returns before they are through."""
+        groups: dict[Any, list[_Part]] = {}
+        for number, part in enumerate(part for picture in pictures for part in picture.parts):
+            # Those beyond the limit are worked on in tiles, each by itself.
+            part.pieces.clear()
+            key = number if self._is_large(part) else (part.mask.shape, part.donor is None)
+            groups.setdefault(key, []).append(part)
+        for group in groups.values():
+            for some in self._bounded(group, group[0].mask.size):
+                self._fill(some)
+        if self.device.type == "cuda":
+            through = torch.cuda.Event()
+            through.record(torch.cuda.current_stream(self.device))
+            for picture in pictures:
+                picture.through = through
+
+    def finish(self, picture: Prepared) -> InpaintResult:
+        """The result of a picture that was computed, once the device has made it."""
+        if picture.through is not None:
+            picture.through.synchronize()
+        original, parts = picture.original, picture.parts
+        shown = fade(picture.hole, self.feather)
+        fills = [((part.box.top, part.box.left), part.filled(), shown[part.box.slices]) for part in parts]
+        output = paste(original, fills) if parts else original.copy()
+        none = _none_found(self.model.config)
+        found = [part.found for part in parts if part.found is not None] or [none]
         return InpaintResult(
-            output=like(image, output),
+            output=like(picture.image, output),
             coarse=self._coarse(original, parts),
-            candidates=np.concatenate([part.found.candidates for part in parts]),
-            cells_yx=np.concatenate([part.found.cells_yx for part in parts]),
-            candidates_yx=np.concatenate([part.found.candidates_yx for part in parts]),
-            memory=np.concatenate([part.found.memory for part in parts]),
-            memory_yx=np.concatenate([part.found.memory_yx for part in parts]),
-            hole_fraction=float(hole.mean()),
-            notes=notes,
+            candidates=np.concatenate([one.candidates for one in found]),
+            cells_yx=np.concatenate([none.memory_yx, *(part.cells_yx + part.corner for part in parts)]),
+            candidates_yx=np.concatenate([one.candidates_yx for one in found]),
+            memory=np.concatenate([one.memory for one in found]),
+            memory_yx=np.concatenate([one.memory_yx for one in found]),
+            hole_fraction=float(picture.hole.mean()),
+            notes=picture.notes,
         )
 
     def _boxes(self, hole: np.ndarray) -> list[Box]:
@@ -221,49 +305,76 @@ class Inpainter:
             return group_holes(hole, multiple=self.model.config.size_multiple, context=self.context)
         return [Box(0, 0, *hole.shape)]
 
-    def _fill(self, image: Image.Image, hole: np.ndarray, donor: Image.Image | None, box: Box, image_id: str) -> _Part:
-        """One part of the picture, filled; *hole* is that of the whole picture."""
-        whole = (box.height, box.width) == hole.shape
+    def _part(self, image: Image.Image, hole: np.ndarray, donor: Image.Image | None, box: Box, image_id: str) -> _Part:
+        """One part of the picture; *hole* is that of the whole picture."""
+        whole, multiple = (box.height, box.width) == hole.shape, self.model.config.size_multiple
         hole = hole[box.slices]
         rgb = to_rgb(image if whole else image.crop(box.corners))
         given = None if donor is None else to_rgb(donor if whole else donor.crop(box.corners))
         # Parts of one picture draw their memories independently.
         key = (image_id,) if whole else (image_id, box.top, box.left)
-        if self.policy != "original" and max(hole.shape) > self.limit:
-            coarse = np.where(hole[..., None] > 0, self._reduced(rgb, hole) if given is None else given, rgb)
-            filled, found = self._fill_in_tiles(coarse, hole, key)
-        else:
-            filled, coarse, found = self._fill_at_once(rgb, hole, given, key)
-        corner = np.array([box.top, box.left])
-        moved = replace(
-            found,
-            candidates_yx=found.candidates_yx + corner,
-            cells_yx=found.cells_yx + corner,
-            memory_yx=found.memory_yx + corner,
-        )
-        return _Part(box, filled, coarse, moved)
-
-    def _fill_at_once(
-        self, rgb: np.ndarray, hole: np.ndarray, donor: np.ndarray | None, key: tuple[int | str, ...]
-    ) -> tuple[np.ndarray, np.ndarray, _Found]:
-        config, device = self.model.config, self.device
-        height, width = hole.shape
-        padded_rgb, padded_hole = (_pad(array, config.size_multiple) for array in (rgb, hole))
-        image = _to_tensor(padded_rgb, device)
-        mask = torch.from_numpy(padded_hole).to(device)[None, None].float()
-        pool_yx = torch.from_numpy(self._pool(hole, key).astype(np.int64)).to(device)[None]
-        if donor is None:
-            coarse = self._predict(image, mask, _around(padded_hole, config.patch_size))
-        else:
-            coarse = compose(_to_tensor(_pad(donor, config.size_multiple), device), image, mask)
-        memory = self.model.read_memory(coarse, pool_yx)
+        mask = _pad(hole, multiple)
         # Cells whose only hole pixels are padding would be cropped away again.
-        inside = np.zeros_like(padded_hole)
-        inside[:height, :width] = hole
-        before = _to_array(coarse)[:height, :width]
-        before = np.where(hole[..., None] > 0, before, rgb)
-        filled, found = self._synthesize(lambda part: coarse[..., *part], before, inside, memory, pool_yx[0])
-        return filled, before, found
+        inside = np.zeros_like(mask)
+        inside[: box.height, : box.width] = hole
+        k = self.model.config.patch_size
+        cells = hole_cells(inside, k).astype(np.int64)
+        return _Part(
+            box=box,
+            rgb=rgb,
+            image=_pad(rgb, multiple),
+            mask=mask,
+            hole=inside,
+            donor=None if given is None else _pad(given, multiple),
+            pool_yx=self._pool(hole, key).astype(np.int64),
+            cells_yx=np.stack(np.divmod(cells, mask.shape[1] // k), axis=1) * k,
+        )
+
+    def _is_large(self, part: _Part) -> bool:
+        return self.policy != "original" and max(part.box.height, part.box.width) > self.limit
+
+    def _bounded(self, items: list[_Item], pixels: int) -> Iterator[list[_Item]]:
+        """*items* of so many *pixels* each, as many at a time as go through the networks together."""
+        at_once = max(1, self.pixels_at_once // pixels)
+        for start in range(0, len(items), at_once):
+            yield items[start : start + at_once]
+
+    def _fill(self, parts: list[_Part]) -> None:
+        """Fill parts of one padded size, or a single large one."""
+        source: _OnDevice | _OnHost
+        if self._is_large(parts[0]):
+            (part,) = parts
+            source = _OnHost(self._coarse_of_large(part), self.device)
+            windows = [self._window(source.coarse, top, left) for top, left in part.pool_yx.tolist()]
+            memory = torch.cat(windows, dim=1)
+        else:
+            source = _OnDevice(self._coarse_of(parts))
+            memory = self.model.read_memory(
+                source.coarse, _sent(np.stack([part.pool_yx for part in parts]), self.device)
+            )
+        index, weights = self._retrieve(source, parts, memory)
+        self._synthesize(source, parts, memory, index, weights)
+        if self.keep_candidates:
+            for number, part in enumerate(parts):
+                part.coarse = source.pixels(number)
+                part.found = self._found(part, index[number], memory[number])
+
+    def _coarse_of(self, parts: list[_Part]) -> Tensor:
+        """I^_s (B, 3, H, W) of parts of one size."""
+        image = _to_tensor(np.stack([part.image for part in parts]), self.device)
+        mask = _sent(np.stack([part.mask for part in parts])[:, None], self.device).float()
+        donors = [part.donor for part in parts if part.donor is not None]
+        if donors:
+            return compose(_to_tensor(np.stack(donors), self.device), image, mask)
+        holes = np.bitwise_or.reduce([part.mask for part in parts])
+        return self._predict(image, mask, _around(holes, self.model.config.patch_size))
+
+    def _coarse_of_large(self, part: _Part) -> np.ndarray:
+        """I^_s (H, W, 3), uint8, with its padding, of a part that the coarse network sees reduced."""
+        hole = part.hole[: part.box.height, : part.box.width]
+        given = part.donor
+        coarse = self._reduced(part.rgb, hole) if given is None else given[: part.box.height, : part.box.width]
+        return _pad(np.where(hole[..., None] > 0, coarse, part.rgb), self.model.config.size_multiple)
 
     def _predict(self, image: Tensor, mask: Tensor, part: Part) -> Tensor:
         """I^_s of *image*, whose holes lie in *part*."""
@@ -271,61 +382,96 @@ class Inpainter:
         coarse[..., *part] = compose(self.model.predict_coarse(image, mask, part), image[..., *part], mask[..., *part])
         return coarse
 
-    def _synthesize(
-        self, read: Callable[[Part], Tensor], before: np.ndarray, hole: np.ndarray, memory: Tensor, pool_yx: Tensor
-    ) -> tuple[np.ndarray, _Found]:
-        """Texture for the hole cells, a square of `cells_per_chunk` of them at a time.
+    def _retrieve(self, source: _OnDevice | _OnHost, parts: list[_Part], memory: Tensor) -> tuple[Tensor, Tensor]:
+        """The candidates (B, N, C) of all cells, as numbers of memory windows, and S (B, N, P); a part with fewer cells
+        than another has its first one again."""
+        most = max(len(part.cells_yx) for part in parts)
+        corners = np.stack([part.cells_yx[_filled_up(np.arange(len(part.cells_yx)), most)] for part in parts])
+        index, weights = [], []
+        step = max(1, self.cells_per_chunk // len(parts))
+        for start in range(0, most, step):
+            queries = source.windows(corners[:, start : start + step], self.model.config.patch_size)
+            found = self.model.retrieval(queries, self.model.patches(memory), memory[..., :1, :1, :1])
+            index.append(found.index)
+            weights.append(found.weights)
+        return torch.cat(index, dim=1), torch.cat(weights, dim=1)
 
-        *read* gives parts (1, 3, h, w) of I^_s, whose size is that of *hole* (H, W), multiples of k; *before*: the same
-        as uint8, without padding; *memory* as `TMAD.read_memory` and its corners *pool_yx* (P, 2). PSNet sees so much
-        around each square that the result does not depend on where squares end. Returns *before* with texture.
+    def _synthesize(
+        self,
+        source: _OnDevice | _OnHost,
+        parts: list[_Part],
+        memory: Tensor,
+        index: Tensor,
+        weights: Tensor,
+    ) -> None:
+        """Texture for the hole cells, a square of `cells_per_chunk` of them at a time, those of one size together.
+
+        *memory* as `TMAD.read_memory`, *index* and *weights* as `_retrieve`. PSNet sees so much around each square that
+        the result does not depend on where squares end. What it makes goes into the parts' `pieces`.
         """
+        by_size: dict[tuple[int, ...], list[_Square]] = {}
+        for number, part in enumerate(parts):
+            for square in self._squares(number, part):
+                by_size.setdefault(square.seen_size, []).append(square)
+        for (height, width), squares in by_size.items():
+            for some in self._bounded(squares, height * width):
+                self._synthesize_squares(some, source, parts, memory, index, weights)
+
+    def _squares(self, number: int, part: _Part) -> Iterator[_Square]:
         k = self.model.config.patch_size
-        cells = hole_cells(hole, k).astype(np.int64)
-        corners = np.stack(np.divmod(cells, hole.shape[1] // k), axis=1) * k
-        index, weights = self._retrieve(read, corners, memory)
-        filled = before.copy()
         side = max(1, math.isqrt(self.cells_per_chunk)) * k
         margin = -(-(self.model.psnet.reach + self.model.config.overlap) // k) * k
-        first, last = corners.min(axis=0), corners.max(axis=0) + k
-        for top, left in itertools.product(range(first[0], last[0], side), range(first[1], last[1], side)):
-            bottom, right = min(top + side, last[0]), min(left + side, last[1])
-            target = filled[top:bottom, left:right]
-            wanted = hole[top:bottom, left:right][: target.shape[0], : target.shape[1]] > 0
-            if not wanted.any():
-                continue
-            y, x = max(0, top - margin), max(0, left - margin)
-            part = np.s_[y : bottom + margin, x : right + margin]
-            coarse, mask = read(part), torch.from_numpy(hole[part]).to(self.device)[None, None].float()
-            inside = ((corners >= (y, x)) & (corners < (bottom + margin, right + margin))).all(axis=1)
-            rows, columns = ((corners[inside] - (y, x)) // k).T
-            local = torch.from_numpy(rows * (coarse.shape[-1] // k) + columns).to(self.device)
-            chosen = torch.from_numpy(inside).to(self.device)
-            candidates = self.model.retrieval.hand_out(weights[chosen][None], memory, index[chosen][None])
-            inner = slice(top - y, bottom - y), slice(left - x, right - x)
-            ends = [(slice(a * k, (b + 1) * k)) for a, b in ((rows.min(), rows.max()), (columns.min(), columns.max()))]
-            made = _to_array(self.model.synthesize(coarse, mask, candidates, local[None], inner, (ends[0], ends[1])))
-            target[wanted] = made[: target.shape[0], : target.shape[1]][wanted]
-        return filled, self._found(index, memory, pool_yx, corners)
+        # Pictures that go together need not have their holes in one place, but PSNet has to see as much of each.
+        grain = k if self.pixels_at_once == 1 else _GRAIN * k
+        (first_y, first_x), (last_y, last_x) = part.cells_yx.min(axis=0), part.cells_yx.max(axis=0) + k
+        for top, left in itertools.product(range(first_y, last_y, side), range(first_x, last_x, side)):
+            target = slice(top, min(top + side, last_y)), slice(left, min(left + side, last_x))
+            if part.hole[target].any():
+                rows, columns = (
+                    _stretched(one, margin, grain, length) for one, length in zip(target, part.hole.shape, strict=True)
+                )
+                inside = (part.cells_yx >= (rows.start, columns.start)) & (part.cells_yx < (rows.stop, columns.stop))
+                yield _Square(number, target, (rows, columns), np.flatnonzero(inside.all(axis=1)))
 
-    def _retrieve(self, read: Callable[[Part], Tensor], corners: np.ndarray, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The candidates (N, C) of the cells at *corners* (N, 2), as numbers of memory windows, and S (N, P)."""
-        k = self.model.config.patch_size
-        index, weights = [], []
-        for chunk in np.split(corners, range(self.cells_per_chunk, len(corners), self.cells_per_chunk)):
-            queries = torch.cat([read(np.s_[y : y + k, x : x + k]) for y, x in chunk])[None]
-            found = self.model.retrieval(queries, self.model.patches(memory), memory[..., :1, :1, :1])
-            index.append(found.index[0])
-            weights.append(found.weights[0])
-        return torch.cat(index), torch.cat(weights)
+    def _synthesize_squares(
+        self,
+        squares: list[_Square],
+        source: _OnDevice | _OnHost,
+        parts: list[_Part],
+        memory: Tensor,
+        index: Tensor,
+        weights: Tensor,
+    ) -> None:
+        """Squares around which PSNet sees as much of each, together; other arguments as above."""
+        k, device = self.model.config.patch_size, self.device
+        numbers = [square.number for square in squares]
+        most = max(len(square.cells) for square in squares)
+        cells = np.stack([_filled_up(square.cells, most) for square in squares])
+        places = np.stack(
+            [
+                (parts[square.number].cells_yx[some] - [one.start for one in square.seen]) // k
+                for square, some in zip(squares, cells, strict=True)
+            ]
+        )
+        rows, columns = places[..., 0], places[..., 1]
+        area = tuple(slice(int(one.min()) * k, int(one.max() + 1) * k) for one in (rows, columns))
+        inner = _union([within(square.target, square.seen) for square in squares])
+        seen = source.parts([(square.number, square.seen) for square in squares])
+        mask = _sent(np.stack([parts[square.number].hole[square.seen] for square in squares])[:, None], device).float()
+        local = _sent(rows * (seen.shape[-1] // k) + columns, device)
+        whose, which = _sent(np.array(numbers)[:, None], device), _sent(cells, device)
+        held = memory if numbers == list(range(len(parts))) else memory[whose[:, 0]]
+        candidates = self.model.retrieval.hand_out(weights[whose, which], held, index[whose, which])
+        made = self.model.synthesize(seen, mask, candidates, local, inner, area)  # type: ignore[arg-type]
+        pixels = to_uint8(made).permute(0, 2, 3, 1).to("cpu", non_blocking=True)
+        for square, piece in zip(squares, pixels, strict=True):
+            wanted = within(square.target, square.seen)
+            parts[square.number].pieces.append((square.target, piece[within(wanted, inner)]))
 
-    def _found(self, index: Tensor, memory: Tensor, pool_yx: Tensor, corners: np.ndarray) -> _Found:
-        if not self.keep_candidates:
-            none = _none_found(self.model.config.retrieval.num_candidates, self.model.config.patch_size)
-            return replace(none, cells_yx=corners)
-        pool = to_uint8(self.model.patches(memory[0])).permute(0, 2, 3, 1).cpu().numpy()
-        places, chosen = pool_yx.cpu().numpy(), index.cpu().numpy()
-        return _Found(pool[chosen], places[chosen], corners, pool, places)
+    def _found(self, part: _Part, index: Tensor, memory: Tensor) -> _Found:
+        pool = to_uint8(self.model.patches(memory)).permute(0, 2, 3, 1).cpu().numpy()
+        places, chosen = part.pool_yx + part.corner, index[: len(part.cells_yx)].cpu().numpy()
+        return _Found(pool[chosen], places[chosen], pool, places)
 
     def _reduced(self, rgb: np.ndarray, hole: np.ndarray) -> np.ndarray:
         """The coarse result of a picture reduced to `limit` pixels, at the picture's own size (H, W, 3), uint8."""
@@ -339,27 +485,10 @@ class Inpainter:
         small_hole[: found.shape[0], : found.shape[1]] = found
         small_hole = dilate(small_hole, 1)
         small = scale(rgb, size, "bilinear")
-        image = _to_tensor(_pad(small, config.size_multiple), self.device)
-        mask = torch.from_numpy(_pad(small_hole, config.size_multiple)).to(self.device)[None, None].float()
+        image = _to_tensor(_pad(small, config.size_multiple)[None], self.device)
+        mask = _sent(_pad(small_hole, config.size_multiple)[None, None], self.device).float()
         coarse = _to_array(self._predict(image, mask, _around(small_hole, config.size_multiple)))
         return scale(np.ascontiguousarray(coarse[: size[0], : size[1]]), (height, width))
-
-    def _fill_in_tiles(
-        self, coarse: np.ndarray, hole: np.ndarray, key: tuple[int | str, ...]
-    ) -> tuple[np.ndarray, _Found]:
-        """Texture at full size, for squares of `limit` pixels at a time, from one memory of the whole part."""
-        config = self.model.config
-        height, width = hole.shape
-        pool_yx = torch.from_numpy(self._pool(hole, key).astype(np.int64))
-        padded = _pad(coarse, config.size_multiple)
-
-        def read(part: Part) -> Tensor:
-            return _to_tensor(padded[part], self.device)
-
-        inside = np.zeros(padded.shape[:2], hole.dtype)
-        inside[:height, :width] = hole
-        memory = torch.cat([self._window(padded, top, left) for top, left in pool_yx.tolist()], dim=1)
-        return self._synthesize(read, coarse, inside, memory, pool_yx)
 
     def _window(self, coarse: np.ndarray, top: int, left: int) -> Tensor:
         """What `TMAD.read_memory` reads at one corner, from as much of a large picture as it depends on."""
@@ -369,7 +498,7 @@ class Inpainter:
         last = config.patch_size + reach
         part = np.ascontiguousarray(coarse[first_y : top + last, first_x : left + last])
         corner = torch.tensor([[[top - first_y, left - first_x]]], device=self.device)
-        return self.model.read_memory(_to_tensor(part, self.device), corner)
+        return self.model.read_memory(_to_tensor(part[None], self.device), corner)
 
     def _pool(self, hole: np.ndarray, key: tuple[int | str, ...]) -> np.ndarray:
         """Corners of the memory, inside the image as it came; a side shorter than k borrows from its padding."""
@@ -392,21 +521,9 @@ class Inpainter:
             return np.zeros((0, 0, 3), np.uint8)
         coarse = to_rgb(original)
         for part in parts:
-            coarse[part.box.slices] = part.coarse
+            inside = part.hole[: part.box.height, : part.box.width] > 0
+            coarse[part.box.slices][inside] = part.coarse[: part.box.height, : part.box.width][inside]
         return coarse
-
-    def _unchanged(self, image: Picture, original: Image.Image, notes: tuple[str, ...]) -> InpaintResult:
-        config = self.model.config
-        none = _none_found(config.retrieval.num_candidates, config.patch_size)
-        return InpaintResult(
-            output=like(image, original.copy()),
-            coarse=self._coarse(original, ()),
-            candidates=none.candidates,
-            cells_yx=none.cells_yx,
-            candidates_yx=none.candidates_yx,
-            hole_fraction=0.0,
-            notes=notes,
-        )
 
 
 @dataclass(frozen=True)
@@ -415,22 +532,121 @@ class _Found:
 
     candidates: np.ndarray
     candidates_yx: np.ndarray
-    cells_yx: np.ndarray
     memory: np.ndarray
     memory_yx: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
-    """A part of a picture and what was made of it; pixels (h, w, 3), uint8, corners in the picture."""
+    """A part of a picture and what was made of it; pixels (h, w, 3), uint8, and (H, W, 3) with padding."""
 
     box: Box
     rgb: np.ndarray
-    coarse: np.ndarray
-    found: _Found
+    image: np.ndarray
+    """The same with padding."""
+    mask: np.ndarray
+    """(H, W) uint8, 1 = hole."""
+    hole: np.ndarray
+    """The same, 0 in the padding."""
+    donor: np.ndarray | None
+    """With padding."""
+    pool_yx: np.ndarray
+    """(P, 2) int64."""
+    cells_yx: np.ndarray
+    """(N, 2) int64."""
+    pieces: list[tuple[Part, Tensor]] = field(default_factory=list)
+    """Rows and columns, and what PSNet made for them, uint8."""
+    coarse: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.uint8))
+    found: _Found | None = None
+
+    @property
+    def corner(self) -> np.ndarray:
+        """In the picture."""
+        return np.array([self.box.top, self.box.left])
+
+    def filled(self) -> np.ndarray:
+        """Pixels with texture in the hole."""
+        pixels = self.rgb.copy()
+        for place, piece in self.pieces:
+            target = pixels[place]
+            inside = self.hole[place][: target.shape[0], : target.shape[1]] > 0
+            target[inside] = piece.numpy()[: target.shape[0], : target.shape[1]][inside]
+        return pixels
 
 
-def _check_device(device: torch.device | str) -> None:
+@dataclass
+class Prepared:
+    """A picture on its way through an `Inpainter`."""
+
+    image: Picture
+    original: Image.Image
+    hole: np.ndarray
+    notes: tuple[str, ...]
+    parts: list[_Part]
+    through: torch.cuda.Event | None = None
+    """When the device will have computed it."""
+
+
+@dataclass(frozen=True)
+class _Square:
+    """Cells of a part that PSNet makes at once."""
+
+    number: int
+    """Of the part."""
+    target: Part
+    seen: Part
+    """With what PSNet sees around it."""
+    cells: np.ndarray
+    """Numbers of the part's cells in what is seen."""
+
+    @property
+    def seen_size(self) -> tuple[int, ...]:
+        """Height and width."""
+        return tuple(one.stop - one.start for one in self.seen)
+
+
+class _OnDevice:
+    """Coarse results (B, 3, H, W) where the networks are."""
+
+    def __init__(self, coarse: Tensor) -> None:
+        self.coarse = coarse
+
+    def windows(self, corners: np.ndarray, size: int) -> Tensor:
+        """(B, N, 3, size, size) at *corners* (B, N, 2)."""
+        return cut(self.coarse, _sent(corners, self.coarse.device), size)
+
+    def parts(self, wanted: list[tuple[int, Part]]) -> Tensor:
+        """Parts of one size of the pictures with these numbers."""
+        return torch.stack([self.coarse[number][..., *part] for number, part in wanted])
+
+    def pixels(self, number: int) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return _to_array(self.coarse[number : number + 1])
+
+
+class _OnHost:
+    """One coarse result (H, W, 3), uint8, that is too large for the device."""
+
+    def __init__(self, coarse: np.ndarray, device: torch.device) -> None:
+        self.coarse, self._device = coarse, device
+
+    def windows(self, corners: np.ndarray, size: int) -> Tensor:
+        """(1, N, 3, size, size) at *corners* (1, N, 2)."""
+        return _to_tensor(np.stack([self.coarse[y : y + size, x : x + size] for y, x in corners[0]]), self._device)[
+            None
+        ]
+
+    def parts(self, wanted: list[tuple[int, Part]]) -> Tensor:
+        """Parts of one size."""
+        return _to_tensor(np.stack([self.coarse[part] for _, part in wanted]), self._device)
+
+    def pixels(self, number: int) -> np.ndarray:
+        """All."""
+        return self.coarse
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raise `ValueError` for a device that this machine does not have."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} needs a GPU that PyTorch can use, and there is none here; use device='cpu'")
 
@@ -442,10 +658,11 @@ def _model_folder(model: Path | str, tracking_uri: str | None) -> Path:
     for folder in (Path(model), Path(model) / "model"):
         if all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
             return folder
-    # Whoever names a folder needs neither Ray nor MLflow; other places are known to the glue around this package.
-    from pipeline.models import find_model
-
-    return find_model(str(model), tracking_uri=tracking_uri)
+    # Other places are known to packages that say so under this entry point, which `pipeline` does.
+    for finder in entry_points(group="tmad.models"):
+        found: Path = finder.load()(str(model), tracking_uri=tracking_uri)
+        return found
+    return Path(model)
 
 
 def _check_size(what: str, size: tuple[int, ...], wanted: tuple[int, int], image_id: str) -> None:
@@ -473,21 +690,47 @@ def _around(hole: np.ndarray, multiple: int) -> Part:
     return slice(rows[0], rows[-1] + multiple), slice(columns[0], columns[-1] + multiple)
 
 
+def _stretched(one: slice, margin: int, grain: int, length: int) -> slice:
+    """*one* with *margin* pixels on both sides as far as a side of *length* pixels goes, to multiples of *grain*."""
+    start, stop = max(0, one.start - margin), min(length, one.stop + margin)
+    size = min(length, -(-(stop - start) // grain) * grain)
+    start = min(start, length - size)
+    return slice(start, start + size)
+
+
+def _union(parts: Sequence[Part]) -> Part:
+    """The smallest part that holds all of *parts*."""
+    rows, columns = (
+        slice(min(one.start for one in some), max(one.stop for one in some)) for some in zip(*parts, strict=True)
+    )
+    return rows, columns
+
+
+def _filled_up(numbers: np.ndarray, length: int) -> np.ndarray:
+    """*numbers* and then the first of them, *length* in all."""
+    return np.concatenate([numbers, np.repeat(numbers[:1], length - len(numbers))])
+
+
+def _sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """*array* on *device*; the process does not wait for it to be there."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def _to_tensor(rgb: np.ndarray, device: torch.device) -> Tensor:
-    return to_model(torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))).to(device)[None])
+    """Pixels (B, H, W, 3) as the networks take them."""
+    return to_model(_sent(rgb, device).permute(0, 3, 1, 2))
 
 
 def _to_array(image: Tensor) -> np.ndarray:
     return to_uint8(image[0]).permute(1, 2, 0).cpu().numpy()
 
 
-def _none_found(num_candidates: int, patch_size: int) -> _Found:
-    candidates = np.zeros((0, num_candidates, patch_size, patch_size, 3), dtype=np.uint8)
-    corners = np.zeros((0, 2), np.int64)
+def _none_found(config: TMADConfig) -> _Found:
+    count, k = config.retrieval.num_candidates, config.patch_size
     return _Found(
-        candidates,
-        np.zeros((0, num_candidates, 2), np.int64),
-        corners,
-        candidates.reshape(0, *candidates.shape[2:]),
-        corners,
+        candidates=np.zeros((0, count, k, k, 3), np.uint8),
+        candidates_yx=np.zeros((0, count, 2), np.int64),
+        memory=np.zeros((0, k, k, 3), np.uint8),
+        memory_yx=np.zeros((0, 2), np.int64),
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from tmad.coarse import CoarseNet, compose
 from tmad.config import TMADConfig
@@ -127,3 +130,24 @@ class TMAD(nn.Module):
         """
         mosaics, details = lay_out(candidates, cells, coarse, mask, patch_size=self.config.patch_size, area=area)
         return self.psnet(coarse, mask, mosaics, details, inner)
+
+
+def folded(model: TMAD) -> TMAD:
+    """A copy of *model* that computes the same, for inference alone: spectral norms are computed once and for all,
+    weights need no gradient."""
+    model = copy.deepcopy(model).eval()
+    # Not `remove_parametrizations`: a copied layer shares its class, and the property in it, with the original.
+    for parent in [*model.modules()]:
+        for name, layer in parent.named_children():
+            if is_parametrized(layer):
+                setattr(parent, name, _plain(layer))
+    return model.requires_grad_(False)
+
+
+def _plain(layer: nn.Module) -> nn.Conv2d:
+    assert isinstance(layer, nn.Conv2d), "convolutions alone are normalised"
+    sizes: Any = (layer.in_channels, layer.out_channels, layer.kernel_size)
+    more: dict[str, Any] = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
+    plain = nn.utils.skip_init(nn.Conv2d, *sizes, **more, device=layer.weight.device, dtype=layer.weight.dtype)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    return plain.eval()

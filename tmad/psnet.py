@@ -76,8 +76,9 @@ class PSNet(nn.Module):
         decoded_part = grown(inner, 2, height, width)  # by the pair of convolutions
         half_part, quarter_part = decoded_from(decoded_part, height, width, self._carafe, 2)
         texture_part = grown(enlarged(quarter_part, 4), self._texture_reach, height, width)
-        features = self.encoder(torch.cat([coarse, mask.to(coarse.dtype)], dim=1))[..., *quarter_part]
-        half = self.texture_half(mosaics[..., *texture_part].flatten(1, 2))
+        dtype = self.output.weight.dtype
+        features = self.encoder(torch.cat([coarse, mask], dim=1).to(dtype))[..., *quarter_part]
+        half = self.texture_half(mosaics[..., *texture_part].flatten(1, 2).to(dtype))
         quarter = self.texture_quarter(half)[..., *within(quarter_part, reduced(texture_part, 4))]
         half = half[..., *within(half_part, reduced(texture_part, 2))]
         decoded = self.up_half(torch.cat([features, quarter], dim=1))

@@ -23,6 +23,7 @@ from pipeline.evaluation.config import EvaluateConfig
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.presets import PRESETS
 from pipeline.promote import PromoteConfig
+from pipeline.service.config import WebConfig
 from pipeline.sweep.ablate import AblateConfig
 from pipeline.sweep.config import SweepConfig
 
@@ -37,6 +38,7 @@ JOBS: dict[str, type] = {
     "promote": PromoteConfig,
     "evaluate": EvaluateConfig,
     "inpaint": InpaintConfig,
+    "web": WebConfig,
     "demo": DemoConfig,
 }
 
@@ -53,7 +55,8 @@ VARIABLES = {
     "TMAD_STORAGE_CONNECT_S": "seconds to reach it",
     "TMAD_STORAGE_SILENCE_S": "seconds without a byte until a request counts as lost",
     "TMAD_STORAGE_TOTAL_S": "seconds for one look-up or part of a file, attempts included",
-    "TMAD_MODEL": "the model that `tmad inpaint` takes when none is named",
+    "TMAD_MODEL": "the model that `tmad inpaint` and `tmad web` take when none is named",
+    "TMAD_WEB_TOKEN": "the token that `tmad web` asks for",
     "TMAD_SOAK_S": "seconds that the endurance tests take, for tests alone",
 }
 

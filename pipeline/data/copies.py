@@ -75,10 +75,9 @@ def facts_file(index: int) -> str:
     return f"facts/{index:05d}.parquet"
 
 
-def encode_facts(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Rows of `contract.examine` as the bytes of a Parquet file."""
+def encode_facts(table: pa.Table) -> bytes:
+    """Rows of `contract.FACTS_SCHEMA` as the bytes of a Parquet file."""
     sink = pa.BufferOutputStream()
-    table = pa.Table.from_pylist(list(rows), schema=FACTS_SCHEMA)
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
     return bytes(sink.getvalue().to_pybytes())
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.schema import open_shard, unpack_mask
+from pipeline.data.schema import open_shard, pack_mask, unpack_mask
 from pipeline.errors import CorruptSet
-from tmad.draws import choose, hole_grid, mirrored_corners
+from tmad.draws import draw
 from tmad.rng import numpy_generator
 
 _COLUMNS = ["image_id", "image", "height", "width", "masks", "pool_yx"]
@@ -94,66 +94,31 @@ def with_draws(table: pa.Table, *, seed: int, patch_size: int, num_cells: int, f
     if not len(table):
         return table
     height, width = (table[name][0].as_py() for name in ("height", "width"))
-    bits = _packed_masks(table, height, width)
     pools = matrix(table["pool_yx"]).reshape(len(table), -1, 2)
-    grids = _hole_grids(bits, height, width, patch_size)
-    drawn = []
-    for image_id, epoch, grid in zip(table["image_id"].to_pylist(), table["epoch"].to_pylist(), grids, strict=True):
+    masks, drawn = [], []
+    rows = (table[name].to_pylist() for name in ("image_id", "mask", "epoch"))
+    for image_id, bits, epoch, pool in zip(*rows, pools, strict=True):
+        if len(bits) != (size := -(-height * width // 8)):
+            raise CorruptSet(
+                f"record {image_id} of the prepared set has a mask of {len(bits)} bytes, "
+                f"{height} x {width} pixels need {size}; prepare it again"
+            )
         rng = numpy_generator(seed, "sample", image_id, epoch)
-        drawn.append(choose(grid, num_cells=num_cells, rng=rng, flip=flip))
-    mirrored, cells, mix = zip(*drawn, strict=True)
-    turned = np.flatnonzero(mirrored)
-    if turned.size:
-        bits, pools = bits.copy(), pools.copy()
-        bits[turned] = _mirrored_bits(bits[turned], height, width)
-        pools[turned] = mirrored_corners(pools[turned], width, patch_size)
+        mask = unpack_mask(bits, height, width)
+        one = draw(mask, pool, patch_size=patch_size, num_cells=num_cells, rng=rng, flip=flip)
+        masks.append(pack_mask(one.mask) if one.mirrored else bits)
+        drawn.append(one)
     table = table.drop_columns(["mask", "pool_yx"])
     columns = {
-        "mask": _lists(bits),
-        "pool_yx": _lists(pools.reshape(len(table), -1)),
-        "mirrored": pa.array(mirrored),
-        "cells": _lists(np.stack(cells)),
-        "mix": _lists(np.stack(mix)),
+        "mask": _lists(np.frombuffer(b"".join(masks), np.uint8).reshape(len(masks), -1)),
+        "pool_yx": _lists(np.stack([one.pool_yx.reshape(-1) for one in drawn])),
+        "mirrored": pa.array([one.mirrored for one in drawn]),
+        "cells": _lists(np.stack([one.cells for one in drawn])),
+        "mix": _lists(np.stack([one.mix for one in drawn])),
     }
     for name, column in columns.items():
         table = table.append_column(name, column)
     return table
-
-
-def _packed_masks(table: pa.Table, height: int, width: int) -> np.ndarray:
-    """The masks of the rows as they are stored, (N, bytes) uint8; not to be written to."""
-    masks, size = _whole(table["mask"]), -(-height * width // 8)
-    _, offsets, data = masks.buffers()
-    bounds = np.frombuffer(offsets, np.int32)[masks.offset : masks.offset + len(masks) + 1]
-    lengths = np.diff(bounds)
-    if (wrong := np.flatnonzero(lengths != size)).size:
-        number = int(wrong[0])
-        raise CorruptSet(
-            f"record {table['image_id'][number]} of the prepared set has a mask of {lengths[number]} bytes, "
-            f"{height} x {width} pixels need {size}; prepare it again"
-        )
-    return np.frombuffer(data, np.uint8)[bounds[0] : bounds[-1]].reshape(-1, size)
-
-
-_REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)[:, ::-1], axis=1)[:, 0]
-"""Each byte with its bits in the opposite order."""
-
-
-def _hole_grids(bits: np.ndarray, height: int, width: int, patch_size: int) -> np.ndarray:
-    """`draws.hole_grid` of packed masks (N, bytes): (N, H / patch_size, W / patch_size) bool."""
-    if patch_size % 8 or height % patch_size or width % patch_size:
-        return np.stack([hole_grid(unpack_mask(one.data, height, width), patch_size) for one in bits])
-    rows, columns = height // patch_size, width // patch_size
-    bands = np.bitwise_or.reduce(bits.reshape(len(bits), rows, patch_size, width // 8), axis=2)
-    return bands.reshape(len(bits), rows, columns, -1).any(3)
-
-
-def _mirrored_bits(bits: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Packed masks (N, bytes) with left and right exchanged."""
-    if width % 8:
-        masks = np.unpackbits(bits, axis=1, count=height * width).reshape(-1, height, width)
-        return np.packbits(masks[:, :, ::-1].reshape(len(bits), -1), axis=1)
-    return _REVERSED[bits.reshape(len(bits), height, width // 8)[:, :, ::-1]].reshape(bits.shape)
 
 
 def draw_after(portion: dict[str, Any], *, read: Callable[[dict[str, Any]], pa.Table], **draws: Any) -> pa.Table:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,33 +48,32 @@ class ShardPlan:
         return [index for index, _ in self._parts()]
 
     def inputs(self, source: Source, config: PrepareConfig, masks: OwnMasks | None = None) -> dict[int, str]:
-        """For each shard what identifies the things that it is made of, 16 hex: settings, keys, labels, masks."""
+        """For each shard what identifies the things that it is made of, 16 hex: settings, keys, labels, and the files
+        of images and masks as they are now, told from listings."""
         settings = json.dumps([SCHEMA_VERSION, config.settings()], sort_keys=True)
         labels = source.labels(self.table["key"].chunk(0))
+        keys = self.table["key"].to_pylist()
+        versions = [source.versions(keys), *([masks.versions(keys)] if masks is not None else [])]
         found = {}
         for index, rows in self._parts():
-            part = self._keys(rows)
-            made_of: list[Any] = [settings, part]
+            part = self.table["key"].chunk(0)[rows].to_pylist()
+            made_of: list[Any] = [settings, part, *(some[rows] for some in versions)]
             if (here := labels[rows]).null_count < len(part):
                 made_of.append(here.to_pylist())
-            if masks is not None:
-                made_of.append(masks.made_of(part))
             found[index] = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         return found
 
-    def tasks(self, indices: Sequence[int], inputs: Mapping[int, str]) -> list[dict[str, Any]]:
-        """The work of making the shards with these numbers."""
-        rows = dict(self._parts())
-        return [{"index": index, "keys": self._keys(rows[index]), "inputs": inputs[index]} for index in indices]
+    def keys(self, index: int) -> list[str]:
+        """Those of the images of one shard."""
+        numbers = self.table["shard"].to_numpy()
+        first, end = np.searchsorted(numbers, [index, index + 1])
+        return list(self.table["key"].chunk(0)[first:end].to_pylist())
 
     def encode(self) -> bytes:
         """The content of `plan.parquet`."""
         sink = pa.BufferOutputStream()
         pq.write_table(self.table, sink, compression="zstd", use_dictionary=["shard"])
         return bytes(sink.getvalue().to_pybytes())
-
-    def _keys(self, rows: slice) -> list[str]:
-        return list(self.table["key"].chunk(0)[rows].to_pylist())
 
     def _parts(self) -> Iterator[tuple[int, slice]]:
         """Number and rows of each shard."""

@@ -1,4 +1,4 @@
-"""A collection of photographs to a prepared set, by Ray Data: one task a shard, nothing done twice.
+"""A collection of photographs to a prepared set: shards by Ray Data, nothing done twice.
 
 A shard is finished when its receipt is there, the set when its manifest is. Its bytes depend on settings and images
 alone: not on the number of workers, on the order in which shards finish, or on how often the job was stopped. Copies
@@ -8,55 +8,43 @@ are found when all shards are there, and those shards that hold some are written
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from pipeline.claim import Claim, claim_folder
-from pipeline.cluster import start_ray
+from pipeline.claim import Claim, claim_folder, holder_of
 from pipeline.data.collection import UNUSABLE, drop_of, open_collection
-from pipeline.data.contract import examine, summarise_holes
 from pipeline.data.contract_report import write_report
-from pipeline.data.copies import Facts, encode_facts, facts_file, find_copies, read_facts, read_other_facts
+from pipeline.data.copies import Facts, find_copies, read_facts, read_other_facts
 from pipeline.data.evaluation_set import LISTING_NAME, listing
-from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
+from pipeline.data.own_masks import MaskReader, join_counts, mask_warnings
 from pipeline.data.plan import PLAN_NAME, ShardPlan, extend_plan, read_plan
-from pipeline.data.pool_pixels import with_patches
 from pipeline.data.prepare_config import PrepareConfig as PrepareConfig
 from pipeline.data.receipts import (
     count_drops,
     make_manifest,
     read_receipts,
-    shard_file,
     unplanned_files,
     with_copies,
 )
-from pipeline.data.records import make_records, open_as
-from pipeline.data.schema import (
-    MANIFEST_NAME,
-    PATCHES_FIELD,
-    SCHEMA_VERSION,
-    Manifest,
-    open_shard,
-    set_folder,
-)
-from pipeline.data.sources.ahead import read_ahead
+from pipeline.data.records import make_records
+from pipeline.data.schema import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest, set_folder
+from pipeline.data.shards import ShardMaker, leave_out_copies, make_shards
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
-from pipeline.data.tasks import iterate, run_tasks
-from pipeline.errors import MissingInput, TooManyBadImages, WrongCount
+from pipeline.errors import FolderInUse, MissingInput, TooManyBadImages, WrongCount
 from pipeline.runs.progress import Progress, by_reason
-from pipeline.runs.settings import settle
+from pipeline.runs.settings import compare_settings, settle
 from pipeline.storage import absolute, file_sizes, join, read_bytes, redact
 
 logger = logging.getLogger(__name__)
+
+CHECKED = 256
+"""Photographs that are read before a job."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -68,11 +56,45 @@ def prepare(config: PrepareConfig) -> Manifest:
     says, `ConfigMismatch` if the folder holds a set made with other settings, `FolderInUse` if another job writes
     to it.
     """
-    out = absolute(config.out)
-    if config.against is not None and set_folder(absolute(config.against)) == out:
-        raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
-    with claim_folder(out, expiry_s=config.claim_expiry_s) as claim:
+    _check_against(config)
+    with claim_folder(absolute(config.out), expiry_s=config.claim_expiry_s) as claim:
         return _prepare(config, claim)
+
+
+def check(config: PrepareConfig) -> list[str]:
+    """What a preparation with this configuration would find, in lines; nothing is written and Ray is not started.
+
+    Photographs and their masks are read, up to `CHECKED` of them evenly over the collection. Raises as `prepare`.
+    """
+    _check_against(config)
+    out = absolute(config.out)
+    if config.against is not None:
+        read_manifest(config.against)
+    if (theirs := holder_of(out)) is not None:
+        raise FolderInUse(f"another job writes to {redact(out)}: {theirs}")
+    collection = open_collection(config.source, config, config, label_column=config.label_column)
+    compare_settings(**_settings(out, config))
+    there = read_plan(out)
+    plan = extend_plan(there, collection.keys, config)
+    lines = [f"{len(plan)} images in {len(plan.shards())} shards, {len(there) if there else 0} of them planned before"]
+    if beside := collection.source.beside():
+        lines.append(f"{len(beside)} files beside them are no images, e.g. {next(iter(beside))!r}")
+    step = max(1, math.ceil(len(collection.keys) / CHECKED))
+    looked, reasons = collection.keys[::step], Counter[str]()
+    reader = MaskReader(collection.masks, max_pixels=config.max_pixels)
+    for key in looked:
+        try:
+            make_records(key, collection.source.read(key), config, masks=reader)
+        except UNUSABLE as error:
+            reasons[drop_of(key, error, 0)["reason"]] += 1
+    lines.append(f"{len(looked)} were read: {len(looked) - reasons.total()} can be used")
+    lines += [f"{count} {reason}" for reason, count in reasons.most_common()]
+    return [*lines, *mask_warnings(join_counts([reader.counts]), config.mask_from, config.mask_hole)]
+
+
+def _check_against(config: PrepareConfig) -> None:
+    if config.against is not None and set_folder(absolute(config.against)) == absolute(config.out):
+        raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
 
 
 def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
@@ -85,6 +107,7 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
     plan = _settle_plan(claim, keys, config)
     del keys, collection
     inputs = plan.inputs(source, config, masks)
+    maker = ShardMaker(masks, claim, config, inputs)
     there = file_sizes(out)
     receipts = read_receipts(out, inputs, there)
     if receipts:
@@ -99,15 +122,10 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
         _check_drops(receipts, len(plan), source, claim, config)
         _tell(manifest, receipts, config)
         return manifest
-    make_shard = partial(_make_shard, source=source, claim=claim, config=config, masks=masks)
-
-    def make(indices: Sequence[int]) -> Iterator[dict[str, Any]]:
-        return _run(plan.tasks(indices, inputs), make_shard)
-
     done = sum(receipt["images"] for receipt in receipts.values())
     with Progress(len(plan), done=done, exported_as=(redact(out), "prepare")) as progress:
         progress.reasons.update(count_drops(list(receipts.values())))
-        for receipt in make(todo):
+        for receipt in make_shards(source, plan, todo, maker):
             receipts[receipt["index"]] = receipt
             progress.add(receipt["images"], reasons=count_drops([receipt]))
             if progress.reasons.total() > config.max_bad_fraction * len(plan):
@@ -118,7 +136,7 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
         index: with_copies(receipts[index], dropped) for index, dropped in zip(inputs, copies.dropped, strict=True)
     }
     _check_drops(planned, len(plan), source, claim, config, other)
-    receipts = _without_copies({index: receipts[index] for index in inputs}, planned, make, claim, config)
+    receipts = _without_copies({index: receipts[index] for index in inputs}, planned, source, plan, maker)
     claim.write("quarantine.jsonl", _quarantine(receipts))
     ordered = list(receipts.values())
     claim.check()
@@ -170,13 +188,17 @@ def _tell(manifest: Manifest, receipts: Mapping[int, dict[str, Any]], config: Pr
 
 def _settle_settings(claim: Claim, config: PrepareConfig) -> None:
     """Write `settings.json`, or compare with the one that is there."""
-    settle(
-        join(claim.folder, "settings.json"),
-        {"schema_version": SCHEMA_VERSION, **config.settings()},
-        what=f"the set in {redact(claim.folder)}",
-        remedy="choose another out or remove it",
-        write=partial(claim.write, "settings.json"),
-    )
+    settle(**_settings(claim.folder, config), write=partial(claim.write, "settings.json"))
+
+
+def _settings(out: str, config: PrepareConfig) -> dict[str, Any]:
+    """Arguments of `compare_settings` and `settle`."""
+    return {
+        "uri": join(out, "settings.json"),
+        "settings": {"schema_version": SCHEMA_VERSION, **config.settings()},
+        "what": f"the set in {redact(out)}",
+        "remedy": "choose another out or remove it",
+    }
 
 
 def _settle_plan(claim: Claim, keys: Sequence[str], config: PrepareConfig) -> ShardPlan:
@@ -210,115 +232,32 @@ def _check_count(keys: Sequence[str], source: Source, claim: Claim, config: Prep
         )
 
 
-def _run(todo: Sequence[dict[str, Any]], function: Callable[[dict[str, Any]], pa.Table]) -> Iterator[dict[str, Any]]:
-    """Receipts of the shards that *function* writes, as Ray Data's tasks finish them."""
-    if not todo:
-        return
-    start_ray()
-    dataset = run_tasks(todo, function, num_cpus=1)
-    for rows in iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0):
-        for text in rows["receipt"]:
-            yield json.loads(text)
-
-
-def _make_shard(
-    task: dict[str, Any], *, source: Source, claim: Claim, config: PrepareConfig, masks: OwnMasks | None = None
-) -> pa.Table:
-    """Write one shard, then its receipt; running it twice writes the same bytes twice."""
-    rows: list[dict[str, Any]] = []
-    facts: list[dict[str, Any]] = []
-    drops: list[dict[str, Any]] = []
-    reader = MaskReader(masks, max_pixels=config.max_pixels)
-    for key, read in read_ahead(source, task["keys"]):
-        data = b""
-        try:
-            data = read()
-            photograph = open_as(data, config)
-            fact = examine(key, photograph, config)
-            rows += make_records(key, data, config, label=source.label(key), photograph=photograph, masks=reader)
-            facts.append(fact)
-        except UNUSABLE as error:
-            drops.append(drop_of(key, error, len(data)))
-    claim.write(facts_file(task["index"]), encode_facts(facts))
-    receipt = {"index": task["index"], "inputs": task["inputs"], "images": len(task["keys"]), "drops": drops}
-    if config.mask_from != "family":
-        receipt["masks"] = dict(reader.counts)
-    return _write_shard(pa.Table.from_pylist(rows, schema=config.record_schema), receipt, claim, config)
-
-
-def _filter_shard(receipt: dict[str, Any], *, claim: Claim, config: PrepareConfig) -> pa.Table:
-    """Write a shard anew without the copies among its receipt's drops; again, running it twice is running it once."""
-    schema = config.record_schema
-    there = receipt["rows"] > 0
-    table = open_shard(claim.folder, receipt["file"]).read(columns=schema.names) if there else schema.empty_table()
-    left_out = pa.array([drop["key"] for drop in receipt["drops"]], pa.string())
-    copied = pc.is_in(pc.struct_field(table["source"], "key"), value_set=left_out)
-    kept = table.filter(pc.invert(copied)).combine_chunks().cast(schema)
-    return _write_shard(kept, receipt, claim, config)
-
-
-def _write_shard(table: pa.Table, receipt: dict[str, Any], claim: Claim, config: PrepareConfig) -> pa.Table:
-    """Write the shard, then its receipt, which is also returned; *table* is without the windows' pixels."""
-    sink = pa.BufferOutputStream()
-    rows = config.row_group_rows
-    groups = with_patches(table, rows=rows, patch_size=config.patch_size) if config.pool_pixels else iter([table])
-    schema = config.record_schema.append(PATCHES_FIELD) if config.pool_pixels else config.record_schema
-    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
-        for group in groups:
-            writer.write_table(group, row_group_size=rows)
-    data = sink.getvalue().to_pybytes()
-    file = shard_file(receipt["index"], "parquet")
-    if len(table):
-        claim.write(file, data)
-    else:
-        claim.remove(file)
-    keys = pc.struct_field(table["source"], "key").to_pylist()
-    receipt = {
-        **receipt,
-        "file": file,
-        "rows": len(table),
-        "size": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "first_key": keys[0] if keys else "",
-        "last_key": keys[-1] if keys else "",
-        "holes": summarise_holes(pc.list_flatten(table["hole_fraction"]).to_numpy()),
-    }
-    text = json.dumps(receipt, sort_keys=True)
-    claim.write(shard_file(receipt["index"], "json"), text.encode())
-    return pa.table({"receipt": [text]})
-
-
 def _without_copies(
     receipts: dict[int, dict[str, Any]],
     planned: dict[int, dict[str, Any]],
-    make: Callable[[Sequence[int]], Iterator[dict[str, Any]]],
-    claim: Claim,
-    config: PrepareConfig,
+    source: Source,
+    plan: ShardPlan,
+    maker: ShardMaker,
 ) -> dict[int, dict[str, Any]]:
-    """Write anew the shards that do not hold what is *planned*; the receipts of all shards, in order.
-
-    *make* makes the shards with these numbers from the source.
-    """
+    """Write anew the shards that do not hold what is *planned*; the receipts of all shards, in order."""
     changed = [index for index, receipt in planned.items() if receipt["drops"] != receipts[index]["drops"]]
     if not changed:
         return receipts
-    claim.remove(MANIFEST_NAME)
+    maker.claim.remove(MANIFEST_NAME)
 
     def left_out(receipt: dict[str, Any]) -> set[str]:
         return {drop["key"] for drop in receipt["drops"]}
 
     # An earlier run may have left out what now, with other images in the source, is the first of its kind.
     lacking = [index for index in changed if not left_out(receipts[index]) <= left_out(planned[index])]
-    made = {receipt["index"]: receipt for receipt in make(lacking)}
-    receipts = {**receipts, **made}
-    filtering = [
+    receipts = {**receipts, **{receipt["index"]: receipt for receipt in make_shards(source, plan, lacking, maker)}}
+    copied = [
         {**receipts[index], "drops": planned[index]["drops"]}
         for index in changed
         if planned[index]["drops"] != receipts[index]["drops"]
     ]
-    logger.info("leaving copies out of %d of %d shards", len(filtering), len(planned))
-    filter_shard = partial(_filter_shard, claim=claim, config=config)
-    return {**receipts, **{receipt["index"]: receipt for receipt in _run(filtering, filter_shard)}}
+    logger.info("leaving copies out of %d of %d shards", len(copied), len(planned))
+    return {**receipts, **{receipt["index"]: receipt for receipt in leave_out_copies(copied, maker)}}
 
 
 def _quarantine(receipts: Mapping[int, dict[str, Any]]) -> bytes:

@@ -10,7 +10,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ def run_tasks(
     blocks = min(len(items), max_ray_tasks)
     options: dict[str, Any] = {"runtime_env": runtime_env} if runtime_env else {}
     dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
-        partial(_run, function=function),
+        _over_blocks(function),
         batch_size=1,
         batch_format="numpy",
         num_cpus=num_cpus,
@@ -57,7 +56,7 @@ def run_tasks(
         compute=ray.data.TaskPoolStrategy(size=at_once) if at_once else None,
         **options,
     )
-    return _quiet(dataset, in_order=in_order)
+    return quiet(dataset, in_order=in_order)
 
 
 def run_on_actors(
@@ -82,11 +81,11 @@ def run_on_actors(
         num_cpus=num_cpus,
         num_gpus=num_gpus,
     )
-    return _quiet(dataset, in_order=False)
+    return quiet(dataset)
 
 
-def _quiet(dataset: ray.data.Dataset, *, in_order: bool) -> ray.data.Dataset:
-    """What both kinds of tasks have set."""
+def quiet(dataset: ray.data.Dataset, *, in_order: bool = False) -> ray.data.Dataset:
+    """The same, with blocks of `BLOCK_BYTES` and without Ray Data's own words on the console."""
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
     # Ray's default of 128 MiB delays the first batch until so much is read, and a few such blocks fill the store.
@@ -150,6 +149,12 @@ def iterate(dataset: ray.data.Dataset, **options: Any) -> Iterator[Any]:
         yield from dataset.iter_batches(**options)
 
 
-def _run(block: dict[str, np.ndarray], *, function: Callable[[dict[str, Any]], pa.Table]) -> Iterator[pa.Table]:
-    for task in block["task"]:
-        yield function(json.loads(task))
+def _over_blocks(
+    function: Callable[[dict[str, Any]], pa.Table],
+) -> Callable[[dict[str, np.ndarray]], Iterator[pa.Table]]:
+    def run(block: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        for task in block["task"]:
+            yield function(json.loads(task))
+
+    run.__name__ = getattr(function, "func", function).__name__  # Ray's dashboard calls the operator so
+    return run

@@ -42,6 +42,16 @@ def refuse(what: str, lines: list[str], remedy: str) -> None:
         raise ConfigMismatch(f"{what} was begun with other settings ({'; '.join(lines)}); {remedy}", differences=lines)
 
 
+def compare_settings(
+    uri: str, settings: Mapping[str, Any], *, what: str, remedy: str, free: Iterable[str] = ()
+) -> bool:
+    """Whether *what* was begun there, with these *settings*. Raises `ConfigMismatch` for others."""
+    if (before := storage.read_json(uri)) is None:
+        return False
+    refuse(what, differences(before, json.loads(json.dumps(settings)), free=free), remedy)
+    return True
+
+
 def settle(
     uri: str,
     settings: Mapping[str, Any],
@@ -52,9 +62,7 @@ def settle(
     write: Callable[[bytes], None] | None = None,
 ) -> None:
     """Write *settings* as JSON to *uri*, or compare them with those that are there. Raises `ConfigMismatch`."""
-    mine = json.loads(json.dumps(settings))
-    if (before := storage.read_json(uri)) is not None:
-        refuse(what, differences(before, mine, free=free), remedy)
+    if compare_settings(uri, settings, what=what, remedy=remedy, free=free):
         return
-    data = (json.dumps(mine, indent=2, ensure_ascii=False) + "\n").encode()
+    data = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
     write(data) if write is not None else storage.write_atomic(uri, data)

@@ -24,7 +24,7 @@ from pipeline.claim import claim_folder
 from pipeline.cluster import require, shortage, shown, start_ray
 from pipeline.config import to_json
 from pipeline.data.schema import read_manifest
-from pipeline.errors import ClusterTooSmall, Interrupted, SweepFailed, one_line
+from pipeline.errors import ClusterTooSmall, ConfigMismatch, Interrupted, SweepFailed, one_line
 from pipeline.models import absolute_model, locate_model
 from pipeline.runs.settings import settle
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
@@ -33,10 +33,10 @@ from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space
 from pipeline.sweep.summary import REPORT_FILE, write_summary
 from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, as_job, encode, run_trial, trial_folder
 from pipeline.tracking import Tracker, mlflow_client, read_json_lines, resolve_tracking_uri
-from pipeline.train.launch import CPUS_FOR_DATA, check_set, open_training_set, resources, train
+from pipeline.train.launch import CPUS_FOR_DATA, SWEEP_FILE, check_set, open_training_set, resources, train
 from pipeline.train.launch import resolve as resolve_run
 
-SUMMARY_FILE, WINNER_FILE, CONFIG_FILE = "summary.json", "winner.json", "sweep.json"
+SUMMARY_FILE, WINNER_FILE = "summary.json", "winner.json"
 
 NAMES_FILE = "trials.json"
 
@@ -113,8 +113,10 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
     """Run every one of *points*, or as many as Optuna is to find in *space*. The result has no summary yet, unless all
     was done before. The caller holds the claim on the folder."""
     folder = sweep_folder(config)
+    if storage.exists(storage.join(folder, "config.json")) and not storage.exists(storage.join(folder, SWEEP_FILE)):
+        raise ConfigMismatch(f"{storage.redact(folder)} holds a run, not a sweep: take another --name")
     settle(
-        storage.join(folder, CONFIG_FILE),
+        storage.join(folder, SWEEP_FILE),
         asdict(config),
         what=f"{config.name} in {storage.redact(config.run.runs)}",
         remedy="take another --name, or the old settings to go on",
@@ -359,7 +361,7 @@ def _parent_run(folder: str, config: SweepConfig, tracking_uri: str | None, kind
         return known
     params = {name: value for name, value in asdict(config).items() if name != "run"}
     run_id = Tracker.create(tracking_uri, config.run.tracking.experiment, config.name, params, {"kind": kind})
-    Tracker(tracking_uri, run_id).artifact(storage.read_bytes(storage.join(folder, CONFIG_FILE)), CONFIG_FILE)
+    Tracker(tracking_uri, run_id).artifact(storage.read_bytes(storage.join(folder, SWEEP_FILE)), SWEEP_FILE)
     storage.write_atomic(uri, json.dumps({"uri": tracking_uri, "run_id": run_id}, indent=2).encode())
     return run_id
 

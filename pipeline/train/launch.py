@@ -37,7 +37,7 @@ from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
 from pipeline.data.shared import start_reader
 from pipeline.environment import code_state, environment
-from pipeline.errors import CheckpointsDamaged, Interrupted, TMADError, TrainingFailed, one_line
+from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed, one_line
 from pipeline.model_card import CARD_FILE, model_card
 from pipeline.models import absolute_model
 from pipeline.pretrained import resolve_perceptual
@@ -51,6 +51,9 @@ from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_
 from pipeline.train.relay import relayed_logs
 from pipeline.train.worker import work
 from tmad.checkpoint import model_digest
+
+SWEEP_FILE = "sweep.json"
+"""The configuration of a sweep or an ablation, in its folder."""
 
 SETS_FILE = "data.json"
 """In the run's folder: digests of the sets that it was begun with."""
@@ -87,6 +90,7 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: 
 
 
 def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[UserCallback]) -> dict[str, Any]:
+    check_name(folder)
     finished = storage.read_json(storage.join(folder, "finished.json"))
     train_set, photographs = open_training_set(config, folder)
     sets = {"train": train_set, "val": read_manifest(config.data.validation_set)}
@@ -236,6 +240,12 @@ def _begin(folder: str, config: RunConfig, manifests: Mapping[str, Manifest], tr
     log.info("run %s was begun before: going on with it", config.name)
 
 
+def check_name(folder: str) -> None:
+    """Raise `ConfigMismatch` if *folder* holds a sweep."""
+    if storage.exists(storage.join(folder, SWEEP_FILE)):
+        raise ConfigMismatch(f"{storage.redact(folder)} holds a sweep, not a run: take another --name")
+
+
 def was_begun(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) -> bool:
     """Whether the run in *folder* was begun before. Raises `ConfigMismatch` if with another configuration or other
     data."""
@@ -266,7 +276,11 @@ def place_of(config: RunConfig, which: str) -> str:
 
 def _content_of(config: RunConfig, which: str) -> str:
     live = which == "train" and config.data.training_set is None
-    return "data.images.source: names of the photographs or of their masks" if live else f"data.{which}: content"
+    return (
+        "data.images.source: names or sizes of the photographs, or names of their masks"
+        if live
+        else f"data.{which}: content"
+    )
 
 
 def _environment(config: RunConfig, sets: Mapping[str, str], initial: Mapping[str, Any] | None) -> bytes:

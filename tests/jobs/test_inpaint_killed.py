@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from pipeline.inpaint import run
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import inpaint_all
 from pipeline.report.pictures import png_bytes
-from tests.conftest import RAY_ENVIRONMENT, ROOT
+from tests.conftest import ROOT
+from tests.jobs.processes import Job
 from tests.pipeline.test_inpaint_batch import MASK, fill_here, jpeg
 from tests.tmad.tiny import make_image
 
@@ -41,63 +41,12 @@ IMAGES = {
 SOAK_S = float(os.environ.get("TMAD_SOAK_S", 0))
 
 
-class Job:
-    """jobs/inpaint.py in a session of its own, two actors, two images a task."""
-
-    def __init__(self, log: Path, place: str, out: str, model: Path) -> None:
-        options = {"input": f"{place}/i", "mask-from": "one", "masks": f"{place}/one.png", "output": out}
-        options |= {"model": model, "num-actors": 2, "cpus-per-actor": 1, "images-per-task": 2}
-        command = [sys.executable, ROOT / "jobs" / "inpaint.py"]
-        command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        self.log, self.out = log, out
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=file,
-                cwd=ROOT,
-                env={**os.environ, **RAY_ENVIRONMENT},
-                start_new_session=True,
-            )
-
-    def processes(self, name: str = "") -> list[int]:
-        """Numbers of the session's processes whose command line or title has *name* in it."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                mine = entry.name.isdigit() and os.getsid(int(entry.name)) == self.process.pid
-                if mine and name in (entry / "cmdline").read_bytes().decode(errors="replace"):
-                    found.append(int(entry.name))
-            except (ProcessLookupError, FileNotFoundError):
-                continue
-        return found
-
-    def kill(self, name: str = "") -> int:
-        """Kill those processes, the job itself first if it is among them; how many there were."""
-        if not name:
-            self.process.kill()
-        numbers = self.processes(name)
-        for number in numbers:
-            try:
-                os.kill(number, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        if not name:
-            self.process.wait()
-        return len(numbers)
-
-    def wait_for(self, moment: Callable[[], object]) -> bool:
-        """True when *moment* has come, false if the job ended before it."""
-        while not moment():
-            if self.process.poll() is not None:
-                return False
-            time.sleep(0.005)
-        return True
-
-    def end(self, timeout: float = 400) -> tuple[int, str]:
-        """Exit code and what it said."""
-        code = self.process.wait(timeout=timeout)
-        return code, self.log.read_text()
+def inpaint_job(log: Path, place: str, out: str, model: Path) -> Job:
+    """jobs/inpaint.py with two actors, two images a task."""
+    options = {"input": f"{place}/i", "mask-from": "one", "masks": f"{place}/one.png", "output": out}
+    options |= {"model": model, "num-actors": 2, "cpus-per-actor": 1, "images-per-task": 2}
+    named = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return Job(log, [sys.executable, ROOT / "jobs" / "inpaint.py", *named])
 
 
 @pytest.fixture
@@ -105,7 +54,7 @@ def start(tmp_path: Path, model_folder: Path) -> Iterator[Callable[[str, str], J
     jobs: list[Job] = []
 
     def begin(place: str, out: str) -> Job:
-        jobs.append(Job(tmp_path / f"log-{len(jobs)}", place, out, model_folder))
+        jobs.append(inpaint_job(tmp_path / f"log-{len(jobs)}", place, out, model_folder))
         return jobs[-1]
 
     yield begin
@@ -179,18 +128,16 @@ def test_whatever_is_killed_nothing_is_lost_and_nothing_differs(where, start, ex
             job = start(place, out)
             done = rng.randrange(1, COUNT * (1 + len(killed)) // (1 + len(kinds)))
             # Earlier rounds may have left that many: then as soon as there is something to kill.
-            came = job.wait_for(
+            if not job.wait_for(
                 lambda job=job, name=name, out=out, done=done: files_of(out) >= done and job.processes(name)
-            )
-            if not came:
+            ):
                 break
-            if name == "MapWorker":
-                assert job.kill(name) > 0
-                killed.append(name)
-                break
-            assert job.kill(name) > 0
+            if name:
+                assert job.send(signal.SIGKILL, name) > 0
             killed.append(name or "driver")
-            time.sleep(rng.uniform(0, 1))
+            if name == "MapWorker":
+                break
+            time.sleep(rng.uniform(0, 1) if name else 0)
             job.kill()
         code, said = job.end()
         if code not in (0, 3):

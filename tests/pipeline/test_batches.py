@@ -292,7 +292,6 @@ def test_reading_does_not_import_pytorch():
 
 @pytest.mark.parametrize(("height", "width", "patch_size"), [(64, 48, 16), (36, 60, 12), (20, 28, 4)])
 def test_draws_of_packed_holes_are_those_of_the_pixels(height, width, patch_size):
-    """Also where cells or rows do not begin with a byte."""
     rng = np.random.default_rng(0)
     masks = [(rng.random((height, width)) < 0.01).astype(np.uint8) for _ in range(12)]
     pools = [rng.integers(0, min(height, width) - patch_size, (5, 2)).astype(np.int16) for _ in masks]

@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.claim import CLAIM_NAME, Holder, claim_folder
 from pipeline.errors import FolderInUse
 from tests.conftest import ROOT
+from tests.jobs.processes import hear_interrupts
 
 HOLD = """
 import sys, time
@@ -49,7 +50,9 @@ def hold() -> Iterator:
     ) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", code, folder, str(expiry_s), str(hold_s), name]
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True))
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_interrupts)
+        )
         return started[-1]
 
     yield start

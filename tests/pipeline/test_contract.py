@@ -7,9 +7,11 @@ import io
 import itertools
 import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -27,8 +29,11 @@ from pipeline.data.contract import (
 )
 from pipeline.data.copies import first_equal, first_similar, similar_in, similar_values
 from pipeline.data.photograph import Photograph, open_photograph
+from pipeline.data.plan import ShardPlan
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest, read_records
+from pipeline.data.shards import ShardMaker, read_files
+from pipeline.data.sources.base import Source
 from pipeline.demo.photographs import PHOTOGRAPHS, installed_file
 from pipeline.errors import MissingInput, SharedImages, TooManyBadImages, UnfinishedSet, VanishedImages
 from tests.conftest import make_photo
@@ -68,15 +73,27 @@ def quarantine(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "start_ray", lambda: None)
-    monkeypatch.setattr(prepare_module, "run_tasks", lambda tasks, function, **_: map(function, tasks))
-    monkeypatch.setattr(prepare_module, "iterate", lambda tables, **_: (table.to_pydict() for table in tables))
+def run_here(monkeypatch: pytest.MonkeyPatch, *, backwards: bool = False) -> None:
+    """Shards are made here, one after the other, without Ray."""
+
+    def make(source: Source, plan: ShardPlan, shards: list[int], maker: ShardMaker) -> Iterator[dict]:
+        write = maker.writer()
+        for shard in reversed(shards) if backwards else shards:
+            written = [write(maker.make_records(files)) for files in read_files(source, shard, plan.keys(shard))]
+            yield from receipts(written)
+
+    def leave_out(copied: list[dict], maker: ShardMaker) -> Iterator[dict]:
+        return receipts(map(maker.leave_out_copies, copied))
+
+    def receipts(tables: Iterable[pa.Table]) -> Iterator[dict]:
+        return (json.loads(text) for table in tables for text in table["receipt"].to_pylist())
+
+    monkeypatch.setattr(prepare_module, "make_shards", make)
+    monkeypatch.setattr(prepare_module, "leave_out_copies", leave_out)
 
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks run here, one after the other, without Ray."""
     run_here(monkeypatch)
 
 

@@ -16,10 +16,13 @@ from PIL import Image
 
 from pipeline.claim import claim_folder
 from pipeline.data import prepare as prepare_module
+from pipeline.data import shards
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.records import RecordConfig, make_records
 from pipeline.data.schema import RECORD_SCHEMA, pack_mask, read_manifest, read_records, unpack_mask
+from pipeline.data.shards import ShardMaker, read_files
 from pipeline.data.sources.tree import ImageTree
+from pipeline.data.tasks import quiet
 from pipeline.errors import (
     ConfigMismatch,
     CorruptSet,
@@ -29,6 +32,7 @@ from pipeline.errors import (
     WrongVersion,
 )
 from tests.conftest import make_photo
+from tests.pipeline.test_contract import run_here
 from tests.tmad.test_images import bomb_png
 from tmad.config import MemoryConfig
 from tmad.images import UnreadableImage, decode_image, to_rgb
@@ -176,17 +180,8 @@ def test_masks_and_memory_of_every_variant_fit_together(prepared):
 @pytest.mark.ray
 def test_a_set_is_the_same_to_the_last_byte_however_it_is_made(prepared, photo_folder, tmp_path, monkeypatch):
     config = settings(photo_folder, tmp_path / "again", crops_per_image=2, masks_per_image=2, short_side=(64, 96))
-    in_turn = []
-
-    def one_process_backwards(tasks, function, **_):
-        in_turn.extend(tasks)
-
-        return [function(task).to_pydict() for task in reversed(tasks)]
-
-    monkeypatch.setattr(prepare_module, "run_tasks", one_process_backwards)
-    monkeypatch.setattr(prepare_module, "iterate", lambda tables, **_: tables)
+    run_here(monkeypatch, backwards=True)
     prepare(config)
-    assert len(in_turn) == 3
     assert files_of(tmp_path / "again") == files_of(prepared)
 
 
@@ -220,12 +215,30 @@ def test_a_run_that_was_stopped_is_completed_to_the_same_bytes(prepared, photo_f
 
 
 @pytest.mark.ray
+def test_reading_records_and_writing_are_one_operator_with_a_task_for_each_missing_shard(
+    prepared, photo_folder, tmp_path, monkeypatch
+):
+    out, datasets = tmp_path / "set", []
+    shutil.copytree(prepared, out)
+    for shard in (0, 2):
+        (out / f"shards/0000{shard}.json").unlink()
+    monkeypatch.setattr(shards, "quiet", lambda dataset: datasets.append(quiet(dataset)) or datasets[0])
+    prepare(settings(photo_folder, out, crops_per_image=2, masks_per_image=2, short_side=(64, 96)))
+    (dataset,) = datasets
+    assert (
+        "Operator 1 ReadPhotographs->MapBatches(ShardMaker.make_records)->MapBatches(write_shard): 2 tasks executed"
+        in dataset.stats()
+    )
+    assert "Operator 2" not in dataset.stats()
+
+
+@pytest.mark.ray
 def test_new_images_extend_a_set_and_its_manifest_is_away_meanwhile(prepared, photo_folder, tmp_path, monkeypatch):
     photos, out = tmp_path / "photos", tmp_path / "set"
     shutil.copytree(photo_folder, photos)
     first = prepare(settings(photos, out))
     Image.fromarray(make_photo(99)).save(photos / "zz.png")
-    monkeypatch.setattr(prepare_module, "run_tasks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(prepare_module, "make_shards", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare(settings(photos, out))
     with pytest.raises(UnfinishedSet):
@@ -322,13 +335,14 @@ def test_a_source_without_one_usable_image_is_an_error(ray_session, tmp_path):
 
 
 def test_an_image_that_vanishes_after_it_was_listed_is_left_out(tmp_path):
-    task = {"index": 0, "keys": ["a.png"], "inputs": "x"}
-    with claim_folder(str(tmp_path)) as claim:
-        config = settings("x", tmp_path)
-        table = prepare_module._make_shard(task, source=ImageTree(str(tmp_path)), claim=claim, config=config)
-    drop = json.loads(table["receipt"][0].as_py())["drops"][0]
+    (files,) = read_files(ImageTree(str(tmp_path)), 0, ["a.png"])
     detail = f"cannot read {tmp_path}/a.png: it is not there"
-    assert drop == {"key": "a.png", "reason": "missing", "detail": detail, "bytes": 0}
+    dropped = {"key": "a.png", "reason": "missing", "detail": detail, "bytes": 0}
+    assert json.loads(files["drop"][0].as_py()) == dropped
+    with claim_folder(str(tmp_path)) as claim:
+        maker = ShardMaker(None, claim, settings("x", tmp_path), {0: "x"})
+        receipt = json.loads(maker.write(maker.make_records(files))["receipt"][0].as_py())
+    assert (receipt["drops"], receipt["images"], receipt["rows"]) == ([dropped], 1, 0)
 
 
 def test_empty_and_missing_folders_are_named(tmp_path):

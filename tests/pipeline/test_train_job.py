@@ -26,7 +26,6 @@ from pipeline.claim import CLAIM_NAME
 from pipeline.cluster import require
 from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
 from pipeline.data.collection import ImagesConfig
-from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest
 from pipeline.errors import CheckpointsDamaged, ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
 from pipeline.models import load_any_model
@@ -35,34 +34,18 @@ from pipeline.storage import write_atomic
 from pipeline.tracking import mlflow_client, read_json_lines
 from pipeline.train.launch import train
 from tests.conftest import ROOT, make_photo
-from tests.jobs.processes import training_workers
+from tests.jobs.processes import small_sets, training_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
+
+ALONE = replace(smoke().workers, num_workers=1)
+"""Where it is not about several: each takes seconds to start."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prepared sets of 32-pixel crops: ten for training, four for validation."""
-    folder = tmp_path_factory.mktemp("train")
-    for which, count in (("train", 10), ("val", 4)):
-        photos = folder / "photos" / which
-        photos.mkdir(parents=True)
-        for number in range(count):
-            seed = number + (100 if which == "val" else 0)
-            Image.fromarray(make_photo(seed, 40, 48)).save(photos / f"{number}.png")
-        model = smoke().model
-        prepare(
-            PrepareConfig(
-                source=str(photos),
-                out=str(folder / which),
-                crop_size=32,
-                patch_size=model.patch_size,
-                memory=model.memory,
-                images_per_shard=4,
-                row_group_rows=2,
-            )
-        )
-    return folder
+    return small_sets(tmp_path_factory.mktemp("train"))
 
 
 def _config(place: Path, name: str, **changes: Any) -> RunConfig:
@@ -192,23 +175,23 @@ def test_a_worker_that_is_killed_changes_nothing_in_the_result(
 
 
 def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(place: Path) -> None:
-    claim = place / "runs" / "taken" / CLAIM_NAME
+    run = place / "runs" / "taken"
+    claim = run / CLAIM_NAME
 
     def take_over() -> None:
         deadline = time.monotonic() + 300
-        text = ""
-        while not text and time.monotonic() < deadline:  # a claim is created empty and then written
+        # A job that has just got its folder removes what others have begun to write there.
+        while not (run / "config.json").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-            text = claim.read_text() if claim.exists() else ""
-        theirs = {**json.loads(text), "token": "another", "process": "elsewhere"}
+        theirs = {**json.loads(claim.read_text()), "token": "another", "process": "elsewhere"}
         write_atomic(str(claim), json.dumps(theirs).encode())
 
     other = threading.Thread(target=take_over, daemon=True)
     other.start()
     with pytest.raises(TrainingFailed, match=r"images_0+8 was not kept: .*runs/taken was taken over: process"):
-        train(_config(place, "taken"))
+        train(_config(place, "taken", workers=ALONE))
     other.join(timeout=10)
-    assert not list((place / "runs" / "taken" / "checkpoints").glob("images_*"))
+    assert not list((run / "checkpoints").glob("images_*"))
     assert json.loads(claim.read_text())["token"] == "another"
 
 
@@ -247,7 +230,7 @@ def test_checkpoints_that_are_all_damaged_stop_the_run_and_are_named(place: Path
     for folder in (run / "checkpoints").glob("images_*"):
         _truncate(folder / "state.safetensors")
     with pytest.raises(CheckpointsDamaged, match=r"images_000000000024: state.* images_000000000016: state") as caught:
-        train(_config(place, "all-damaged"))
+        train(_config(place, "all-damaged", workers=ALONE))
     assert caught.value.details["damaged"].keys() == {"images_000000000016", "images_000000000024"}
 
 
@@ -258,10 +241,10 @@ def test_a_list_of_checkpoints_cut_short_and_a_deleted_checkpoint_do_not_keep_a_
     _truncate(run / "checkpoints" / "checkpoint_manager_snapshot.json")
     shutil.rmtree(run / "checkpoints" / "images_000000000024")
     with caplog.at_level(logging.INFO):
-        summary = train(_config(place, "lost-list"))
+        summary = train(_config(place, "lost-list", workers=ALONE))
     assert "Ray's list of checkpoints" in caplog.text
     assert "continuing after 16 images" in caplog.text
-    assert summary["model_digest"] == finished["model_digest"]
+    assert (summary["images"], summary["checkpoint"]) == (24, finished["checkpoint"])
 
 
 def test_training_from_photographs_stopped_and_gone_on_with_is_training_from_the_prepared_set(
@@ -299,24 +282,10 @@ def test_training_from_photographs_stopped_and_gone_on_with_is_training_from_the
     assert summary["model_digest"] == finished["model_digest"]
 
     Image.fromarray(make_photo(99, 40, 48)).save(photos / "99.png")
-    with pytest.raises(ConfigMismatch, match=r"names of the photographs .* \w+ -> \w+, 11 images now\)"):
+    with pytest.raises(ConfigMismatch, match=r"names or sizes of the photographs.* \w+ -> \w+, 11 images now\)"):
         main(command)
     with pytest.raises(ConfigMismatch, match=r"data.images.mask: brush_or_rectangle -> rectangle"):
         main([*command, "--data.images.mask", "rectangle"])
-
-
-def test_unusable_photographs_are_told_and_counted_in_the_metrics(
-    place: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    photos = shutil.copytree(place / "photos" / "train", tmp_path / "photos")
-    (photos / "3.png").write_bytes(b"no picture")
-    images = ImagesConfig(source=str(photos), crop_size=32)
-    with caplog.at_level(logging.INFO):
-        train(_config(place, "spoilt", data=DataConfig(images=images, val=str(place / "val"))))
-    assert "3.png cannot be used, another image takes its place: not-an-image" in caplog.text
-    assert "2 images replaced since the start" in caplog.text
-    rows = read_json_lines(str(place / "runs" / "spoilt" / "metrics.jsonl"))
-    assert [row["data/replaced"] for row in rows if "data/replaced" in row][-1] == 2
 
 
 def _kill_a_worker_when(ready: Callable[[], bool], killed: list[int]) -> None:
@@ -330,21 +299,29 @@ def _kill_a_worker_when(ready: Callable[[], bool], killed: list[int]) -> None:
         time.sleep(0.02)
 
 
-def test_joint_training_starts_from_the_coarse_network_of_a_registered_model(
-    place: Path, finished: dict[str, Any]
+def test_joint_training_from_photographs_leaves_out_the_unusable_and_starts_from_a_registered_coarse_network(
+    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    tracking = TrackingConfig(experiment="smoke", registered_name="tmad-joint")
+    photos = shutil.copytree(place / "photos" / "train", tmp_path / "photos")
+    (photos / "3.png").write_bytes(b"no picture")
     config = _config(
         place,
         "joint",
+        data=DataConfig(images=ImagesConfig(source=str(photos), crop_size=32), val=str(place / "val")),
         init_from=finished["registered"]["uri"],
         init_networks="coarse",
-        schedule=replace(smoke().schedule, coarse_images=0, joint_images=4),
+        schedule=replace(smoke().schedule, coarse_images=0, joint_images=24),
         optim=replace(smoke().optim, lr=1e-9, min_lr=0.0),
-        tracking=tracking,
+        tracking=TrackingConfig(experiment="smoke", registered_name="tmad-joint"),
     )
-    summary = train(config)
+    with caplog.at_level(logging.INFO):
+        summary = train(config)
     run = place / "runs" / "joint"
+    assert "3.png cannot be used, another image takes its place: not-an-image" in caplog.text
+    assert "2 images replaced since the start" in caplog.text
+    rows = read_json_lines(str(run / "metrics.jsonl"))
+    assert [row["data/replaced"] for row in rows if "data/replaced" in row][-1] == 2
+
     report = json.loads((run / "init_report.json").read_text())
     assert (report["networks"], report["model_digest"]) == (["coarse"], finished["model_digest"])
     ours, source = (load_any_model(str(place / "runs" / name)).coarse.state_dict() for name in ("joint", "whole"))

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.utils.parametrize import is_parametrized
 
 from tests.tmad.tiny import MODEL, make_image, make_mask, with_noise
 from tmad.config import MemoryConfig, RetrievalConfig
 from tmad.holes import MaskRule
 from tmad.images import to_model, to_rgb, to_uint8
 from tmad.inpaint import EmptyMaskWarning, Inpainter, MaskPolarityWarning, UnusableInput, hole_mask
-from tmad.model import TMAD
+from tmad.model import TMAD, folded
 
 
 @pytest.fixture(scope="module")
 def model() -> TMAD:
-    return with_noise(TMAD(MODEL, seed=3))
+    return with_noise(TMAD(MODEL, seed=3)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_the_result_is_that_of_the_generator(model: TMAD) -> None:
 
 def test_with_weighted_sum_the_result_is_that_of_the_generator_too() -> None:
     model = with_noise(TMAD(replace(MODEL, retrieval=replace(MODEL.retrieval, mode="weighted_sum")), seed=3))
-    test_the_result_is_that_of_the_generator(model)
+    test_the_result_is_that_of_the_generator(model.eval())
 
 
 @pytest.mark.parametrize("policy", LARGE)
@@ -470,7 +471,117 @@ def test_inference_leaves_no_gradients_and_no_warnings(model: TMAD) -> None:
         warnings.simplefilter("error")
         Inpainter(model)(picture(33, 33), box(33, 33))
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not model.training
+
+
+def test_an_inpainter_has_a_copy_of_its_model_and_leaves_the_model_as_it_was() -> None:
+    model, image, mask = with_noise(TMAD(MODEL, seed=3)), picture(64, 64), make_mask()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inpainter = Inpainter(model)
+    first = inpainter(image, mask).output
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    assert np.array_equal(inpainter(image, mask).output, first)
+
+
+def test_spectral_norms_computed_once_give_the_same_networks_to_the_last_bit(model: TMAD) -> None:
+    once = folded(model)
+    assert not any(is_parametrized(layer) for layer in once.modules())
+    image, mask = torch.rand(2, 3, 32, 48) * 2 - 1, (torch.rand(2, 1, 32, 48) > 0.5).float()
+    pool_yx, cells = torch.zeros(2, MODEL.memory.pool_size, 2, dtype=torch.int64), torch.arange(6).expand(2, 6)
+    model.eval()
+    assert torch.equal(once(image, mask, pool_yx, cells).output, model(image, mask, pool_yx, cells).output)
+
+
+SIZES = [(64, 64), (60, 50), (64, 64), (96, 200), (50, 71), (96, 200), (64, 64), (180, 190)]
+"""Some are the same once they are padded; under `resize` the last ones are beyond the limit."""
+
+
+def mixed() -> tuple[list[np.ndarray], list[np.ndarray], list[str]]:
+    """Pictures of several sizes with holes of different sizes at different places."""
+    images, masks = [], []
+    for seed, (height, width) in enumerate(SIZES):
+        images.append(picture(height, width, seed))
+        mask = np.zeros((height, width), np.uint8)
+        mask[3 + 4 * seed : height // 2 + 2 * seed, 5 * seed + 2 : width // 2 + 3 * seed] = 1
+        masks.append(mask)
+    return images, masks, [f"picture {seed}" for seed in range(len(SIZES))]
+
+
+FIELDS = ("output", "coarse", "candidates", "candidates_yx", "cells_yx", "memory", "memory_yx")
+
+
+@pytest.mark.parametrize("policy", LARGE)
+def test_what_shares_a_batch_with_a_picture_changes_no_bit_of_its_result(model: TMAD, policy: str) -> None:
+    inpainter, (images, masks, names) = Inpainter(model, **LARGE[policy]), mixed()
+    results = inpainter.batch(images, masks, image_ids=names)
+    for image, mask, name, result in zip(images, masks, names, results, strict=True):
+        alone = inpainter(image, mask, image_id=name)
+        for what in FIELDS:
+            assert np.array_equal(getattr(result, what), getattr(alone, what)), (name, what)
+
+
+@pytest.mark.parametrize("mode", ["sample", "weighted_sum"])
+@pytest.mark.parametrize("cells_per_chunk", [4, 256])
+@pytest.mark.parametrize("policy", LARGE)
+def test_pictures_that_go_through_the_networks_together_come_out_as_alone(
+    policy: str, cells_per_chunk: int, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU, where rounding may differ.
+    model = with_noise(TMAD(replace(MODEL, retrieval=replace(MODEL.retrieval, mode=mode)), seed=3))
+    options, (images, masks, names) = {"cells_per_chunk": cells_per_chunk, **LARGE[policy]}, mixed()
+    inpainter = Inpainter(model, pixels_at_once=10**9, **options)
+    seen: list[int] = []
+    predict = inpainter.model.predict_coarse
+    monkeypatch.setattr(
+        inpainter.model, "predict_coarse", lambda image, *more: seen.append(len(image)) or predict(image, *more)
+    )
+    results = inpainter.batch(images, masks, image_ids=names)
+    assert max(seen) >= 3
+    for image, mask, name, result in zip(images, masks, names, results, strict=True):
+        alone = Inpainter(model, **options)(image, mask, image_id=name)
+        for what in FIELDS:
+            difference = np.abs(getattr(result, what).astype(int) - getattr(alone, what))
+            assert difference.max() <= (1 if getattr(result, what).dtype == np.uint8 else 0), (name, what)
+            assert (difference > 0).mean() < 1e-3
+
+
+def test_as_many_pixels_go_together_as_the_setting_says(model: TMAD, monkeypatch: pytest.MonkeyPatch) -> None:
+    inpainter = Inpainter(model, pixels_at_once=3 * 64 * 64 + 100)
+    sizes: list[int] = []
+    for name in ("predict_coarse", "synthesize"):
+        call = getattr(inpainter.model, name)
+        monkeypatch.setattr(
+            inpainter.model,
+            name,
+            lambda image, *more, call=call: sizes.append(image[:, 0].numel()) or call(image, *more),
+        )
+    inpainter.batch([picture(64, 64, seed) for seed in range(5)], [make_mask()] * 5)
+    assert sizes == [3 * 64 * 64, 3 * 64 * 64, 2 * 64 * 64, 2 * 64 * 64]
+
+
+def test_in_a_batch_a_picture_that_cannot_be_filled_costs_no_other_its_result(inpainter: Inpainter) -> None:
+    images = [picture(20, 30, seed) for seed in range(4)]
+    masks = [box(20, 30), np.ones((20, 30), np.uint8), box(30, 20), np.zeros((20, 30), np.uint8)]
+    found = inpainter.batch(images, masks, image_ids=list("abcd"))
+    assert np.array_equal(found[0].output, inpainter(images[0], masks[0], image_id="a").output)
+    assert [error.reason for error in found[1:3]] == ["all-hole", "size-mismatch"]
+    assert np.array_equal(found[3].output, images[3])
+    with pytest.raises(ValueError, match=r"masks must be as many as images \(4\), got 1"):
+        inpainter.batch(images, masks[:1])
+
+
+def test_in_bfloat16_a_picture_is_nearly_the_same_and_its_candidates_are_found_in_float32(model: TMAD) -> None:
+    image, mask = picture(48, 48), box(48, 48)
+    exact, rounded = (Inpainter(model, precision=precision)(image, mask) for precision in ("fp32", "bf16"))
+    difference = np.abs(rounded.output.astype(int) - exact.output)
+    assert 0 < difference.mean() < 1
+    assert np.array_equal(rounded.output[mask == 0], image[mask == 0])
+    donor = exact.coarse
+    found = [Inpainter(model, precision=one)(image, mask, filled=donor).candidates_yx for one in ("fp32", "bf16")]
+    assert np.array_equal(*found)
 
 
 def test_a_chunk_of_no_cells_is_refused(model: TMAD) -> None:

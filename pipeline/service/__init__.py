@@ -1,0 +1,1 @@
+"""One picture at a time over HTTP: the page of `tmad web`."""
