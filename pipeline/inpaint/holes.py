@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +100,7 @@ class Holes:
         if kind == "colour":
             return self._of_colour(to_rgb(file.image))
         if kind == "boxes":
-            return hole_of_boxes((self.boxes or {}).get(key, ()), height, width)
+            return self._of_boxes(key, height, width)
         if kind == "one":
             assert self.one is not None
             if self.one.shape != (height, width) and self.config.scale_masks:
@@ -121,19 +121,16 @@ class Holes:
             hole &= (rgb[..., channel] >= low) & (rgb[..., channel] <= high)
         return hole.astype(np.uint8)
 
-
-def hole_of_boxes(boxes: Iterable[Sequence[float]], height: int, width: int) -> np.ndarray:
-    """Hole (H, W) of boxes [left, top, width, height]: every pixel that they touch. Raises `UnreadableImage`,
-    `box-outside`."""
-    hole = np.zeros((height, width), np.uint8)
-    for left, top, box_width, box_height in boxes:
-        rows = slice(max(0, math.floor(top)), max(0, math.ceil(top + box_height)))
-        columns = slice(max(0, math.floor(left)), max(0, math.ceil(left + box_width)))
-        if not hole[rows, columns].size:
-            box = [left, top, box_width, box_height]
-            raise UnreadableImage("box-outside", f"the box {box} lies outside of the image, {width}x{height}")
-        hole[rows, columns] = 1
-    return hole
+    def _of_boxes(self, key: str, height: int, width: int) -> np.ndarray:
+        hole = np.zeros((height, width), np.uint8)
+        for left, top, box_width, box_height in (self.boxes or {}).get(key, ()):
+            rows = slice(max(0, math.floor(top)), max(0, math.ceil(top + box_height)))
+            columns = slice(max(0, math.floor(left)), max(0, math.ceil(left + box_width)))
+            if not hole[rows, columns].size:
+                box = [left, top, box_width, box_height]
+                raise UnreadableImage("box-outside", f"the box {box} lies outside of the image, {width}x{height}")
+            hole[rows, columns] = 1
+        return hole
 
 
 def open_holes(config: HolesConfig, source: Source, source_uri: str, keys: Sequence[str]) -> tuple[Holes, list[str]]:
@@ -256,14 +253,9 @@ def _of_coco(uri: str, content: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def _box(uri: str, key: str, box: Any) -> tuple[float, float, float, float]:
-    if not is_box(box):
+    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
+    if not numbers or not all(map(math.isfinite, box)) or box[2] <= 0 or box[3] <= 0:
         raise CorruptSource(
             f"{redact(uri)}, {key!r}: a box is [left, top, width, height] in pixels, the last two positive, got {box!r}"
         )
     return tuple(map(float, box))  # type: ignore[return-value]
-
-
-def is_box(box: Any) -> bool:
-    """Whether *box* is [left, top, width, height], the last two positive."""
-    numbers = isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
-    return numbers and all(map(math.isfinite, box)) and box[2] > 0 and box[3] > 0
