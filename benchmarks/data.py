@@ -215,15 +215,18 @@ def training_input(report: Report, options: DataOptions, prepared: Path, photogr
         )
         return map(len, batches)
 
+    # Not `fork`: this process has the threads of Ray and Arrow, and a copy of one in the middle of `malloc` aborts.
+    batches_of_loader = DataLoader(
+        Samples(records, slow_total),
+        batch_size=BATCH,
+        num_workers=processors(),
+        collate_fn=collate,
+        multiprocessing_context="spawn",
+        persistent_workers=True,
+    )
+
     def loader() -> Iterator[int]:
-        batches = DataLoader(
-            Samples(records, slow_total),
-            batch_size=BATCH,
-            num_workers=processors(),
-            collate_fn=collate,
-            multiprocessing_context="fork",
-        )
-        return map(len, batches)
+        return map(len, batches_of_loader)
 
     with ThreadPoolExecutor(processors()) as pool:
 
@@ -259,8 +262,8 @@ def training_input(report: Report, options: DataOptions, prepared: Path, photogr
     note = (
         f"{total} samples ({slow_total} from photographs and by DataLoader) of {CROP} pixels in batches of {BATCH}; "
         "images/s over the last three quarters, when all processes have started. The bare loop only decodes. "
-        "DataLoader makes the same samples from records held in memory, and starts its processes in each call; ours "
-        "reads shards and starts its tasks. From photographs, ours also does what preparation does, for one hole."
+        "DataLoader makes the same samples from records held in memory, by processes that run before the first call; "
+        "ours reads shards and starts its tasks. From photographs, ours also does what preparation does, for one hole."
     )
     title = f"Training input, {processors()} threads or processes"
     figures = {"runs": {name: [vars(run) for run in some] for name, some in runs.items()}}
