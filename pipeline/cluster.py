@@ -229,12 +229,13 @@ def _python_path() -> str:
     return os.pathsep.join([str(ROOT), *(part for part in there if part != str(ROOT))])
 
 
-def models_side_by_side(*, use_gpu: bool, cpus_each: float = 1) -> int:
-    """Copies of a model that the cluster has room for: one a GPU, or *cpus_each* processors."""
-    there = ray.cluster_resources()
-    if use_gpu:
-        return max(1, int(there.get("GPU", 0)))
-    cpus = there.get("CPU", 1)
-    # An embedded Ray counts more CPUs than this machine may have; the model needs real ones.
-    cpus = cpus if joined() else min(cpus, os.cpu_count() or 1)
-    return max(1, int(cpus / cpus_each))
+def models_side_by_side(*, use_gpu: bool, cpus_each: float = 1, gpus_each: float = 1) -> int:
+    """Copies of a model that the cluster has room for, at least one."""
+    copies = ray.cluster_resources().get("GPU", 0) / gpus_each if use_gpu else real_cpus() / cpus_each
+    return max(1, int(copies))
+
+
+def real_cpus() -> float:
+    """Processors of the cluster; an embedded Ray counts more than this machine may have."""
+    cpus = float(ray.cluster_resources().get("CPU", 1))
+    return cpus if joined() else min(cpus, os.cpu_count() or 1)

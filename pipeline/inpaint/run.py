@@ -26,7 +26,7 @@ import ray
 from PIL import Image
 
 from pipeline.claim import claim_folder
-from pipeline.cluster import models_side_by_side, require, start_ray
+from pipeline.cluster import models_side_by_side, real_cpus, require, start_ray
 from pipeline.data.collection import UNUSABLE, drop_of
 from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.base import Source
@@ -330,12 +330,17 @@ def _fill_all(job: Job, todo: Mapping[str, str], folder: Path) -> Iterator[pa.Ta
     keys = list(todo)
     config = job.config
     start_ray()
-    copies = config.num_actors or models_side_by_side(use_gpu=config.use_gpu, cpus_each=config.cpus_per_actor)
-    num_actors = min(copies, len(keys))
-    require({"CPU": num_actors * config.cpus_per_actor, "GPU": num_actors if config.use_gpu else 0})
+    side_by_side = config.num_actors or models_side_by_side(
+        use_gpu=config.use_gpu, cpus_each=config.cpus_per_actor or 1, gpus_each=config.gpus_per_actor
+    )
+    num_actors = min(side_by_side, len(keys))
+    cpus = config.cpus_per_actor or (max(1, real_cpus() // num_actors) if config.use_gpu else 1)
+    gpus = config.gpus_per_actor if config.use_gpu else 0
+    require({"CPU": num_actors * cpus, "GPU": num_actors * gpus})
     files = ray.put({name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)})
     # Small at the end of a small job, so that no copy waits for another's last task.
-    size = max(1, min(config.images_per_task, math.ceil(len(keys) / (4 * num_actors))))
+    most = config.images_per_task or (256 if config.use_gpu else 16)
+    size = max(1, min(most, math.ceil(len(keys) / (4 * num_actors))))
     tasks = [
         {"number": number, "made_of": {key: todo[key] for key in keys[start : start + size]}}
         for number, start in enumerate(range(0, len(keys), size))
@@ -343,10 +348,10 @@ def _fill_all(job: Job, todo: Mapping[str, str], folder: Path) -> Iterator[pa.Ta
     dataset = run_on_actors(
         tasks,
         InpaintWorker,
-        (files, job),
+        (files, replace(job, config=replace(config, cpus_per_actor=cpus))),
         size=num_actors,
-        num_cpus=None if config.use_gpu else config.cpus_per_actor,
-        num_gpus=1 if config.use_gpu else None,
+        num_cpus=None if config.use_gpu else cpus,
+        num_gpus=gpus or None,
     )
     yield from iterate(dataset, batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 

@@ -485,7 +485,7 @@ def test_the_digest_knows_the_polarity_and_not_the_place(photos, masks, tmp_path
     moved = write(tmp_path / "elsewhere", files_of(masks))
     assert digest("1", masks) == digest("2", moved)
     assert digest("3", masks, mask_hole="black") != digest("1", masks)
-    with pytest.raises(ConfigMismatch, match="mask_hole was 'white', now 'black'"):
+    with pytest.raises(ConfigMismatch, match="mask_hole: white -> black"):
         digest("1", masks, mask_hole="black")
 
 
