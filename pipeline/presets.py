@@ -118,7 +118,7 @@ def photographs() -> RunConfig:
     settings). The coarse network stays as it came; PSNet and retrieval learn in an hour on two quiet cores.
     """
     return RunConfig(
-        model=TMADConfig(coarse=CoarseConfig(base_width=32), memory=MemoryConfig(overlap=0.5)),
+        model=TMADConfig(coarse=CoarseConfig(base_width=32)),
         critics=CriticsConfig(global_base_width=24),
         loss=LossConfig(
             weight_l1=0.5,

@@ -408,6 +408,8 @@ class Tracker:
             self._thread.submit(call)
 
     def _send(self) -> None:
+        if not self._pending:
+            return
         from mlflow.entities import Metric
 
         while self._pending:

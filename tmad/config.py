@@ -72,9 +72,6 @@ class MemoryConfig:
     ties at random (free-form) [P]."""
     stride_divisor: PositiveInt = 4
     """Candidate windows stand patch_size / stride_divisor pixels apart: 2 for rectangles, 4 for free-form [P]."""
-    overlap: Annotated[float, Field(ge=0, le=0.5)] = 0.25
-    """How far a borrowed window reaches into each neighbouring cell, where the two are blended, as a share of
-    patch_size; 0 = it ends at its cell's border [D]."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -109,6 +106,9 @@ class PSNetConfig:
     """Residual blocks of the texture encoder [P]."""
     spectral_norm: bool = True
     """Spectral normalisation of every convolution [P: "in PSNet"]."""
+    overlap: Annotated[float, Field(ge=0, le=0.5)] = 0.5
+    """How far a borrowed window reaches into each neighbouring cell, where the two are blended, as a share of
+    patch_size; 0 = it ends at its cell's border [D]."""
     residual: Literal["none", "coarse", "detail"] = "detail"
     """What the linear output is added to: `none`, it is the result [P]; `coarse`, the coarse result; `detail`, the
     coarse result and the candidates' blended detail, with gains that PSNet predicts from place to place. Added to
@@ -143,7 +143,7 @@ class TMADConfig:
     @property
     def overlap(self) -> int:
         """Pixels that a borrowed window reaches into each neighbouring cell."""
-        return round(self.patch_size * self.memory.overlap)
+        return round(self.patch_size * self.psnet.overlap)
 
     @property
     def memory_stride(self) -> int:

@@ -23,6 +23,10 @@ def similarity(query_BND: Tensor, memory_BPD: Tensor) -> Tensor:
     return query_BND @ F.normalize(memory_BPD, dim=-1).transpose(1, 2)
 
 
+START_SHARPNESS = 8.0
+"""theta over phi at the start: S is then neither uniform nor one patch [D]."""
+
+
 class StraightThroughGather(torch.autograd.Function):
     """Eq. 4-5: each candidate is its memory patch to the last bit; its gradient is that of the softmax-weighted sum.
 
@@ -73,8 +77,7 @@ class Retrieval(nn.Module):
         self.config = config
         self.embed_query = embedding(config)
         self.embed_memory = embedding(config)
-        # Equal at the start, so that from the first step a cell is most similar to patches that look like it [D].
-        self.embed_memory.load_state_dict(self.embed_query.state_dict())
+        self._start_as_distance()
 
     def forward(self, cells: Tensor, pool: Tensor, held: Tensor) -> Retrieved:
         """*cells* p_s (B, N, 3, K, K) and *pool* T (B, P, 3, K, K), in [-1, 1]; *held* (B, P, ...), what is handed out
@@ -86,6 +89,20 @@ class Retrieval(nn.Module):
             weights = scores_BNP.softmax(dim=-1)
         index = scores_BNP.topk(self.config.num_candidates, dim=-1).indices
         return Retrieved(self.hand_out(weights, held, index), index, weights)
+
+    @torch.no_grad()
+    def _start_as_distance(self) -> None:
+        """[D] theta starts as a multiple of phi, and phi with one constant channel. What Eq. 3 then ranks by is
+        |phi(p_s) - phi(p_t)|: with constants of norm c and other channels f much shorter, phi / |phi| = (f / c,
+        1 - |f|^2 / 2c^2), so that theta^T phi / |phi| is c + (f_s^T f_t - |f_t|^2 / 2) / c. A random phi without it
+        ranks by angle, and how good that is depends on the seed."""
+        weight, bias = list(self.embed_memory.parameters())[-2:]
+        if self.config.embed_channels > 1:
+            bias.zero_()
+            weight[-1], bias[-1] = 0.0, 1.0
+        self.embed_query.load_state_dict(self.embed_memory.state_dict())
+        for parameter in list(self.embed_query.parameters())[-2:]:
+            parameter.mul_(START_SHARPNESS)
 
     def hand_out(self, weights: Tensor, held: Tensor, index: Tensor) -> Tensor:
         """The candidates (B, N, C, ...) that S *weights* (B, N, P) and *index* (B, N, C) choose of *held*."""

@@ -55,6 +55,15 @@ STUDIES: Mapping[str, Study] = MappingProxyType(
                 "not relativistic": {"loss.relativistic": False},
             },
         ),
+        "retrieval": Study(
+            title="What teaches retrieval (decision 024)",
+            claim="Eq. 5: the straight-through gradient of PSNet's losses is enough.",
+            variants={
+                "expected distance": {"loss.weight_retrieval": 1.0, "model.retrieval.straight_through": False},
+                "straight through": {"loss.weight_retrieval": 0.0, "model.retrieval.straight_through": True},
+                "both": {"loss.weight_retrieval": 1.0, "model.retrieval.straight_through": True},
+            },
+        ),
         "blending": Study(
             title="Fig. 8: with and without the blending loss",
             claim="Without it (Eq. 9: global discriminator and total variation) the borders of patches show.",

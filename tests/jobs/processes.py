@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,7 +18,13 @@ from pipeline.presets import smoke
 from tests.conftest import RAY_ENVIRONMENT, ROOT, make_photo
 from tests.pipeline.test_contract import run_here
 
-Moment = Callable[[], bool]
+Moment = Callable[[], object]
+
+
+def hear_interrupts() -> None:
+    """Before a program starts: Ctrl-C counts. Whoever runs the tests in the background has it ignored, and processes
+    inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Job:
@@ -40,19 +47,29 @@ class Job:
                 cwd=folder,
                 env={**os.environ, **RAY_ENVIRONMENT, **(environment or {})},
                 start_new_session=True,
-                # Whoever runs the tests in the background has it ignored, and processes inherit that.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=hear_interrupts,
             )
 
-    def send(self, number: signal.Signals) -> None:
-        """Send a signal to all processes of the session: Ray's workers have process groups of their own."""
-        session = self.process.pid
+    def processes(self, name: str = "") -> list[int]:
+        """Numbers of the session's processes whose command line or title has *name* in it."""
+        found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
-                    os.kill(int(entry.name), number)
-            except ProcessLookupError:
+                mine = entry.name.isdigit() and os.getsid(int(entry.name)) == self.process.pid
+                if mine and name in (entry / "cmdline").read_bytes().decode(errors="replace"):
+                    found.append(int(entry.name))
+            except (ProcessLookupError, FileNotFoundError):
                 continue
+        return found
+
+    def send(self, number: signal.Signals, name: str = "") -> int:
+        """Send a signal to those processes, to all without *name*; how many there were. Ray's workers have process
+        groups of their own."""
+        processes = self.processes(name)
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+        return len(processes)
 
     def kill(self) -> None:
         """Kill all of it; the parent first, so that it can say nothing more."""
@@ -60,7 +77,7 @@ class Job:
         self.send(signal.SIGKILL)
         self.process.wait()
 
-    def wait_for(self, moment: Moment, *, every_s: float = 0.002) -> bool:
+    def wait_for(self, moment: Moment, *, every_s: float = 0.01) -> bool:
         """True when *moment* has come, false if the job ended before it."""
         while not moment():
             if self.process.poll() is not None:
@@ -74,7 +91,7 @@ class Job:
 
     def end(self) -> tuple[int, str]:
         """Exit code and what it said."""
-        code = self.process.wait(timeout=240)
+        code = self.process.wait(timeout=400)
         return code, self.said()
 
 

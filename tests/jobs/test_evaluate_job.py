@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.evaluate import main
+from tests.jobs.conftest import CallJob
 from tests.pipeline.conftest import SetMaker
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "jobs" / "evaluate.py"
@@ -24,16 +25,11 @@ def test_a_dry_run_from_another_folder_prints_the_resolved_settings(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_is_not_there_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--model", "gone", "--data", "nowhere", "--methods", "tmad"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 1
-    assert len(run.stderr.strip().splitlines()) == 1
-    assert "nowhere" in run.stderr
+def test_a_set_that_is_not_there_is_one_line_and_exit_code_1(call_job: CallJob) -> None:
+    code, _, shown = call_job(main, "--model", "gone", "--data", "nowhere", "--methods", "tmad")
+    assert code == 1
+    assert len(shown.strip().splitlines()) == 1
+    assert "nowhere" in shown
 
 
 def test_an_unknown_option_is_refused_with_the_near_one(capsys: pytest.CaptureFixture[str]) -> None:

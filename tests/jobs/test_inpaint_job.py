@@ -13,6 +13,7 @@ import pytest
 
 from jobs.inpaint import SOME_FAILED, main
 from pipeline.report.pictures import png_bytes
+from tests.jobs.conftest import CallJob
 from tests.tmad.tiny import make_image, make_mask
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "jobs" / "inpaint.py"
@@ -47,11 +48,11 @@ def test_a_dry_run_prints_the_settings_reads_the_pairs_and_writes_nothing(model_
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
-def test_a_missing_folder_is_one_line_and_exit_code_1(dry: list[str], tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, str(SCRIPT), *PLACES, *dry], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1
-    assert len(run.stderr.strip().splitlines()) == 1
-    assert f"there is no folder {tmp_path}/photos" in run.stderr
+def test_a_missing_folder_is_one_line_and_exit_code_1(dry: list[str], call_job: CallJob, tmp_path: Path) -> None:
+    code, _, shown = call_job(main, *PLACES, *dry)
+    assert code == 1
+    assert len(shown.strip().splitlines()) == 1
+    assert f"there is no folder {tmp_path}/photos" in shown
 
 
 def test_a_required_option_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from jobs.prepare import main
 from pipeline import storage
-from pipeline.cli import run_job
 from pipeline.data.schema import read_records
 from pipeline.report.pictures import png_bytes
 from tests.pipeline.test_sources import tar_of
@@ -21,15 +20,12 @@ JOB = Path(__file__).resolve().parents[2] / "jobs" / "prepare.py"
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Runs the job in *tmp_path*; returns exit code, standard output and standard error."""
+def run(call_job):
+    """Calls the job; returns exit code, standard output, and standard error without its line breaks."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as done:
-            run_job(main, [str(argument) for argument in arguments])
-        shown = capsys.readouterr()
-        return int(done.value.code), shown.out, " ".join(shown.err.replace("│", " ").split())
+        code, out, shown = call_job(main, *arguments)
+        return code, out, " ".join(shown.replace("│", " ").split())
 
     return call
 
@@ -86,21 +82,19 @@ def test_a_folder_of_photographs_becomes_a_set_and_the_second_time_at_once(run, 
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-def test_a_list_and_a_tar_file_in_object_storage_become_a_set_in_object_storage(bucket):
+def test_a_list_and_a_tar_file_in_object_storage_become_a_set_in_object_storage(run, faulty_cluster, bucket):
     photographs = {f"{number:03d}.png": png_bytes(make_image(number, 32)) for number in range(100)}
     archive = tar_of([(f"./test/{name}", data) for name, data in photographs.items()])
     storage.write_atomic(f"{bucket}/test.tar", archive)
     storage.write_atomic(f"{bucket}/test.txt", "".join(f"/{name} 7\n" for name in photographs).encode())
-    command = [
-        *(sys.executable, JOB, "--source", f"{bucket}/test.txt", "--root", f"{bucket}/test.tar/test"),
+    code, out, shown = run(
+        *("--source", f"{bucket}/test.txt", "--root", f"{bucket}/test.tar/test"),
         *("--expect", "paris-streetview-test", "--out", f"{bucket}/set", "--images-per-shard", "50"),
         *("--crop-size", "32", "--patch-size", "16", "--memory.pool-size", "4"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr
-    assert "100 records in 2 shards" in done.stdout
-    assert "paris-streetview-test has 100 images, 100 are listed here" in done.stderr
+    )
+    assert code == 0, shown
+    assert "100 records in 2 shards" in out
+    assert "paris-streetview-test has 100 images, 100 are listed here" in shown
     records = list(read_records(f"{bucket}/set"))
     assert {record.source["key"]: record.image for record in records} == photographs
     assert {record.label for record in records} == {7}

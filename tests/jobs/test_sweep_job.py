@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 
+from jobs.sweep import main
+from pipeline.cli import run_job
 from pipeline.config import from_json
-from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.presets import smoke
-from pipeline.tracking import mlflow_client, read_json_lines
-from tests.conftest import RAY_ENVIRONMENT, ROOT, make_photo
-from tests.jobs.processes import Job
+from pipeline.tracking import mlflow_client
+from tests.conftest import RAY_ENVIRONMENT, ROOT
+from tests.jobs.processes import Job, small_sets
+from tmad.checkpoint import save_model
+from tmad.model import TMAD
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -27,42 +30,20 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prepared sets of 32-pixel crops: ten for training, four for validation."""
-    from PIL import Image
-
-    folder = tmp_path_factory.mktemp("sweep")
-    model = smoke().model
-    for which, count in (("train", 10), ("val", 4)):
-        photos = folder / "photos" / which
-        photos.mkdir(parents=True)
-        for number in range(count):
-            seed = number + (100 if which == "val" else 0)
-            Image.fromarray(make_photo(seed, 40, 48)).save(photos / f"{number}.png")
-        prepare(
-            PrepareConfig(
-                source=str(photos),
-                out=str(folder / which),
-                crop_size=32,
-                patch_size=model.patch_size,
-                memory=model.memory,
-                images_per_shard=4,
-                row_group_rows=2,
-            )
-        )
-    return folder
+    return small_sets(tmp_path_factory.mktemp("sweep"))
 
 
-@pytest.fixture(autouse=True)
-def _prepared_in_this_process(ray_session: None) -> None:
-    """Preparation needs Ray; the sweeps start their own, with a dashboard."""
+def arguments_of(place: Path, name: str, *more: str) -> list[str]:
+    return [
+        "--preset", "smoke", "--name", name, "--run.runs", str(place / "runs"),
+        "--run.data.train", str(place / "train"), "--run.data.val", str(place / "val"),
+        "--run.workers.num-workers", "1",
+        "--run.schedule.validate-every-images", "4", "--reduction", "2", "--max-concurrent", "2", *more,
+    ]  # fmt: skip
 
 
 def command(place: Path, name: str, *more: str) -> list[str]:
-    return [
-        sys.executable, str(ROOT / "jobs" / "sweep.py"), "--preset", "smoke", "--name", name,
-        "--run.runs", str(place / "runs"), "--run.data.train", str(place / "train"),
-        "--run.data.val", str(place / "val"), "--run.workers.num-workers", "1",
-        "--run.schedule.validate-every-images", "4", "--reduction", "2", "--max-concurrent", "2", *more,
-    ]  # fmt: skip
+    return [sys.executable, str(ROOT / "jobs" / "sweep.py"), *arguments_of(place, name, *more)]
 
 
 def environment() -> dict[str, str]:
@@ -166,9 +147,11 @@ def test_ctrl_c_ends_a_sweep_without_a_summary_and_the_same_command_does_the_res
     assert names == {"trial 1", "trial 2"}
 
 
-def test_a_trial_that_always_fails_ends_the_sweep_with_its_error(place: Path) -> None:
-    # The coarse network is shared, so that none of another width fits.
-    ended = run(place, "failing", "--trials", "4", "--space", "model.coarse.base_width=8,12", "--max-concurrent", "1")
+def test_a_trial_that_always_fails_ends_the_sweep_with_its_error(place: Path, tmp_path: Path) -> None:
+    save_model(TMAD(smoke().model, seed=0), tmp_path / "model")
+    # The coarse network is given, so that none of another width fits.
+    more = ("--init-from", str(tmp_path / "model"), "--space", "model.coarse.base_width=8,12")
+    ended = run(place, "failing", "--trials", "4", "--max-concurrent", "1", *more)
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
     assert "trial 1 (" in last
@@ -177,19 +160,21 @@ def test_a_trial_that_always_fails_ends_the_sweep_with_its_error(place: Path) ->
     assert not (place / "runs" / "failing" / "summary.json").exists()
 
 
-def test_a_dry_run_tells_trials_resources_and_hours_and_leaves_nothing(place: Path) -> None:
-    ended = run(place, "dry", "--trials", "9", "--dry-run", "--images-per-s", "0.01")
-    assert ended.returncode == 0, ended.stderr
-    assert "9 by random, 2 side by side; 16 images each, validated every 4" in ended.stderr
-    assert "one coarse phase of 8 images, shared by all trials" in ended.stderr
-    assert "1.5 CPU a trial with its data" in ended.stderr
+def test_a_dry_run_tells_trials_resources_and_hours_and_leaves_nothing(place: Path, capsys) -> None:
+    assert main(arguments_of(place, "dry", "--trials", "9", "--dry-run", "--images-per-s", "0.01")) == 0
+    told = capsys.readouterr().err
+    assert "9 by random, 2 side by side; 16 images each, validated every 4" in told
+    assert "one coarse phase of 8 images, shared by all trials" in told
+    assert "1.5 CPU a trial with its data" in told
     # 8 images coarse and nine times 16 by two at once, at 0.01 images a second.
-    assert "at most 2.2 hours" in ended.stderr
+    assert "at most 2.2 hours" in told
     assert not (place / "runs" / "dry").exists()
 
 
-def test_a_wrong_measure_is_one_line_with_the_valid_names(place: Path) -> None:
-    ended = run(place, "wrong", "--objectives", "psnr")
-    assert ended.returncode != 0
-    assert "psnr_hole, l1_hole_pct, ssim_full, swd_hole_truthscaled" in " ".join(ended.stderr.replace("│", "").split())
-    assert not read_json_lines(str(place / "runs" / "wrong" / "metrics.jsonl"))
+def test_a_wrong_measure_is_one_line_with_the_valid_names(place: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_job(main, arguments_of(place, "wrong", "--objectives", "psnr"))
+    assert ended.value.code == 2
+    told = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "psnr_hole, l1_hole_pct, ssim_full, swd_hole_truthscaled" in told
+    assert not (place / "runs" / "wrong").exists()

@@ -114,7 +114,11 @@ def test_no_secret_reaches_parameters_or_tags(tracking_uri: str) -> None:
     assert data.params["data"] == "s3://bucket/places"
 
 
-def test_without_a_uri_only_the_file_is_written(tmp_path: Path) -> None:
+def test_without_a_uri_only_the_file_is_written_and_mlflow_is_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mlflow", "mlflow.entities"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     run_id = Tracker.create(None, "tests", "nothing", {"a": 1})
     assert run_id is None
     with Tracker(None, None, jsonl=str(tmp_path / "deep" / "metrics.jsonl")) as tracker:

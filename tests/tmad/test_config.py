@@ -19,6 +19,7 @@ from tmad.config import (
     LossConfig,
     MemoryConfig,
     OptimConfig,
+    PSNetConfig,
     RetrievalConfig,
     TMADConfig,
     TrainingConfig,
@@ -63,9 +64,9 @@ def test_where_the_paper_does_not_hold_up_the_defaults_are_what_was_measured() -
 
 
 def test_the_overlap_is_a_share_of_the_patch_up_to_a_half() -> None:
-    assert TMADConfig().overlap == 8
-    assert TMADConfig(patch_size=20).overlap == 5
-    assert [TMADConfig(memory=MemoryConfig(overlap=share)).overlap for share in (0, 0.5)] == [0, 16]
+    assert TMADConfig().overlap == 16
+    assert TMADConfig(patch_size=20).overlap == 10
+    assert [TMADConfig(psnet=PSNetConfig(overlap=share)).overlap for share in (0, 0.5)] == [0, 16]
 
 
 def test_a_rate_of_zero_for_the_coarse_network_is_a_setting_and_for_others_none() -> None:
@@ -115,8 +116,8 @@ def test_settings_are_frozen_keyword_only_and_refuse_unknown_names(kind: type) -
         (lambda: OptimConfig(lr=0), "lr"),
         (lambda: MemoryConfig(rule="cleanest"), "rule"),  # type: ignore[arg-type]
         (lambda: RetrievalConfig(temperature=0), "temperature"),
-        (lambda: MemoryConfig(overlap=0.51), "overlap"),
-        (lambda: MemoryConfig(overlap=-0.1), "overlap"),
+        (lambda: PSNetConfig(overlap=0.51), "overlap"),
+        (lambda: PSNetConfig(overlap=-0.1), "overlap"),
         (lambda: LossConfig(weight_retrieval=-1), "weight_retrieval"),
         (lambda: OptimConfig(lr_coarse_joint=-1e-4), "lr_coarse_joint"),
         (lambda: CoarseConfig(dilations=(2, 0)), "dilations"),

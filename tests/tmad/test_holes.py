@@ -123,7 +123,7 @@ def test_a_part_is_filled_as_the_same_part_cut_out_by_hand(model: TMAD) -> None:
     seen = []
     predict = model.predict_coarse
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "predict_coarse", lambda image, mask: seen.append(image.shape) or predict(image, mask))
+        patch.setattr(model, "predict_coarse", lambda i, *more: seen.append(i.shape) or predict(i, *more))
         result = Inpainter(model, policy="crop", context=32)(image, mask)
         by_hand = Inpainter(model)(image[box.slices], mask[box.slices])
     assert [tuple(shape[-2:]) for shape in seen] == [(box.height, box.width)] * 2
@@ -141,7 +141,7 @@ def test_the_whole_picture_as_one_part_gives_what_the_picture_gives(model: TMAD)
 def test_the_coarse_network_never_sees_more_than_the_limit(model: TMAD, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = []
     predict, synthesize = model.predict_coarse, model.synthesize
-    monkeypatch.setattr(model, "predict_coarse", lambda i, m: sides.append(max(i.shape[-2:])) or predict(i, m))
+    monkeypatch.setattr(model, "predict_coarse", lambda i, *more: sides.append(max(i.shape[-2:])) or predict(i, *more))
     margin = 48  # what PSNet and a window reach, in whole cells
     monkeypatch.setattr(
         model, "synthesize", lambda c, *more: sides.append(max(c.shape[-2:]) - 2 * margin) or synthesize(c, *more)

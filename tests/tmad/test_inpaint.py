@@ -150,7 +150,7 @@ def test_chunks_of_any_size_give_the_same_picture(policy: str, mode: str) -> Non
 
 def test_a_wider_overlap_needs_no_other_chunks() -> None:
     for overlap in (0.0, 0.5):
-        model = with_noise(TMAD(replace(MODEL, memory=replace(MODEL.memory, overlap=overlap)), seed=3))
+        model = with_noise(TMAD(replace(MODEL, psnet=replace(MODEL.psnet, overlap=overlap)), seed=3))
         image, mask = picture(100, 130), two_holes(100, 130)
         results = [np.asarray(Inpainter(model, cells_per_chunk=n)(image, mask).output).astype(int) for n in (1, 10_000)]
         assert np.abs(results[0] - results[1]).max() <= 1
@@ -170,8 +170,8 @@ def test_no_part_is_larger_than_its_chunk_and_what_psnet_sees_around_it(
     result = Inpainter(model, cells_per_chunk=5)(picture(200, 230), mask)
     assert max(asked) == 5
     assert sum(asked) == len(result.cells_yx) == 9 * 12
-    # Squares of two cells, with 32 pixels that PSNet reaches and 4 that windows reach around them, in whole cells.
-    assert model.psnet.reach + MODEL.overlap == 36
+    # Squares of two cells, with 32 pixels that PSNet reaches and 8 that windows reach around them, in whole cells.
+    assert model.psnet.reach + MODEL.overlap == 40
     assert max(max(size) for size in sizes) == 2 * 16 + 2 * 48
     assert len(sizes) == 5 * 6
 

@@ -136,7 +136,8 @@ def test_the_generator_is_its_parts_put_together_by_hand(
                 y, x = cell // 4 * 16, cell % 4 * 16
                 patch = coarse[b, :, y : y + 16, x : x + 16]
                 found = model.retrieval(patch[None, None], pool[None], pool[None])
-                torch.testing.assert_close(out.weights[b, n], found.weights[0, 0])
+                # Scores are some hundreds, of which a float32 keeps 1e-5.
+                torch.testing.assert_close(out.weights[b, n], found.weights[0, 0], atol=1e-4, rtol=1e-3)
                 assert out.candidate_index[b, n].tolist() == found.index[0, 0].tolist()
                 assert torch.equal(out.candidates[b, n], pool[found.index[0, 0]])
                 corners = [pool_yx[b, p].tolist() for p in found.index[0, 0].tolist()]
