@@ -34,8 +34,8 @@ from pipeline.claim import Claim, claim_folder
 from pipeline.cluster import joined, require, start_ray
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
 from pipeline.data.onthefly import Photographs, open_photographs, share
+from pipeline.data.reader import start_reader
 from pipeline.data.schema import Manifest, read_manifest
-from pipeline.data.shared import start_reader
 from pipeline.environment import code_state, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed, one_line
 from pipeline.model_card import CARD_FILE, model_card
@@ -120,7 +120,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
         "best": storage.join(folder, "best"),
         "claim": claim,
         "live": share(photographs, train_set) if photographs else None,
-        "reader": start_reader() if config.workers.num_workers > 1 and not photographs else None,
+        "reader": start_reader() if config.workers.num_workers > 1 else None,
         "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
     }
     try:
