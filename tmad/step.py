@@ -227,10 +227,8 @@ class TrainingState:
         if not critics_finite:
             return metrics, False
 
-        # [D] The expected distance, beside Eq. 8.
         if weights.weight_retrieval:
             terms["retrieval"] = (weights.weight_retrieval, losses.expected_distance(out.weights, distances, counted))
-        # Eq. 8: the losses of synthesized patches; its first term follows below.
         if weights.weight_l1:
             terms["l1"] = (weights.weight_l1, (patches - target).abs().mean())
         if self.perceptual is not None:
@@ -242,13 +240,10 @@ class TrainingState:
                 terms["perceptual"] = (weights.weight_perceptual, perceptual_loss(made, wanted))
             if weights.weight_style:
                 terms["style"] = (weights.weight_style, style_loss(made, wanted))
-        # Eq. 9: the losses of the tiled result.
         if weights.weight_tv:
             terms["tv"] = (weights.weight_tv, losses.total_variation(out.output, mask))
-        # The gradient goes through the discriminators, not into their weights.
         self._freeze_critics(True)
         if weights.weight_gan_patch:
-            # Eq. 7. Of its scores only those of the synthesized patches depend on what is trained here.
             fake = self._score_patches(patches)
             with torch.no_grad():
                 memory, real = self._score_patches(out.pool), self._score_reals(out, target)
@@ -289,9 +284,7 @@ class TrainingState:
         metrics: dict[str, Tensor] = {}
         total = image.new_zeros(())
         penalised = weights.gradient_penalty > 0 and self.steps % weights.gp_every == 0
-        # Computed on every gp_every-th step, with that many times the weight.
         penalty_weight = weights.gradient_penalty * weights.gp_every
-        # Eq. 6 trains the discriminators alone: what they judge is data.
         fake_patches, fake_image = patches.detach(), out.output.detach()
         if weights.weight_gan_patch:
             real, fake = self._score_reals(out, target), self._score_patches(fake_patches)
@@ -326,7 +319,6 @@ class TrainingState:
 
     def _score_reals(self, out: TMADOutput, target: Tensor) -> Tensor:
         """Scores of the reals of Eq. 6-7: candidates and true patches together, both as data."""
-        # Detached: candidates carry the straight-through gradient (Eq. 5), and these scores must not train retrieval.
         return self._score_patches(torch.cat([out.candidates.detach().flatten(1, 2), target], dim=1))
 
     def _update_generator(
