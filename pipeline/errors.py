@@ -88,10 +88,6 @@ class UnfitResults(TMADError):
     list the images that have none, those of another size, and files that belong to no image."""
 
 
-class RunFinished(TMADError):
-    """A run of this name is already complete; there is nothing to resume."""
-
-
 class ClusterTooSmall(TMADError):
     """The job asks for more CPUs, GPUs or memory than the Ray cluster has."""
 
