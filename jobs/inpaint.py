@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
-from pipeline.cli import parse, run_job, with_model
 from pipeline.inpaint.config import InpaintConfig
+from pipeline.runs.cli import parse, run_job, with_model
 
 SOME_FAILED = 3
 """Exit code of a job that came to its end and could not fill some inputs."""

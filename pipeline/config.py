@@ -2,7 +2,7 @@
 
 The method's own settings are those of `tmad.config`; here stand the data, the lengths, the machines and the records.
 All lengths count images, so another batch size or number of workers keeps the schedule. The same tree is the command
-line (`pipeline.cli`), `runs/<name>/config.json`, the parameters in MLflow and a part of every checkpoint.
+line (`pipeline.runs.cli`), `runs/<name>/config.json`, the parameters in MLflow and a part of every checkpoint.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class MissingInput(TMADError):
 class StorageFailed(TMADError):
     """Storage refused to read or to write: unknown scheme, missing package, permission, network.
 
-    `details["kind"]` is that of `pipeline.s3.Cause`, or `other`.
+    `details["kind"]` is that of `pipeline.storage.s3.Cause`, or `other`.
     """
 
 

@@ -22,7 +22,6 @@ import ray
 import torch
 
 from pipeline.claim import Claim
-from pipeline.cluster import joined, models_side_by_side, require, start_ray
 from pipeline.data.schema import Manifest, read_manifest, set_folder
 from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import MissingInput
@@ -43,6 +42,7 @@ from pipeline.evaluation.parts import (
 from pipeline.evaluation.sets import measure_sets
 from pipeline.evaluation.summary import Table, rows_of_images
 from pipeline.models import ARTIFACT_FILES, find_model
+from pipeline.runs.cluster import joined, models_side_by_side, require, start_ray
 from pipeline.runs.progress import Progress
 from pipeline.storage import absolute, file_sizes, join, list_files, read_bytes, redact
 from tmad.checkpoint import model_digest

@@ -26,7 +26,6 @@ import ray
 from PIL import Image
 
 from pipeline.claim import claim_folder
-from pipeline.cluster import models_side_by_side, real_cpus, require, start_ray
 from pipeline.data.collection import UNUSABLE, drop_of
 from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.base import Source
@@ -38,6 +37,7 @@ from pipeline.inpaint.holes import Holes, near_misses, open_holes
 from pipeline.inpaint.ledger import LEDGER, PARTS, Row, encode, join_ledger, left_behind, results, settled, to_table
 from pipeline.inpaint.worker import InpaintWorker, Job, output_key
 from pipeline.models import find_model, model_version
+from pipeline.runs.cluster import models_side_by_side, real_cpus, require, start_ray
 from pipeline.runs.progress import Progress
 from pipeline.storage import UnsafeName, file_sizes, join, read_bytes, redact
 from pipeline.tracking import Tracker, resolve_tracking_uri

@@ -21,11 +21,11 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import storage
 from pipeline.claim import claim_folder
-from pipeline.cluster import require, shortage, shown, start_ray
 from pipeline.config import to_json
 from pipeline.data.schema import read_manifest
 from pipeline.errors import ClusterTooSmall, ConfigMismatch, Interrupted, SweepFailed, one_line
 from pipeline.models import absolute_model, locate_model
+from pipeline.runs.cluster import require, shortage, shown, start_ray
 from pipeline.runs.settings import settle
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_trial, winner

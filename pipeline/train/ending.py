@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-from pipeline.cli import given_up, interrupt
+from pipeline.runs.cli import given_up, interrupt
 
 ASK_DRIVER_S = 1.0
 """The first worker asks so often whether the driver was told to stop."""

@@ -31,19 +31,19 @@ from ray.train.torch import TorchTrainer
 
 from pipeline import storage
 from pipeline.claim import Claim, claim_folder
-from pipeline.cluster import joined, require, start_ray
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.reader import start_reader
 from pipeline.data.schema import Manifest, read_manifest
-from pipeline.environment import code_state, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed, one_line
-from pipeline.model_card import CARD_FILE, model_card
 from pipeline.models import absolute_model
-from pipeline.pretrained import resolve_perceptual
-from pipeline.registry import reference, register_model
+from pipeline.models.card import CARD_FILE, model_card
+from pipeline.models.pretrained import resolve_perceptual
+from pipeline.models.registry import reference, register_model
+from pipeline.runs.cluster import joined, require, start_ray
 from pipeline.runs.settings import refuse
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
+from pipeline.tracking.environment import code_state, environment
 from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
 from pipeline.train.ending import NoticingTorchConfig, Stop, signals_stop

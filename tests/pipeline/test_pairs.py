@@ -19,9 +19,9 @@ from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import inpaint_all
+from pipeline.models.registry import register_model
 from pipeline.presets import smoke
-from pipeline.promote import PromoteConfig, promote
-from pipeline.registry import register_model
+from pipeline.promotion.promote import PromoteConfig, promote
 from pipeline.report.pictures import png_bytes
 from pipeline.storage import write_atomic
 from pipeline.sweep.ablate import AblateConfig, ablate
@@ -94,7 +94,7 @@ def test_a_name_is_a_run_or_a_sweep_and_never_both(jobs, tmp_path) -> None:
 
 REGISTERING = """
 import os, sys
-from pipeline.registry import register_model
+from pipeline.models.registry import register_model
 from pipeline.tracking import Tracker
 import mlflow.pyfunc, mlflow.store.tracking.sqlalchemy_store  # once, for all of them
 children = []

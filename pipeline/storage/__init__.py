@@ -2,7 +2,7 @@
 
 A *uri* is a local path, `file://...` or any scheme that fsspec knows (`s3://`, `gs://`, `memory://`, ...). Keys are
 relative paths with forward slashes and can never leave the folder they are relative to. A file written here is there
-wholly or not at all, and one read here is whole. What passes is waited for, within bounds (`pipeline/s3.py`); what ends
+wholly or not at all, and one read here is whole. What passes is waited for, within bounds (`storage/s3.py`); what ends
 a job names the place and the cause and never shows credentials.
 """
 
@@ -31,8 +31,9 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline import observe, s3
+from pipeline import observe
 from pipeline.errors import MissingInput, StorageFailed, TMADError
+from pipeline.storage import s3
 
 Result = TypeVar("Result")
 

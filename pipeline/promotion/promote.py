@@ -31,7 +31,7 @@ from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
 from pipeline.evaluation.side_by_side import side_by_side
 from pipeline.models import find_model
-from pipeline.promotion_rule import Comparison, Requirement, compare, parse_requirement, shortfall
+from pipeline.promotion.rule import Comparison, Requirement, compare, parse_requirement, shortfall
 from pipeline.report.page import Table, measures_table, render
 from pipeline.report.pictures import picture_grid, png_bytes
 from pipeline.tracking import mlflow_client, resolve_tracking_uri

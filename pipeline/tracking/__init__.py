@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from pipeline import logs, observe, storage
+from pipeline import observe, storage
 from pipeline.errors import TrackingUnreachable, one_line
+from pipeline.observe import logs
 from pipeline.runs.settings import flatten
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ import grpc
 import ray
 import torch
 
-from pipeline.cli import give_up
 from pipeline.errors import ClusterTooSmall, ClusterUnreachable, one_line
+from pipeline.runs.cli import give_up
 from pipeline.storage import submitted
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 """Folder that holds the packages: the checkout, an uploaded working directory, or site-packages."""
 
 MIN_EMBEDDED_CPUS = 4

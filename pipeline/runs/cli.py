@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.errors import Interrupted, TMADError, one_line
-from pipeline.logs import formatter
+from pipeline.observe.logs import formatter
 from pipeline.runs.progress import LogHandler
 from tmad.config import from_dict
 
@@ -273,8 +273,8 @@ def _of_a_library(error: Exception) -> bool:
 
 
 def configure_logging(run: str = "", rank: int | None = None) -> None:
-    """Send log lines to stderr with time, level, run name and rank where given (`pipeline.logs` says how they look);
-    libraries only from warnings up."""
+    """Send log lines to stderr with time, level, run name and rank where given (`pipeline.observe.logs` says how they
+    look); libraries only from warnings up."""
     handler = LogHandler()
     handler.setFormatter(formatter(run, rank))
     root = logging.getLogger()
