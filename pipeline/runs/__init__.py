@@ -1,1 +1,1 @@
-"""What every job does alike: one at a time in a folder, the same settings or none, how far it is."""
+"""What every job has: a command line, Ray, settings that stay, a line on how far it is."""
