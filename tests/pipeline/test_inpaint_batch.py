@@ -459,7 +459,7 @@ def test_missing_places_and_models_are_named_before_ray_starts(job, tmp_path) ->
         ({"mask_suffix": "a", "mask_pattern": "(.*)"}, "one of them"),
         ({"mask_pattern": "("}, "no regular expression"),
         ({"mask_pattern": ".*"}, "needs a group"),
-        ({"mask_from": "boxes", "mask_hole": "black"}, "mask_hole does not go with"),
+        ({"mask_from": "boxes", "mask_hole": "black"}, "mask_from=boxes does not use mask_hole"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, said) -> None:
