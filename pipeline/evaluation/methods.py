@@ -93,7 +93,7 @@ class Filler:
     def fill(
         self, truth: np.ndarray, mask: np.ndarray, *, image_id: str, variant: int, only: Sequence[str] | None = None
     ) -> Filled:
-        """The same for any mask; *only* these methods (none = all)."""
+        """The same for any mask; *only* these methods (default: all)."""
         hole = mask[..., None] > 0
         given = np.where(hole, np.uint8(0), truth)
         outputs: dict[str, np.ndarray] = {}
