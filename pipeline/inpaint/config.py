@@ -159,8 +159,8 @@ class InpaintConfig(HolesConfig):
     cells_per_chunk: PositiveInt = 256
     """Hole cells synthesized at once: bounds the memory of large holes."""
     images_per_task: PositiveInt | None = None
-    """Images that one call works through, and what is repeated when a copy is lost; default: 16, and 256 with use_gpu, as
-    the device has nothing to do at a task's start and end."""
+    """Images that one call works through, and what is repeated when a copy is lost; default: 16, and 256 with
+    use_gpu, as the device has nothing to do at a task's start and end."""
     seed: int = 0
     """Keys the choice of the texture memory; the same seed gives the same bytes."""
     max_pixels: PositiveInt = MAX_PIXELS
