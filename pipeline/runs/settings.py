@@ -1,4 +1,4 @@
-"""The settings of a job that goes on are those that it was begun with, or it is refused with the differences."""
+"""A job that is resumed keeps the settings that it was begun with, or is refused with the differences."""
 
 from __future__ import annotations
 

@@ -263,7 +263,7 @@ def was_begun(folder: str, config: RunConfig, manifests: Mapping[str, Manifest])
     refuse(
         f"run {config.name} in {storage.redact(config.runs)}",
         lines,
-        "take another --name, or the old settings to go on",
+        "take another --name, or the old settings to continue",
     )
     return True
 
@@ -451,4 +451,4 @@ def _how_to_go_on(folder: str) -> str:
         if kept
         else "no checkpoint yet"
     )
-    return f"{newest}; the same command with --name {name} goes on from there"
+    return f"{newest}; the same command with --name {name} continues from there"
