@@ -238,7 +238,7 @@ def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memor
     image, mask = picture(64, 64), make_mask()
 
     def pools(seed: int, image_id: str) -> bytes:
-        return Inpainter(model, seed=seed)(image, mask, image_id=image_id).candidates.tobytes()
+        return inpainter.with_options(seed=seed)(image, mask, image_id=image_id).candidates.tobytes()
 
     first = Inpainter(model)(image, mask, image_id="a")
     torch.manual_seed(99)
