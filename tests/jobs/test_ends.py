@@ -98,7 +98,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> Place:
     folder = small_sets(tmp_path_factory.mktemp("ends"))
-    for number in range(40):
+    for number in range(20):
         target = folder / "many" / f"{number:02}.png"
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(png_bytes(make_image(number)))
@@ -131,6 +131,7 @@ def inpaint(place: Place, out: Path) -> Asked:
 def evaluate(place: Place, out: Path) -> Asked:
     options = ["--data", place.folder / "large-val", "--out", out, "--model", place.model, "--images-per-task", 1]
     options += ["--methods", "tmad", "patchmatch", "--num-workers", 1, "--resamples", 50, "--num-pictures", 1]
+    options += ["--limit", 12]
     if not (place.folder / "large-val").exists():
         asked = prepare(place, place.folder / "large-val")
         command = [*map(str, asked.command), "--split", "val"]
@@ -198,7 +199,7 @@ def promote(place: Place, out: Path) -> Asked:
         held = mlflow_client(place.database).get_registered_model("ends").aliases[alias]
         return compared.exists() and (held, without_times(compared.read_text()))
 
-    # Of each version: 40 images, 16 a part.
+    # Of each version: 20 images, 16 a part.
     return Asked(place.job("promote", *options), count(out / "ends", "*/v*/per_image/*.parquet"), left, out / "ends")
 
 
