@@ -249,9 +249,9 @@ _own_stderr: list[TextIO] = []
 def _split_stderr() -> None:
     """Have Python write to stderr by a descriptor of its own, and leave the common one to libraries."""
     if sys.stderr is not None and sys.stderr is sys.__stderr__:
-        text = {"encoding": sys.stderr.encoding, "errors": sys.stderr.errors}
-        _own_stderr.append(open(os.dup(_STDERR), "w", buffering=1, **text))
-        sys.stderr = _own_stderr[0]
+        mine = os.fdopen(os.dup(_STDERR), "w", 1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)
+        _own_stderr.append(mine)
+        sys.stderr = mine
 
 
 def silence_libraries() -> None:

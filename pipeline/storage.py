@@ -322,6 +322,30 @@ def write_atomic(uri: str, data: bytes, *, ready: Callable[[], None] | None = No
     _guard(uri, "write", write)
 
 
+def check_room(uri: str, count: float, what: str, option: str) -> str:
+    """How *count* bytes of *what* fit into what is free where the folder *uri* is or is going to be, in words.
+
+    Raises `StorageFailed` if they do not, which names the *option* that chooses the place. Remote storage does not say.
+    """
+    needed = f"about {mb(max(0.0, count))} of {what}"
+    if is_remote(uri):
+        return f"{needed}; {redact(uri)} does not say what is free"
+    place = Path(absolute(uri))
+    free = shutil.disk_usage(next(one for one in (place, *place.parents) if one.exists())).free
+    if count > free:
+        raise StorageFailed(
+            f"not enough room in {redact(uri)}: {needed} are to come, {mb(free)} are free; make room there or "
+            f"choose another place with {option}",
+            kind="full",
+        )
+    return f"{needed}, {mb(free)} are free in {redact(uri)}"
+
+
+def mb(count: float) -> str:
+    """*count* bytes in MB or GB, for people."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 def remove_temporary(uri: str) -> None:
     """Delete what writers to the local folder *uri* have left that were killed; remote storage keeps nothing of theirs.
     A writer that is only stopped fails when it goes on."""

@@ -33,6 +33,7 @@ from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space
 from pipeline.sweep.summary import REPORT_FILE, write_summary
 from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, as_job, encode, run_trial, trial_folder
 from pipeline.tracking import Tracker, flatten, mlflow_client, read_json_lines, resolve_tracking_uri
+from pipeline.train.footprint import run_bytes
 from pipeline.train.launch import CPUS_FOR_DATA, SWEEP_FILE, check_set, open_training_set, resources, train
 from pipeline.train.launch import resolve as resolve_run
 
@@ -117,6 +118,7 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
     if (summary := _json(storage.join(folder, SUMMARY_FILE))) is not None:
         return Finished(folder, _read_trials(folder), summary)
     check_points(config, space, points)
+    room_on_disk(config)
     tracking_uri = resolve_tracking_uri(config.run.tracking.uri, config.run.runs)
     # Without the dashboard, what a stopped trial held is never given back.
     start_ray(dashboard=True)
@@ -181,6 +183,14 @@ def room(config: SweepConfig, there: dict[str, float]) -> int:
     free = {**there, "CPU": there.get("CPU", 0.0) - CPUS_FOR_DATA}
     fits = max(1, min(int(free.get(name, 0.0) / amount + 1e-6) for name, amount in each.items()))
     return min(fits, config.max_concurrent or fits, config.trials)
+
+
+def room_on_disk(config: SweepConfig) -> str:
+    """How what all trials and the coarse phase before them keep fits into what is free, in words. Raises
+    `StorageFailed` if it does not."""
+    there = sum(storage.file_sizes(sweep_folder(config)).values())
+    size = run_bytes(config.run) * (config.trials + (config.init_from is None)) - there
+    return storage.check_room(config.run.runs, size, "checkpoints and models", "--run.runs")
 
 
 class _Rungs(ASHAScheduler):

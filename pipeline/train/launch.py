@@ -47,6 +47,7 @@ from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wai
 from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
 from pipeline.train.ending import NoticingTorchConfig, Stop, signals_stop
+from pipeline.train.footprint import run_bytes
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_initial, kept_initial
 from pipeline.train.relay import relayed_logs
 from pipeline.train.worker import work
@@ -102,6 +103,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
         log.info("run %s is finished: %s; nothing to do", config.name, storage.join(folder, "finished.json"))
         return finished
 
+    room_for_run(config, run_bytes(config))
     weights = resolve_perceptual(config)
     start_ray()
     require(resources(config), wait_s=config.workers.start_timeout_s if joined() else 0.0)
@@ -288,6 +290,13 @@ def _environment(config: RunConfig, sets: Mapping[str, str], initial: Mapping[st
     more = {"init_digest": initial["digest"]} if initial else {}
     content = environment(config_digest=digest(config), data_digests=dict(sets), **more)
     return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def room_for_run(config: RunConfig, size: int) -> str:
+    """How what the run has yet to write of its *size* bytes fits into what is free, in words. Raises `StorageFailed`
+    if it does not."""
+    there = sum(storage.file_sizes(storage.join(config.runs, config.name)).values()) if config.name else 0
+    return storage.check_room(config.runs, size - there, "checkpoints and models", "--runs")
 
 
 def resources(config: RunConfig) -> dict[str, float]:

@@ -27,7 +27,8 @@ from pipeline.train.context import LocalContext
 from pipeline.train.footprint import measure, peak_bytes
 from pipeline.train.launch import resolve
 from pipeline.train.loop import train_loop
-from pipeline.train.preflight import Preflight, checkpoint_count, preflight
+from pipeline.train.footprint import checkpoint_count
+from pipeline.train.preflight import Preflight, preflight
 from tests.conftest import make_photo
 from tests.pipeline.runs import CONFIG, Recorder, make_feed
 from tests.pipeline.test_contract import run_here
