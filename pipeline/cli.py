@@ -248,8 +248,8 @@ _own_stderr: list[TextIO] = []
 
 def _split_stderr() -> None:
     """Have Python write to stderr by a descriptor of its own, and leave the common one to libraries."""
-    if sys.stderr is not None and sys.stderr is sys.__stderr__:
-        mine = os.fdopen(os.dup(_STDERR), "w", 1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)
+    if (common := sys.__stderr__) is not None and sys.stderr is common:
+        mine = os.fdopen(os.dup(_STDERR), "w", 1, encoding=common.encoding, errors=common.errors)
         _own_stderr.append(mine)
         sys.stderr = mine
 

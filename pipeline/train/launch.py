@@ -37,7 +37,7 @@ from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
 from pipeline.data.shared import start_reader
-from pipeline.environment import code_state, environment
+from pipeline.environment import code_state, code_tags, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.model_card import CARD_FILE, model_card
 from pipeline.models import absolute_model
@@ -321,10 +321,7 @@ def _open_tracking(
         return known
     assert config.name is not None
     check_tracking(tracking_uri)
-    code = code_state()
-    # Where the code arrives without its repository, TMAD_COMMIT may say what it is; else nothing does.
-    tags = {f"git_{name}": str(value) for name, value in code.items() if value is not None}
-    tags["config_digest"] = digest(config)
+    tags = code_tags() | {"config_digest": digest(config)}
     tags |= {f"data_{which}": one.digest for which, one in sets.items()}
     if config.tracking.parent_run is not None:
         tags["mlflow.parentRunId"] = config.tracking.parent_run

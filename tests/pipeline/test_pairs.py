@@ -1,23 +1,30 @@
-"""Two at once: each job on a folder, a name, or a registry entry that another one works on."""
+"""Two at once: each job on a folder, a name, or a registry entry that another one works on; and on a disk that others
+have filled."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.claim import claim_folder
 from pipeline.config import DataConfig, TrackingConfig
 from pipeline.data.prepare import PrepareConfig, prepare
-from pipeline.errors import ConfigMismatch, FolderInUse
+from pipeline.data.prepare import check as check_preparation
+from pipeline.errors import ConfigMismatch, FolderInUse, StorageFailed
 from pipeline.evaluation.config import EvaluateConfig
+from pipeline.evaluation.evaluate import check as check_evaluation
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.inpaint.config import InpaintConfig
+from pipeline.inpaint.run import check as check_inpainting
 from pipeline.inpaint.run import inpaint_all
 from pipeline.presets import smoke
 from pipeline.promote import PromoteConfig, promote
@@ -25,22 +32,33 @@ from pipeline.registry import register_model
 from pipeline.report.pictures import png_bytes
 from pipeline.storage import write_atomic
 from pipeline.sweep.ablate import AblateConfig, ablate
+from pipeline.sweep.ablate import check as check_ablation
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import sweep
+from pipeline.sweep.plan import plan
 from pipeline.tracking import Tracker, mlflow_client
 from pipeline.train.launch import train
+from pipeline.train.preflight import preflight
 from tests.conftest import ROOT
 from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import make_image, make_mask
 
-Begin = Callable[[], object]
+Jobs = Callable[[str], dict[str, Any]]
+
+BEGIN: dict[str, Callable[[Any], object]] = {
+    **{"prepare": prepare, "inpaint": inpaint_all, "evaluate": evaluate, "promote": promote},
+    **{"train": train, "sweep": sweep, "ablate": ablate},
+}
+LOOK: dict[str, Callable[[Any], object]] = {
+    **{"prepare": check_preparation, "inpaint": check_inpainting, "evaluate": check_evaluation},
+    **{"train": lambda config: preflight(config).text(), "sweep": plan, "ablate": check_ablation},
+}
+"""What `--dry-run` does."""
 
 
 @pytest.fixture
-def jobs(
-    make_set: SetMaker, model_folder: Path, tracking_uri: str, tmp_path: Path
-) -> Callable[[str], dict[str, Begin]]:
-    """By name, what begins each job on the folder RUNS/same."""
+def jobs(make_set: SetMaker, model_folder: Path, tracking_uri: str, tmp_path: Path) -> Jobs:
+    """By name, what asks for each job on the folder RUNS/same."""
     for name, data in (("i/a.png", png_bytes(make_image(0))), ("m/a.png", png_bytes(make_mask() * 255))):
         write_atomic(str(tmp_path / name), data)
     run_id = Tracker.create(tracking_uri, "tests", "one")
@@ -48,7 +66,7 @@ def jobs(
     register_model(model_folder, tracking_uri=tracking_uri, run_id=run_id, name="same")
     data, val = make_set(name="train"), make_set(name="val")
 
-    def begin(runs: str) -> dict[str, Begin]:
+    def asked(runs: str) -> dict[str, Any]:
         out = f"{runs}/same"
         run = replace(
             smoke(), name=None, runs=runs, data=DataConfig(train=data, val=val), tracking=TrackingConfig(uri="none")
@@ -57,39 +75,56 @@ def jobs(
         inputs = {"input": str(tmp_path / "i"), "masks": str(tmp_path / "m"), "model": str(model_folder)}
         promotion = PromoteConfig(name="same", out=runs, data=val, tracking_uri=tracking_uri, wait_s=0.1)
         return {
-            "prepare": lambda: prepare(PrepareConfig(source=str(tmp_path / "i"), out=out)),
-            "inpaint": lambda: inpaint_all(InpaintConfig(**inputs, output=out)),
-            "evaluate": lambda: evaluate(EvaluateConfig(model=str(model_folder), data=val, out=out)),
-            "train": lambda: train(replace(run, name="same")),
-            "sweep": lambda: sweep(SweepConfig(**study, space=("loss.weight_l1=0.1..10",))),
-            "ablate": lambda: ablate(AblateConfig(**{**study, "name": "x"}, study="blending")),
-            "promote": lambda: promote(promotion),
+            "prepare": PrepareConfig(source=str(tmp_path / "i"), out=out),
+            "inpaint": InpaintConfig(**inputs, output=out),
+            "evaluate": EvaluateConfig(model=str(model_folder), data=val, out=out),
+            "train": replace(run, name="same"),
+            "sweep": SweepConfig(**study, space=("loss.weight_l1=0.1..10",)),
+            "ablate": AblateConfig(**{**study, "name": "x"}, study="blending"),
+            "promote": promotion,
         }
 
-    return begin
+    return asked
 
 
 @pytest.mark.parametrize("where", ["here", "s3"])
 def test_no_job_begins_in_a_folder_where_another_one_works_and_each_says_who(jobs, where, tmp_path, request) -> None:
     """Whichever job works there holds the same claim, which `tests/jobs/test_ends.py` sees of each."""
     runs = str(tmp_path / "runs") if where == "here" else f"{request.getfixturevalue('bucket')}/runs"
-    begin = jobs(runs)
-    for name, job in begin.items():
+    for name, config in jobs(runs).items():
         with claim_folder(f"{runs}/x-blending" if name == "ablate" else f"{runs}/same"):
             with pytest.raises(FolderInUse, match=rf"another job writes to .*: process {os.getpid()} on ") as refused:
-                job()
+                BEGIN[name](config)
             assert "\n" not in refused.value.message, name
 
 
 def test_a_name_is_a_run_or_a_sweep_and_never_both(jobs, tmp_path) -> None:
-    begin = jobs(str(tmp_path / "runs"))
+    asked = jobs(str(tmp_path / "runs"))
     write_atomic(str(tmp_path / "runs" / "same" / "sweep.json"), b"{}")
     with pytest.raises(ConfigMismatch, match="holds a sweep, not a run: take another --name"):
-        begin["train"]()
+        train(asked["train"])
     (tmp_path / "runs" / "same" / "sweep.json").rename(tmp_path / "runs" / "same" / "config.json")
     with pytest.raises(ConfigMismatch, match="holds a run, not a sweep: take another --name"):
-        begin["sweep"]()
+        sweep(asked["sweep"])
     assert [path.name for path in (tmp_path / "runs" / "same").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", LOOK)
+def test_a_job_without_room_says_so_before_it_works_and_in_its_dry_run(jobs, name, tmp_path, monkeypatch) -> None:
+    runs = tmp_path / "runs"
+    config = jobs(str(runs))[name]
+    assert "are free in" in "\n".join([text] if isinstance(text := LOOK[name](config), str) else text)
+    monkeypatch.setattr("pipeline.storage.shutil.disk_usage", lambda place: SimpleNamespace(free=100))
+    option = {"train": "--runs", "sweep": "--run.runs", "ablate": "--run.runs", "inpaint": "--output"}
+    said = f"not enough room in .*: about .* are to come, 0.0 MB are free; .* with {option.get(name, '--out')}"
+    for act in (LOOK, BEGIN):
+        if name == "train" and act is LOOK:  # which lists all that is wrong
+            assert re.search(f"FAILED  room +{said}", LOOK[name](config))
+            continue
+        with pytest.raises(StorageFailed, match=said):
+            act[name](config)
+    results = {path.suffix for path in runs.rglob("*") if path.is_file()}
+    assert results <= {".json"}, "settings, and none of the work"
 
 
 REGISTERING = """

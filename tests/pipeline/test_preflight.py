@@ -24,10 +24,9 @@ from pipeline.errors import TrackingUnreachable
 from pipeline.presets import smoke
 from pipeline.train import footprint
 from pipeline.train.context import LocalContext
-from pipeline.train.footprint import measure, peak_bytes
+from pipeline.train.footprint import checkpoint_count, measure, peak_bytes
 from pipeline.train.launch import resolve
 from pipeline.train.loop import train_loop
-from pipeline.train.footprint import checkpoint_count
 from pipeline.train.preflight import Preflight, preflight
 from tests.conftest import make_photo
 from tests.pipeline.runs import CONFIG, Recorder, make_feed

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from pipeline import tracking
+from pipeline.environment import code_tags
 from pipeline.errors import TrackingUnreachable
 from pipeline.models import find_model
 from pipeline.tracking import (
@@ -144,6 +145,16 @@ def test_a_run_names_the_sets_that_it_reads(tracking_uri: str) -> None:
         ("training", "train", "0123456789abcdef", '{"uri": "s3://bucket/places/train"}'),
         ("validation", "val", "fedcba9876543210", '{"uri": "/data/val"}'),
     ]
+
+
+def test_a_run_of_code_without_its_repository_has_the_commit_that_is_stated_and_no_tag_of_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pipeline.environment.ROOT", tmp_path)
+    monkeypatch.delenv("TMAD_COMMIT", raising=False)
+    assert code_tags() == {}
+    monkeypatch.setenv("TMAD_COMMIT", "0123abc")
+    assert code_tags() == {"git_commit": "0123abc"}
 
 
 def test_values_that_json_lacks_become_null_and_mlflow_still_takes_them(tracking_uri: str, tmp_path: Path) -> None:
