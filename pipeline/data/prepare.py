@@ -60,7 +60,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     says, `ConfigMismatch` if the folder holds a set made with other settings, `FolderInUse` if another job writes
     to it.
     """
-    _check_against(config)
+    _check_places(config)
     with claim_folder(absolute(config.out), expiry_s=config.claim_expiry_s) as claim:
         return _prepare(config, claim)
 
@@ -70,7 +70,7 @@ def check(config: PrepareConfig) -> list[str]:
 
     Photographs and their masks are read, up to `CHECKED` of them evenly over the collection. Raises as `prepare`.
     """
-    _check_against(config)
+    _check_places(config)
     out = absolute(config.out)
     if config.against is not None:
         read_manifest(config.against)
@@ -115,9 +115,16 @@ def _room(out: str, size: float, there: Mapping[str, int]) -> str:
     return check_room(out, size - sum(there.values()), "crops", "--out")
 
 
-def _check_against(config: PrepareConfig) -> None:
+def _check_places(config: PrepareConfig) -> None:
     if config.against is not None and set_folder(absolute(config.against)) == absolute(config.out):
         raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
+    out = absolute(config.out)
+    for name, place in (("source", config.source), ("masks", config.masks)):
+        if place is not None and (out == absolute(place) or out.startswith(absolute(place) + "/")):
+            raise ValueError(
+                f"out ({redact(out)}) is or lies in {name} ({redact(place)}): the set's files would be taken for what "
+                "belongs there; choose another out"
+            )
 
 
 def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:

@@ -228,7 +228,7 @@ def _inpaint(job: Job, found: _Found, began: float) -> Summary:
     keys = [*keys, *found.beside]
     if known:
         claim.write(f"{PARTS}/{job.token}-known.parquet", encode(to_table(list(known.values()))))
-    uri = resolve_tracking_uri(_named_tracking(config), config.output) if _named_tracking(config) else None
+    uri = _named_tracking(config)
     shown = {name: value for name, value in asdict(config).items() if value is not None}
     run_id = Tracker.create(uri, EXPERIMENT, Path(config.output).name, shown, {"model_digest": job.model_digest})
     with Tracker(uri, run_id) as tracker:
@@ -415,7 +415,7 @@ def _without_output(keys: list[str], config: InpaintConfig) -> list[str]:
 
 def _named_tracking(config: InpaintConfig) -> str | None:
     uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return None if uri is None or uri.lower() == "none" else uri
+    return uri and resolve_tracking_uri(uri, config.output)
 
 
 def by_reason(reasons: Mapping[str, int]) -> str:

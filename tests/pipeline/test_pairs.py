@@ -75,7 +75,7 @@ def jobs(make_set: SetMaker, model_folder: Path, tracking_uri: str, tmp_path: Pa
         inputs = {"input": str(tmp_path / "i"), "masks": str(tmp_path / "m"), "model": str(model_folder)}
         promotion = PromoteConfig(name="same", out=runs, data=val, tracking_uri=tracking_uri, wait_s=0.1)
         return {
-            "prepare": PrepareConfig(source=str(tmp_path / "i"), out=out),
+            "prepare": PrepareConfig(source=str(tmp_path / "i"), out=out, crop_size=64, patch_size=16),
             "inpaint": InpaintConfig(**inputs, output=out),
             "evaluate": EvaluateConfig(model=str(model_folder), data=val, out=out),
             "train": replace(run, name="same"),
@@ -114,7 +114,7 @@ def test_a_job_without_room_says_so_before_it_works_and_in_its_dry_run(jobs, nam
     runs = tmp_path / "runs"
     config = jobs(str(runs))[name]
     assert "are free in" in "\n".join([text] if isinstance(text := LOOK[name](config), str) else text)
-    monkeypatch.setattr("pipeline.storage.shutil.disk_usage", lambda place: SimpleNamespace(free=100))
+    monkeypatch.setattr("pipeline.storage.shutil.disk_usage", lambda place: SimpleNamespace(free=0))
     option = {"train": "--runs", "sweep": "--run.runs", "ablate": "--run.runs", "inpaint": "--output"}
     said = f"not enough room in .*: about .* are to come, 0.0 MB are free; .* with {option.get(name, '--out')}"
     for act in (LOOK, BEGIN):
@@ -125,6 +125,20 @@ def test_a_job_without_room_says_so_before_it_works_and_in_its_dry_run(jobs, nam
             act[name](config)
     results = {path.suffix for path in runs.rglob("*") if path.is_file()}
     assert results <= {".json"}, "settings, and none of the work"
+
+
+@pytest.mark.parametrize("name", BEGIN)
+def test_a_place_that_can_be_no_folder_is_one_sentence_at_the_start_and_in_the_dry_run(jobs, name, tmp_path) -> None:
+    (tmp_path / "file").write_text("a user's")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in ("file", "file/below", "link"):
+        config = jobs(str(tmp_path / place))[name]
+        for act in (LOOK, BEGIN):
+            if name not in act or (name == "train" and act is LOOK):  # whose list of all that is wrong is seen above
+                continue
+            with pytest.raises(StorageFailed, match=r"cannot be a folder: .* is a (file|link to nothing); choose anot"):
+                act[name](config)
+    assert (tmp_path / "file").read_text() == "a user's"
 
 
 REGISTERING = """

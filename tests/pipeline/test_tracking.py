@@ -147,6 +147,17 @@ def test_a_run_names_the_sets_that_it_reads(tracking_uri: str) -> None:
     ]
 
 
+def test_whoever_only_reads_makes_no_database_and_a_file_that_is_none_stays(tmp_path: Path) -> None:
+    absent, other = tmp_path / "typo" / "mlflow.db", tmp_path / "words.txt"
+    other.write_text("x")
+    with pytest.raises(TrackingUnreachable, match=r"there is no MLflow database .*typo/mlflow\.db: correct"):
+        find_model("models:/tests@champion", tracking_uri=f"sqlite:///{absent}")
+    assert not absent.parent.exists()
+    with pytest.raises(TrackingUnreachable, match=r"words.txt is no SQLite database"):
+        Tracker.create(f"sqlite:///{other}", "tests", "run")
+    assert other.read_text() == "x"
+
+
 def test_a_run_of_code_without_its_repository_has_the_commit_that_is_stated_and_no_tag_of_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
