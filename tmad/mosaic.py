@@ -34,7 +34,7 @@ def with_details(image: Tensor, patch_size: int) -> Tensor:
 
 
 def _box_blur(image: Tensor, reach: tuple[int, int]) -> Tensor:
-    """Means of *image* (B, C, H, W) over so many rows and columns on either side, as far as there are any."""
+    """Means of *image* (B, C, H, W) over boxes that reach this many rows and columns to either side."""
     size = [2 * one + 1 for one in reach]
     return F.avg_pool2d(image, size, stride=1, padding=list(reach), count_include_pad=False)
 
