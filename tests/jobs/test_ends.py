@@ -239,6 +239,7 @@ def check_end(job: Job, asked: Asked, code: int) -> str:
     ended, said = job.end()
     assert ended == code, said
     assert "Traceback" not in said, said
+    assert ".cc:" not in said, "what Ray's C++ says is not for users"
     assert not (asked.claimed / CLAIM_NAME).exists(), said
     return said.strip().splitlines()[-1]
 

@@ -41,7 +41,7 @@ from pipeline.train.launch import train
 from pipeline.train.preflight import preflight
 from tests.conftest import ROOT
 from tests.pipeline.conftest import SetMaker
-from tests.tmad.tiny import make_image, make_mask
+from tests.tmad.tiny import MODEL, make_image, make_mask
 
 Jobs = Callable[[str], dict[str, Any]]
 
@@ -69,7 +69,12 @@ def jobs(make_set: SetMaker, model_folder: Path, tracking_uri: str, tmp_path: Pa
     def asked(runs: str) -> dict[str, Any]:
         out = f"{runs}/same"
         run = replace(
-            smoke(), name=None, runs=runs, data=DataConfig(train=data, val=val), tracking=TrackingConfig(uri="none")
+            smoke(),
+            name=None,
+            model=MODEL,
+            runs=runs,
+            data=DataConfig(train=data, val=val),
+            tracking=TrackingConfig(uri="none"),
         )
         study = {"run": run, "name": "same"}
         inputs = {"input": str(tmp_path / "i"), "masks": str(tmp_path / "m"), "model": str(model_folder)}
