@@ -40,8 +40,9 @@ from pipeline.tracking import Tracker, mlflow_client
 from pipeline.train.launch import train
 from pipeline.train.preflight import preflight
 from tests.conftest import ROOT
+from tests.jobs.processes import small_sets
 from tests.pipeline.conftest import SetMaker
-from tests.tmad.tiny import MODEL, make_image, make_mask
+from tests.tmad.tiny import make_image, make_mask
 
 Jobs = Callable[[str], dict[str, Any]]
 
@@ -64,16 +65,15 @@ def jobs(make_set: SetMaker, model_folder: Path, tracking_uri: str, tmp_path: Pa
     run_id = Tracker.create(tracking_uri, "tests", "one")
     assert run_id is not None
     register_model(model_folder, tracking_uri=tracking_uri, run_id=run_id, name="same")
-    data, val = make_set(name="train"), make_set(name="val")
+    val, sets = make_set(name="val"), small_sets(tmp_path / "sets")
 
     def asked(runs: str) -> dict[str, Any]:
         out = f"{runs}/same"
         run = replace(
             smoke(),
             name=None,
-            model=MODEL,
             runs=runs,
-            data=DataConfig(train=data, val=val),
+            data=DataConfig(train=str(sets / "train"), val=str(sets / "val")),
             tracking=TrackingConfig(uri="none"),
         )
         study = {"run": run, "name": "same"}
