@@ -308,6 +308,19 @@ def test_a_job_whose_cluster_is_lost_ends_within_a_minute_and_goes_on_elsewhere(
     assert asked.left()
 
 
+@jobs("inpaint")
+def test_a_job_whose_own_ray_is_lost_says_so_and_goes_on(name: str, place: Place, tmp_path: Path) -> None:
+    asked = JOBS[name](place, tmp_path / f"{name}-out")
+    job = Job(tmp_path / "log", asked.command)
+    assert job.wait_for(lambda: "started Ray" in job.said(), every_s=0.02), job.said()
+    began = time.monotonic()
+    assert job.send(signal.SIGKILL, "gcs_server") == 1
+    assert check_end(job, asked, 1).endswith("the same command continues where it stopped")
+    assert "the Ray of this job is gone" in job.said().splitlines()[-1]
+    assert time.monotonic() - began < 70
+    run_to_its_end(asked, tmp_path / "log-last")
+
+
 FULL = """
 mount -t tmpfs -o size=200m none "$PLACE"
 "$@"; echo "code $?" >&2
