@@ -205,7 +205,7 @@ def _cause(error: Exception) -> str:
     if found := re.search(r"too many (\d+) error responses", text):
         return f"it answers with HTTP {found[1]}"
     found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
-    return found[1] if found else "silence" if "timed out" in text else text
+    return found[1] if found else "it timed out" if "timed out" in text else text
 
 
 def check_run(uri: str, run_id: str) -> None:

@@ -40,7 +40,7 @@ from pipeline.inpaint.ledger import LEDGER, PARTS, Row, encode, join_ledger, lef
 from pipeline.inpaint.worker import InpaintWorker, Job, output_key
 from pipeline.models import find_model, model_version
 from pipeline.storage import UnsafeName, check_room, file_sizes, is_remote, join, read_bytes, redact
-from pipeline.tracking import Tracker, resolve_tracking_uri
+from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, model_digest
 from tmad.files import open_file
 from tmad.images import UnreadableImage, decode_image, to_rgb
@@ -140,6 +140,7 @@ def _open(config: InpaintConfig) -> _Found:
     """Raises as `inpaint_all`, before anything is written."""
     config = config.with_absolute_places()
     _check_places(config)
+    check_tracking(_named_tracking(config))
     source = open_source(config.input, root=config.root, image_column=config.image_column, key_column=config.key_column)
     own = _without_output(source.keys(), config)
     holes, keys = open_holes(config, source, config.input, own)

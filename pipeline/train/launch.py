@@ -56,6 +56,9 @@ from tmad.checkpoint import model_digest
 SWEEP_FILE = "sweep.json"
 """The configuration of a sweep or an ablation, in its folder."""
 
+TRACKING_FILE = "tracking.json"
+"""In the folder of a run or a sweep: its run in MLflow. It goes on without a server that answered once."""
+
 SETS_FILE = "data.json"
 """In the run's folder: digests of the sets that it was begun with."""
 
@@ -104,6 +107,8 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
         return finished
 
     room_for_run(config, run_bytes(config))
+    if not storage.exists(storage.join(folder, TRACKING_FILE)):
+        check_tracking(tracking_uri)
     weights = resolve_perceptual(config)
     start_ray()
     require(resources(config), wait_s=config.workers.start_timeout_s if joined() else 0.0)
@@ -314,13 +319,12 @@ def _open_tracking(
     initial: Mapping[str, Any] | None,
 ) -> str | None:
     """The id of this run's MLflow run: the one it had before, or a new one."""
-    uri = storage.join(folder, "tracking.json")
+    uri = storage.join(folder, TRACKING_FILE)
     before = _read_json(uri)
     if before is not None and before["uri"] == tracking_uri:
         known: str | None = before["run_id"]
         return known
     assert config.name is not None
-    check_tracking(tracking_uri)
     tags = code_tags() | {"config_digest": digest(config)}
     tags |= {f"data_{which}": one.digest for which, one in sets.items()}
     if config.tracking.parent_run is not None:

@@ -119,7 +119,7 @@ def preflight(config: RunConfig, *, images_per_s: float | None = None) -> Prefli
             "init_from", lambda: find_initial(config, resolve_tracking_uri(config.tracking.uri, config.runs)).summary()
         )
     check("model", look_at_step)
-    if footprints:
+    if footprints and all(one.ok for one in checks if one.name == "runs"):
         size = kept_bytes(config, checkpoint=footprints[0].checkpoint, model=footprints[0].average)
         check("room", lambda: room_for_run(config, size))
     crop_size = sets["train"].crop_size if "train" in sets else config.data.images.crop_size
@@ -199,6 +199,8 @@ def _results(config: RunConfig) -> str:
 
 def _writable(uri: str) -> str:
     """Write a probe object, read it, remove it, and the folders that were made for it."""
+    if not storage.is_remote(uri):
+        storage.check_place(uri)
     new = [] if storage.is_remote(uri) else _absent(Path(storage.absolute(uri)))
     probe = storage.join(uri, f"probe-{uuid.uuid4().hex}")
     try:

@@ -19,7 +19,7 @@ from pipeline.claim import claim_folder
 from pipeline.config import DataConfig, TrackingConfig
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.prepare import check as check_preparation
-from pipeline.errors import ConfigMismatch, FolderInUse, StorageFailed
+from pipeline.errors import ConfigMismatch, FolderInUse, StorageFailed, TrackingUnreachable
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import check as check_evaluation
 from pipeline.evaluation.evaluate import evaluate
@@ -28,6 +28,7 @@ from pipeline.inpaint.run import check as check_inpainting
 from pipeline.inpaint.run import inpaint_all
 from pipeline.presets import smoke
 from pipeline.promote import PromoteConfig, promote
+from pipeline.promote import check as check_promotion
 from pipeline.registry import register_model
 from pipeline.report.pictures import png_bytes
 from pipeline.storage import write_atomic
@@ -44,7 +45,7 @@ from tests.jobs.processes import small_sets
 from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import make_image, make_mask
 
-Jobs = Callable[[str], dict[str, Any]]
+Jobs = Callable[..., dict[str, Any]]
 
 BEGIN: dict[str, Callable[[Any], object]] = {
     **{"prepare": prepare, "inpaint": inpaint_all, "evaluate": evaluate, "promote": promote},
@@ -53,6 +54,7 @@ BEGIN: dict[str, Callable[[Any], object]] = {
 LOOK: dict[str, Callable[[Any], object]] = {
     **{"prepare": check_preparation, "inpaint": check_inpainting, "evaluate": check_evaluation},
     **{"train": lambda config: preflight(config).text(), "sweep": plan, "ablate": check_ablation},
+    "promote": check_promotion,
 }
 """What `--dry-run` does."""
 
@@ -67,22 +69,23 @@ def jobs(make_set: SetMaker, model_folder: Path, tracking_uri: str, tmp_path: Pa
     register_model(model_folder, tracking_uri=tracking_uri, run_id=run_id, name="same")
     val, sets = make_set(name="val"), small_sets(tmp_path / "sets")
 
-    def asked(runs: str) -> dict[str, Any]:
+    def asked(runs: str, tracking: str | None = None) -> dict[str, Any]:
         out = f"{runs}/same"
+        recorded = {"tracking_uri": tracking, "mlflow_run": "0" * 32} if tracking else {}
         run = replace(
             smoke(),
             name=None,
             runs=runs,
             data=DataConfig(train=str(sets / "train"), val=str(sets / "val")),
-            tracking=TrackingConfig(uri="none"),
+            tracking=TrackingConfig(uri=tracking or "none"),
         )
         study = {"run": run, "name": "same"}
         inputs = {"input": str(tmp_path / "i"), "masks": str(tmp_path / "m"), "model": str(model_folder)}
-        promotion = PromoteConfig(name="same", out=runs, data=val, tracking_uri=tracking_uri, wait_s=0.1)
+        promotion = PromoteConfig(name="same", out=runs, data=val, tracking_uri=tracking or tracking_uri, wait_s=0.1)
         return {
             "prepare": PrepareConfig(source=str(tmp_path / "i"), out=out, crop_size=64, patch_size=16),
-            "inpaint": InpaintConfig(**inputs, output=out),
-            "evaluate": EvaluateConfig(model=str(model_folder), data=val, out=out),
+            "inpaint": InpaintConfig(**inputs, output=out, tracking_uri=tracking),
+            "evaluate": EvaluateConfig(model=str(model_folder), data=val, out=out, **recorded),
             "train": replace(run, name="same"),
             "sweep": SweepConfig(**study, space=("loss.weight_l1=0.1..10",)),
             "ablate": AblateConfig(**{**study, "name": "x"}, study="blending"),
@@ -114,7 +117,7 @@ def test_a_name_is_a_run_or_a_sweep_and_never_both(jobs, tmp_path) -> None:
     assert [path.name for path in (tmp_path / "runs" / "same").iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("name", LOOK)
+@pytest.mark.parametrize("name", sorted(LOOK.keys() - {"promote"}))
 def test_a_job_without_room_says_so_before_it_works_and_in_its_dry_run(jobs, name, tmp_path, monkeypatch) -> None:
     runs = tmp_path / "runs"
     config = jobs(str(runs))[name]
@@ -132,6 +135,19 @@ def test_a_job_without_room_says_so_before_it_works_and_in_its_dry_run(jobs, nam
     assert results <= {".json"}, "settings, and none of the work"
 
 
+@pytest.mark.parametrize("name", sorted(LOOK.keys() - {"prepare"}))
+def test_a_job_whose_tracking_server_is_dead_says_so_within_seconds_and_before_it_works(jobs, name, tmp_path) -> None:
+    config = jobs(str(tmp_path / "runs"), "http://127.0.0.1:9")[name]
+    said = r"no answer from MLflow at http://127.0.0.1:9 within 5 s: Connection refused; start the server, correct"
+    for act in (LOOK, BEGIN):
+        if name == "train" and act is LOOK:
+            assert re.search(f"FAILED  tracking +{said}", LOOK[name](config))
+            continue
+        with pytest.raises(TrackingUnreachable, match=said):
+            act[name](config)
+    assert {path.suffix for path in tmp_path.joinpath("runs").rglob("*") if path.is_file()} <= {".json"}
+
+
 @pytest.mark.parametrize("name", BEGIN)
 def test_a_place_that_can_be_no_folder_is_one_sentence_at_the_start_and_in_the_dry_run(jobs, name, tmp_path) -> None:
     (tmp_path / "file").write_text("a user's")
@@ -139,7 +155,7 @@ def test_a_place_that_can_be_no_folder_is_one_sentence_at_the_start_and_in_the_d
     for place in ("file", "file/below", "link"):
         config = jobs(str(tmp_path / place))[name]
         for act in (LOOK, BEGIN):
-            if name not in act or (name == "train" and act is LOOK):  # whose list of all that is wrong is seen above
+            if act is LOOK and name in ("train", "promote"):  # the one lists all that is wrong, as seen above
                 continue
             with pytest.raises(StorageFailed, match=r"cannot be a folder: .* is a (file|link to nothing); choose anot"):
                 act[name](config)
