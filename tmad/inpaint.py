@@ -171,6 +171,14 @@ class Inpainter:
         self.__dict__.update(state)
         self.model = model.to(device)
 
+    def with_options(self, *, seed: int | None = None, keep_candidates: bool | None = None) -> Inpainter:
+        """One that shares the networks of this one, with another *seed* or another choice of `keep_candidates`."""
+        other = object.__new__(Inpainter)
+        other.__dict__.update(self.__dict__)
+        other.seed = self.seed if seed is None else seed
+        other.keep_candidates = self.keep_candidates if keep_candidates is None else keep_candidates
+        return other
+
     def inpaint(self, image: Picture, mask: Picture, *, image_id: str = "") -> np.ndarray | Image.Image | Tensor:
         """The filled image alone: an array for an array, a tensor for a tensor, else a Pillow image. Arguments and
         errors as in a call."""
