@@ -107,7 +107,10 @@ def parse(
         print(f"{one_line(wrong)}; --help explains the options", file=sys.stderr)
         sys.exit(2)
     _check_places(config)
-    return Command(config=config, dry_run=known.dry_run)
+    command = Command(config=config, dry_run=known.dry_run)
+    if storage.elsewhere:
+        raise _Parsed(command)
+    return command
 
 
 def _refused_value(end: BaseException) -> ValueError | None:
@@ -117,6 +120,26 @@ def _refused_value(end: BaseException) -> ValueError | None:
     while error is not None and not isinstance(error, ValidationError):
         error = error.__context__
     return error
+
+
+class _Parsed(BaseException):
+    """A job has come to its configuration and is to go no further; no `except Exception` of its holds this up."""
+
+    def __init__(self, command: Command[Any]) -> None:
+        super().__init__(command)
+        self.command = command
+
+
+def parse_elsewhere(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> Command[Any]:
+    """What `main(argv)` would parse where it was submitted, and nothing else of it. Raises and exits as `parse`."""
+    storage.elsewhere.append(True)
+    try:
+        main(argv)
+    except _Parsed as parsed:
+        return parsed.command
+    finally:
+        storage.elsewhere.clear()
+    raise AssertionError("a job parses its command line")
 
 
 def _check_places(config: Any) -> None:

@@ -85,9 +85,14 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith(("file://", "local://"))
 
 
+elsewhere: list[bool] = []
+"""Not empty while a command line is looked at for where it will be submitted to (`runs.cli.parse_elsewhere`)."""
+
+
 def submitted() -> bool:
-    """Whether `ray job submit` started this process: in a copy of the uploaded folder, where nothing lasts."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    """Whether `ray job submit` started this process, in a copy of the uploaded folder, where nothing lasts, or a
+    command line is looked at for it."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or bool(elsewhere)
 
 
 def absolute(uri: str) -> str:
