@@ -152,6 +152,6 @@ def _plain(layer: nn.Module) -> nn.Conv2d:
     more: dict[str, Any] = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
     weight = layer.weight
     # Not `skip_init`, which imports SymPy: seconds.
-    plain = nn.Conv2d(*sizes, **more, device=weight.device, dtype=weight.dtype)
+    plain = nn.Conv2d(*sizes, **more).to(weight)
     plain.load_state_dict({"weight": weight, "bias": layer.bias})
     return plain.eval()
