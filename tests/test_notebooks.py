@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = {"pictures": 2, "images": 4}
+SMALL = {"pictures": 2, "images": 4, "size": 128}
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # on a busy machine; half a minute on a quiet one
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_as_it_is_but_for_its_parameters(
     path: Path, ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
