@@ -114,6 +114,7 @@ def _start(replicas: int, clients: int) -> str:
 
     from pipeline.service.application import NAME, build
 
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     start_ray()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import threading
 from importlib.util import find_spec
 
@@ -23,6 +24,8 @@ def serve(config: ServeConfig) -> None:
     token, own = access(config.host)
     if not joined():
         listen(config.host, config.port).close()
+    # Ray gives the process that takes requests five seconds, which are over before it has started on a busy machine.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     start_ray(dashboard=True)
     from ray import serve as ray_serve
 

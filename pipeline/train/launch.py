@@ -314,7 +314,11 @@ def _open_tracking(
     check_tracking(tracking_uri)
     code = code_state()
     # Where the code arrives without its repository, TMAD_COMMIT may say what it is; else nothing does.
-    tags = {f"git_{name}": str(value) for name, value in code.items() if value is not None}
+    tags = {"mlflow.source.name": "jobs/train_places.py", "mlflow.source.type": "JOB"}
+    if code["commit"] is not None:  # MLflow's pages show it beside the run
+        tags["mlflow.source.git.commit"] = code["commit"]
+    if code["dirty"] is not None:
+        tags["git_dirty"] = str(code["dirty"])
     tags["config_digest"] = digest(config)
     tags |= {f"data_{which}": one.digest for which, one in sets.items()}
     if config.tracking.parent_run is not None:
