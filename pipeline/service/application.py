@@ -191,7 +191,6 @@ class Requests:
         try:
             done, _ = await asyncio.wait([waited], timeout=self._config.max_s)
             if not done:
-                response.cancel()
                 raise too_long(self._config.max_s)
             return waited.result()
         except BackPressureError:
@@ -201,3 +200,7 @@ class Requests:
             raise Refused(503, "replica-died", "the process that held this picture has ended; ask again") from None
         except DeploymentUnavailableError:
             raise Refused(503, "no-replica", "the model cannot be loaded; the service's log says why") from None
+        finally:
+            if not waited.done():  # too late, or nobody waits any more
+                response.cancel()
+                waited.cancel()
