@@ -29,7 +29,7 @@ class SubmitConfig:
     """How a job is submitted; the job and its own options follow."""
 
     address: str | None = None
-    """Dashboard of the cluster; none = RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else http://127.0.0.1:8265."""
+    """Dashboard of the cluster; default: RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else http://127.0.0.1:8265."""
     changed: bool = False
     """Submit code that differs from its commit, too."""
     max_upload_mb: PositiveInt = 50

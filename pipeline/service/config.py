@@ -21,7 +21,7 @@ class AnswerConfig:
     model: str = "builtin"
     """Model: folder, run, URI, `models:/name@alias`, or `builtin`, the one in the box."""
     tracking_uri: str | None = None
-    """MLflow server of a `models:/` or `runs:/` model; none = MLFLOW_TRACKING_URI."""
+    """MLflow server of a `models:/` or `runs:/` model; default: MLFLOW_TRACKING_URI."""
     policy: Policy = "crop"
     """What the coarse network sees, as in `jobs/inpaint.py`."""
     max_mb: PositiveInt = 64
@@ -64,7 +64,7 @@ class ServiceConfig(AnswerConfig):
     gpus: NonNegativeFloat = 0.0
     """GPUs of a replica, parts too (0.5: two replicas share one); 0 = it computes on CPUs."""
     batch_size: PositiveInt | None = None
-    """Pictures that go through the networks together; none = 8 on a GPU, 1 on a CPU, where it saves nothing."""
+    """Pictures that go through the networks together; default: 8 on a GPU, 1 on a CPU, where it saves nothing."""
     batch_wait_s: NonNegativeFloat = 0.01
     """Seconds that the first picture of a batch waits for others."""
     look_s: PositiveFloat = 30.0
