@@ -530,7 +530,8 @@ class Inpainter:
         coarse = to_rgb(original)
         for part in parts:
             inside = part.hole[: part.box.height, : part.box.width] > 0
-            coarse[part.box.slices][inside] = part.coarse[: part.box.height, : part.box.width][inside]
+            filled = part.as_grey_as_known(part.coarse[: part.box.height, : part.box.width])
+            coarse[part.box.slices][inside] = filled[inside]
         return coarse
 
 
@@ -579,7 +580,14 @@ class _Part:
             target = pixels[place]
             inside = self.hole[place][: target.shape[0], : target.shape[1]] > 0
             target[inside] = piece.numpy()[: target.shape[0], : target.shape[1]][inside]
-        return pixels
+        return self.as_grey_as_known(pixels)
+
+    def as_grey_as_known(self, pixels: np.ndarray) -> np.ndarray:
+        """*pixels* without colour if the part has none outside the hole: the networks tint what they fill."""
+        known = self.rgb[self.hole[: self.box.height, : self.box.width] == 0]
+        if np.ptp(known, axis=-1).any():
+            return pixels
+        return to_rgb(Image.fromarray(pixels).convert("L"))
 
 
 @dataclass
