@@ -60,7 +60,8 @@ def application(args: dict[str, Any]) -> serve.Application:
 
 def build(config: ServiceConfig, *, token: str | None, loopback: bool = False) -> serve.Application:
     """The application of *config*; *token* and *loopback* as in `make_app`."""
-    replicas = Model.options(
+    replicas = serve.deployment(
+        name="model",
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.min_replicas,
@@ -72,12 +73,14 @@ def build(config: ServiceConfig, *, token: str | None, loopback: bool = False) -
         max_queued_requests=config.max_waiting,
         health_check_period_s=HEALTH_S,
         graceful_shutdown_timeout_s=config.max_s,
+    )(Model)
+    requests = serve.deployment(name="requests", max_ongoing_requests=READ_AT_ONCE, ray_actor_options={"num_cpus": 0})(
+        Requests
     )
     model = replicas.bind(replace(config, model=absolute_model(config.model)))
-    return Requests.bind(model, config, token, loopback)
+    return requests.bind(model, config, token, loopback)
 
 
-@serve.deployment(name="model")
 class Model:
     """A replica: the networks, and the threads before and behind them."""
 
@@ -90,8 +93,9 @@ class Model:
         self._loaded = self._load(model_version(config.model, tracking_uri=config.tracking_uri))
         self._networks = ThreadPoolExecutor(1, "networks")
         self._since: float | None = None
-        self._compute.set_max_batch_size(config.at_once)
-        self._compute.set_batch_wait_timeout_s(config.batch_wait_s)
+        batches: Any = self._compute
+        batches.set_max_batch_size(config.at_once)
+        batches.set_batch_wait_timeout_s(config.batch_wait_s)
         if config.model.startswith("models:/") and "@" in config.model:
             threading.Thread(target=self._look, name="alias", daemon=True).start()
 
@@ -149,7 +153,6 @@ class Model:
                 said = trouble
 
 
-@serve.deployment(name="requests", max_ongoing_requests=READ_AT_ONCE, ray_actor_options={"num_cpus": 0})
 @serve.ingress()
 class Requests:
     """What speaks HTTP."""

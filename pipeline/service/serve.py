@@ -32,7 +32,7 @@ def serve(config: ServeConfig) -> None:
     from pipeline.service.application import NAME, build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    fields = {one.name: getattr(config, one.name) for one in dataclasses.fields(ServiceConfig)}  # type: ignore[arg-type]
+    fields = {one.name: getattr(config, one.name) for one in dataclasses.fields(ServiceConfig)}
     ray_serve.start(http_options={"host": config.host, "port": config.port})
     try:
         app = build(ServiceConfig(**fields), token=None if config.open else token, loopback=own)
