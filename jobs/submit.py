@@ -35,9 +35,9 @@ SENT = {
 def main(argv: Sequence[str]) -> int:
     """Check and submit; returns the exit code."""
     place = next((number for number, text in enumerate(argv) if text in SENT), len(argv))
-    command = parse(SubmitConfig, list(argv[:place]), prog="submit.py", description=DESCRIPTION)
-    if place == len(argv):
+    if place == len(argv) and not {"-h", "--help"} & set(argv):
         raise ValueError(f"name a job and its options after those of submit: {', '.join(SENT)}")
+    command = parse(SubmitConfig, list(argv[:place]), prog="submit.py", description=DESCRIPTION)
     module, arguments = SENT[argv[place]], list(argv[place + 1 :])
     parse_elsewhere(import_module(f"jobs.{module}").main, arguments)
     if command.dry_run:
