@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from pipeline.models import absolute_model, find_model, model_version
 from pipeline.service.config import TOKEN, ServiceConfig
 from pipeline.service.http import make_app
 from pipeline.service.work import Answer, Begun, Refused, Request, begin, compute, end, refusal, too_long
+from tmad import builtin
+from tmad.checkpoint import model_digest
 from tmad.config import from_dict
 from tmad.files import allow_pixels
 from tmad.inpaint import Inpainter
@@ -81,6 +83,17 @@ def build(config: ServiceConfig, *, token: str | None, loopback: bool = False) -
     return requests.bind(model, config, token, loopback)
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """A model that answers."""
+
+    version: str
+    """As `model_version` says it."""
+    shown: str
+    """What clients are told: the version, or the digest where the name is a place of ours."""
+    inpainter: Inpainter
+
+
 class Model:
     """A replica: the networks, and the threads before and behind them."""
 
@@ -101,19 +114,19 @@ class Model:
 
     async def fill(self, request: Request) -> Answer | Refused:
         """The file, or why there is none."""
-        version, inpainter = self._loaded
+        loaded = self._loaded
         try:
-            begun = await asyncio.to_thread(begin, inpainter, request, max_pixels=self._config.max_pixels)
+            begun = await asyncio.to_thread(begin, loaded.inpainter, request, max_pixels=self._config.max_pixels)
             if (error := await self._compute(begun)) is not None:
                 raise error
             answer = await asyncio.to_thread(end, begun)
         except Exception as error:
             return refusal(error)
-        return replace(answer, about={**answer.about, "model": version})
+        return replace(answer, about={**answer.about, "model": loaded.shown})
 
     async def state(self) -> Mapping[str, Any]:
         """`model`: the version that answers now."""
-        return {"model": self._loaded[0]}
+        return {"model": self._loaded.shown}
 
     def check_health(self) -> None:
         """Raise where the networks have been at one batch for longer than anybody waits: Serve then takes another
@@ -129,12 +142,14 @@ class Model:
         finally:
             self._since = None
 
-    def _load(self, version: str) -> tuple[str, Inpainter]:
+    def _load(self, version: str) -> _Loaded:
         config = self._config
         # Not by its alias, which may be another version's by now.
         named = version if version.startswith("models:/") else config.model
         folder = find_model(named, tracking_uri=config.tracking_uri)
-        return version, Inpainter.load(folder, device="cuda" if config.gpus else "cpu", policy=config.policy)
+        inpainter = Inpainter.load(folder, device="cuda" if config.gpus else "cpu", policy=config.policy)
+        known = version.startswith("models:/") or version == builtin.NAME
+        return _Loaded(version, version if known else model_digest(folder), inpainter)
 
     def _look(self) -> None:
         """Follow the alias. Pictures that have begun end with the networks that they began with."""
@@ -143,13 +158,13 @@ class Model:
             time.sleep(self._config.look_s)
             try:
                 version = model_version(self._config.model, tracking_uri=self._config.tracking_uri)
-                if version != self._loaded[0]:
+                if version != self._loaded.version:
                     self._loaded = self._load(version)
                     observe.count("model_taken_over")
                     log.info("%s answers now", version)
             except Exception as error:
                 if (trouble := one_line(error)) != said:
-                    log.warning("%s stays: %s", self._loaded[0], trouble)
+                    log.warning("%s stays: %s", self._loaded.version, trouble)
                 said = trouble
 
 
