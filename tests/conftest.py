@@ -28,6 +28,7 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # Ray looks at the memory of the whole machine; a neighbour's must not end our workers.
     "RAY_memory_monitor_refresh_ms": "0",
     "OMP_NUM_THREADS": "1",

@@ -20,6 +20,8 @@ import ray
 import yaml
 
 from pipeline.config import WorkersConfig
+from pipeline.service.config import ServiceConfig
+from tmad.config import from_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 INFRA = ROOT / "infra"
@@ -96,6 +98,25 @@ def test_the_job_fits_kuberays_definition_and_names_the_cluster() -> None:
     assert errors(job["spec"], custom_resource("rayjob")) == []
     assert job["spec"]["clusterSelector"]["ray.io/cluster"] == yaml.safe_load(CLUSTER.read_text())["metadata"]["name"]
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
+
+
+SERVICE = INFRA / "kubernetes" / "service.yaml"
+
+
+def test_the_service_fits_kuberays_definition_and_names_an_application_that_takes_its_arguments() -> None:
+    service = yaml.safe_load(SERVICE.read_text())
+    assert errors(service["spec"], custom_resource("rayservice")) == []
+    assert errors(service["spec"]["rayClusterConfig"], custom_resource("raycluster")) == []
+    assert service["spec"]["rayClusterConfig"]["rayVersion"] == metadata.version("ray")
+    [application] = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    config = from_dict(ServiceConfig, application["args"])
+    module, name = application["import_path"].split(":")
+    assert f"\ndef {name}(" in (ROOT / (module.replace(".", "/") + ".py")).read_text()
+    [gpu] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert (int(limits["nvidia.com/gpu"]) >= 1, int(limits["cpu"]) > config.cpus) == (True, True)
+    assert gpu["maxReplicas"] == config.max_replicas
+    assert gpu["template"]["spec"]["terminationGracePeriodSeconds"] > config.max_s
 
 
 @pytest.mark.parametrize(
@@ -409,7 +430,8 @@ def test_the_operator_takes_the_manifests(rule: Rule) -> None:
     else:
         plain = yaml.safe_load(CLUSTER.read_text())
         patch = yaml.safe_load((INFRA / "kubernetes" / "fault-tolerant-head.yaml").read_text())
-        manifests = [plain, merged(plain, patch)]
+        service = yaml.safe_load(SERVICE.read_text())
+        manifests = [plain, merged(plain, patch), service | {"spec": service["spec"]["rayClusterConfig"]}]
     assert not any(map(is_broken, manifests))
     broken = copy.deepcopy(manifests[0])
     do_break(broken)
@@ -420,7 +442,9 @@ def test_no_container_of_the_cluster_gains_privileges_or_keeps_capabilities() ->
     cluster = yaml.safe_load(CLUSTER.read_text())
     job = yaml.safe_load((INFRA / "kubernetes" / "job.yaml").read_text())
     submitter = job["spec"]["submitterPodTemplate"]["spec"]
+    service = {"spec": yaml.safe_load(SERVICE.read_text())["spec"]["rayClusterConfig"]}
     pods = [*((pod, container) for _, pod, container in containers(cluster)), (submitter, submitter["containers"][0])]
+    pods += [(pod, container) for _, pod, container in containers(service)]
     assert submitter["containers"][0]["image"] == pods[0][1]["image"]
     secured = [container["securityContext"] for _, container in pods]
     for context in (*secured, cluster["spec"]["autoscalerOptions"]["securityContext"]):

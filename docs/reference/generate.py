@@ -23,7 +23,7 @@ from pipeline.evaluation.config import EvaluateConfig
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.presets import PRESETS
 from pipeline.promotion.promote import PromoteConfig
-from pipeline.service.config import WebConfig
+from pipeline.service.config import ServeConfig, WebConfig
 from pipeline.submit import SubmitConfig
 from pipeline.sweep.ablate import AblateConfig
 from pipeline.sweep.config import SweepConfig
@@ -40,6 +40,7 @@ JOBS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "inpaint": InpaintConfig,
     "web": WebConfig,
+    "serve": ServeConfig,
     "submit": SubmitConfig,
     "demo": DemoConfig,
 }
@@ -57,8 +58,8 @@ VARIABLES = {
     "TMAD_STORAGE_CONNECT_S": "seconds to reach it",
     "TMAD_STORAGE_SILENCE_S": "seconds without a byte until a request counts as lost",
     "TMAD_STORAGE_TOTAL_S": "seconds for one look-up or part of a file, attempts included",
-    "TMAD_MODEL": "the model that `tmad inpaint` and `tmad web` take when none is named",
-    "TMAD_WEB_TOKEN": "the token that `tmad web` asks for",
+    "TMAD_MODEL": "the model that `tmad inpaint`, `web` and `serve` take when none is named",
+    "TMAD_WEB_TOKEN": "the token that `tmad web` and `tmad serve` ask for",
     "TMAD_SOAK_S": "seconds that the endurance tests take, for tests alone",
 }
 

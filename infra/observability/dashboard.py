@@ -50,6 +50,28 @@ PANELS: list[tuple[str, list[tuple[str, str, str, str]]]] = [
         ],
     ),
     (
+        "Service",
+        [
+            ("Pictures/s", 'sum(rate(ray_tmad_events_total{event="filled"}[5m]))', "filled", "short"),
+            ("Refused", 'sum by (event) (rate(ray_tmad_events_total{event=~"refused_.*"}[5m]))', "{{event}}", "short"),
+            (
+                "Seconds in a replica, 95 %",
+                "histogram_quantile(0.95, sum by (le) (rate("
+                'ray_serve_deployment_processing_latency_ms_bucket{deployment="model"}[5m]))) / 1000',
+                "95 %",
+                "s",
+            ),
+            ("Waiting", 'sum(ray_serve_deployment_queued_queries{deployment="model"})', "waiting", "short"),
+            ("Replicas", 'sum(ray_serve_deployment_replica_healthy{deployment="model"})', "well", "short"),
+            (
+                "Pictures in a batch",
+                "sum(rate(ray_serve_actual_batch_size_sum[5m])) / sum(rate(ray_serve_actual_batch_size_count[5m]))",
+                "mean",
+                "short",
+            ),
+        ],
+    ),
+    (
         "Machines",
         [
             (

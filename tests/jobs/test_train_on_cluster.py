@@ -102,8 +102,8 @@ def test_a_submitted_job_trains_from_s3_to_s3_and_a_server_that_was_away_lacks_n
     sets = small_sets(tmp_path / "sets")
     for which in ("train", "val"):
         storage.upload_folder(sets / which, f"{bucket}/{which}")
-    command = [BIN / "ray", "job", "submit", "--address", dashboard, "--working-dir", ROOT, "--"]
-    command += ["python", "jobs/train_places.py", "--preset", "smoke", "--name", "far"]
+    command = [BIN / "python", ROOT / "jobs" / "submit.py", "--address", dashboard, "--changed"]
+    command += ["train", "--preset", "smoke", "--name", "far"]
     command += [text for name, value in SCHEDULE.items() for text in (f"--schedule.{name}", str(value))]
     command += ["--data.train", f"{bucket}/train", "--data.val", f"{bucket}/val", "--runs", f"{bucket}/runs"]
     command += ["--tracking.uri", mlflow.uri]

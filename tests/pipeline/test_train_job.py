@@ -104,6 +104,7 @@ def test_two_workers_train_both_phases_and_register_the_model(place: Path, finis
         "validation": environment["data_digests"]["val"],
     }
     assert "None" not in tracked.data.tags.values()
+    assert tracked.data.tags.get("mlflow.source.git.commit") == environment["code"]["commit"]
 
 
 def test_the_models_card_says_what_it_has_seen_and_goes_with_it_everywhere(
