@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline.errors import ModelNotFound, NotPromoted
+from pipeline.errors import ModelNotFound, NotPromoted, TrackingUnreachable
 from pipeline.promote import PREVIOUS_TAG, VERDICT_TAG, PromoteConfig, promote, roll_back
 from pipeline.registry import register_model
 from pipeline.tracking import Tracker, mlflow_client
@@ -21,8 +19,6 @@ from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import MODEL
 from tmad.checkpoint import load_model, save_model
 from tmad.model import TMAD
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -183,23 +179,21 @@ def test_two_promotions_at_once_leave_the_better_one(
 ) -> None:
     for quality in ("worst", "bad", "good"):
         register(quality)
-    command = [sys.executable, str(ROOT / "jobs" / "promote.py"), "--name", "tests", "--data", settings["data"]]
-    command += ["--tracking-uri", tracking_uri, "--out", settings["out"], "--not-worse", "ssim_full=0.9"]
-    command += ["--num-pictures", "1", "--resamples", "200", "--version"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen([*command, version], env=environment, stderr=subprocess.PIPE) for version in ("2", "3")]
-    said = [one.communicate()[1].decode() for one in both]
-    codes = [one.returncode for one in both]
+    rule = {**settings, "not_worse": ("ssim_full=0.9",), "num_pictures": 1}
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(promote, PromoteConfig(**rule, version=version)) for version in (2, 3)]
+    refused = [one.exception() for one in both]
     assert champion(tracking_uri) == 3
     client = mlflow_client(tracking_uri)
     over = {version: client.get_model_version("tests", version).tags.get(PREVIOUS_TAG) for version in ("2", "3")}
     # Whoever came second was compared with the first one's result.
-    if codes == [0, 0]:
+    if refused == [None, None]:
         assert over == {"2": "1", "3": "2"}
     else:
-        assert codes == [1, 0], said
+        assert isinstance(refused[0], NotPromoted)
+        assert refused[1] is None
         assert over == {"2": None, "3": "1"}
-        assert "not promoted over version 3" in said[0]
+        assert "not promoted over version 3" in str(refused[0])
 
 
 def test_names_that_are_not_there_and_rules_without_sense_are_refused(tracking_uri: str) -> None:
@@ -213,6 +207,12 @@ def test_names_that_are_not_there_and_rules_without_sense_are_refused(tracking_u
         PromoteConfig(better=("psnr_hole",), not_worse=("psnr_hole=0.1",))
     with pytest.raises(ValueError, match="a margin is 0 or more"):
         PromoteConfig(better=("psnr_hole=-1",))
+
+
+def test_a_tracking_server_that_is_dead_is_named_within_seconds(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(TrackingUnreachable, match=r"no answer from MLflow at http://127.0.0.1:9 within 5 s"):
+        promote(PromoteConfig(**{**settings, "tracking_uri": "http://127.0.0.1:9"}))
+    assert not (tmp_path / "promotions").exists()
 
 
 def test_no_file_of_the_promotion_is_left_outside_its_folder(
