@@ -18,7 +18,7 @@ Measure a model on a prepared set, beside classical fills and the results of oth
 stored in the set: the same model on the same set gives the same figures, on any number of workers.
 
 Writes into --out: report.html (tables and pictures, one file), report.md, report.json, per_image/ (Parquet), results/
-and pictures.png. Stopped at any moment, the same command goes on where it was. See docs/evaluation.md.
+and pictures.png. Stopped at any moment, the same command continues where it stopped. See docs/evaluation.md.
 
 Examples:
   python jobs/evaluate.py --model runs/demo --data data/val --out runs/demo/evaluation
@@ -27,7 +27,7 @@ Examples:
   python jobs/evaluate.py --data data/val --export inputs
   python jobs/evaluate.py --model runs/first --external lama=results/lama --coarse-from deepfill=results/deepfill
   python jobs/evaluate.py --model runs/second --out runs/second/evaluation --against runs/first/evaluation
-  python jobs/evaluate.py --model runs/first --fid.network inception.pt --fid.sha256 6726825d0af5f729
+  python jobs/evaluate.py --model runs/first --fid.network inception --lpips.network vgg16
 """
 
 

@@ -50,7 +50,7 @@ GPU_PIXELS = 2**22
 """Pixels that go through the networks together on a GPU by default."""
 
 _GRAIN = 4
-"""What PSNet sees of pictures that go together has sides of so many cells, or a multiple."""
+"""Pictures are grouped by what PSNet sees of them, padded to sides of a multiple of this many cells."""
 
 Precision = Literal["fp32", "bf16"]
 _Item = TypeVar("_Item")
@@ -109,8 +109,8 @@ class Inpainter:
         *cells_per_chunk*, cells worked on at once, bounds the memory of retrieval and PSNet; *seed* keys the choice of
         the texture memory.
 
-        *precision* of coarse network and PSNet, retrieval being float32 always; none = `bf16` on a GPU, `fp32` on a
-        CPU. *pixels_at_once*: so many pixels of pictures of one size go through the networks together; none =
+        *precision* of coarse network and PSNet, retrieval being float32 always; default: `bf16` on a GPU, `fp32` on a
+        CPU. *pixels_at_once*: so many pixels of pictures of one size go through the networks together; default:
         `GPU_PIXELS` on a GPU and one picture on a CPU, where a result is thus the same to the last bit whatever else is
         in the batch. On a GPU, in another precision or in company, a value may differ by rounding.
         """
@@ -170,6 +170,14 @@ class Inpainter:
         check_device(device)
         self.__dict__.update(state)
         self.model = model.to(device)
+
+    def with_options(self, *, seed: int | None = None, keep_candidates: bool | None = None) -> Inpainter:
+        """One that shares the networks of this one, with another *seed* or another choice of `keep_candidates`."""
+        other = object.__new__(Inpainter)
+        other.__dict__.update(self.__dict__)
+        other.seed = self.seed if seed is None else seed
+        other.keep_candidates = self.keep_candidates if keep_candidates is None else keep_candidates
+        return other
 
     def inpaint(self, image: Picture, mask: Picture, *, image_id: str = "") -> np.ndarray | Image.Image | Tensor:
         """The filled image alone: an array for an array, a tensor for a tensor, else a Pillow image. Arguments and
@@ -334,7 +342,7 @@ class Inpainter:
         return self.policy != "original" and max(part.box.height, part.box.width) > self.limit
 
     def _bounded(self, items: list[_Item], pixels: int) -> Iterator[list[_Item]]:
-        """*items* of so many *pixels* each, as many at a time as go through the networks together."""
+        """*items* of this many *pixels* each, as many at a time as go through the networks together."""
         at_once = max(1, self.pixels_at_once // pixels)
         for start in range(0, len(items), at_once):
             yield items[start : start + at_once]
@@ -522,7 +530,8 @@ class Inpainter:
         coarse = to_rgb(original)
         for part in parts:
             inside = part.hole[: part.box.height, : part.box.width] > 0
-            coarse[part.box.slices][inside] = part.coarse[: part.box.height, : part.box.width][inside]
+            filled = part.as_grey_as_known(part.coarse[: part.box.height, : part.box.width])
+            coarse[part.box.slices][inside] = filled[inside]
         return coarse
 
 
@@ -571,7 +580,14 @@ class _Part:
             target = pixels[place]
             inside = self.hole[place][: target.shape[0], : target.shape[1]] > 0
             target[inside] = piece.numpy()[: target.shape[0], : target.shape[1]][inside]
-        return pixels
+        return self.as_grey_as_known(pixels)
+
+    def as_grey_as_known(self, pixels: np.ndarray) -> np.ndarray:
+        """*pixels* without colour if the part has none outside the hole: the networks tint what they fill."""
+        known = self.rgb[self.hole[: self.box.height, : self.box.width] == 0]
+        if np.ptp(known, axis=-1).any():
+            return pixels
+        return to_rgb(Image.fromarray(pixels).convert("L"))
 
 
 @dataclass

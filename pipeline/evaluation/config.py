@@ -21,6 +21,17 @@ Method = Literal["tmad", "coarse", "blended", "patchmatch", "telea", "navier_sto
 
 METHODS: tuple[Method, ...] = ("tmad", "coarse", "blended", "patchmatch", "telea", "navier_stokes", "biharmonic")
 
+_METRICS = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
+NETWORKS = {
+    "inception": (
+        f"{_METRICS}/inception-2015-12-05.pt",
+        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+    ),
+    "vgg16": (f"{_METRICS}/vgg16.pt", "b437eb095feaeb0b83eb3fa11200ebca4548ee39a07fb944a417ddc516cc07c3"),
+}
+"""Name -> address and SHA-256: the files of StyleGAN2-ADA's authors, TensorFlow's Inception for FID and KID, VGG-16 for
+LPIPS."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 
@@ -29,11 +40,14 @@ class NetworkConfig:
     """A network that measures, as TorchScript."""
 
     network: str | None = None
-    """Path, URI or https address of the TorchScript file; none = what it measures is left out."""
+    """Path, URI or https address of the TorchScript file, or a name, `inception` for fid and `vgg16` for lpips, whose
+    file is downloaded once; without one, its measures are skipped."""
     sha256: str | None = None
-    """SHA-256 of the file, 16 digits of it or more: nothing else is loaded."""
+    """SHA-256 of the file, 16 digits of it or more: nothing else is loaded. Names have their own."""
 
     def __post_init__(self) -> None:
+        if self.network in NETWORKS and self.sha256 is None:
+            object.__setattr__(self, "sha256", NETWORKS[self.network][1])
         if self.network is not None and self.sha256 is None:
             raise ValueError(f"network {redact(self.network)} needs sha256, the digest of its file (sha256sum FILE)")
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{16,64}", self.sha256):
@@ -49,7 +63,7 @@ class EvaluateConfig:
     data: str = "data/val"
     """Folder or URI of a prepared set (jobs/prepare.py --split val)."""
     out: str = "runs/evaluation"
-    """Folder or URI of the results. The same command again goes on where it was."""
+    """Folder or URI of the results. The same command continues where it stopped."""
     methods: tuple[Method, ...] = METHODS
     """What stands in the table; biharmonic needs scikit-image, telea and navier_stokes OpenCV ('tmad[baselines]')."""
     external: tuple[str, ...] = ()
@@ -57,15 +71,15 @@ class EvaluateConfig:
     coarse_from: tuple[str, ...] = ()
     """The same, and T-MAD's retrieval and PSNet behind them: a row NAME and a row NAME + PSNet (Table V)."""
     measures: tuple[str, ...] = ()
-    """Only these measures, by name (docs/measures.md); none = all."""
+    """Only these measures, by name (docs/measures.md); default: all."""
     fid: NetworkConfig = NetworkConfig()
     """The features of fid_full and kid_full."""
     lpips: NetworkConfig = NetworkConfig()
     """The distance lpips_full."""
     limit: PositiveInt | None = None
-    """Only so many images, the first of the set; none = all."""
+    """Only the first images of the set, this many; default: all."""
     mask_variant: Annotated[int, Field(ge=0)] | None = None
-    """Only this one of the masks stored with each image; none = all of them."""
+    """Only this one of the masks stored with each image; default: all of them."""
     resamples: PositiveInt = 1000
     """Bootstrap draws behind each interval; photographs are drawn, with all their crops and masks."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
@@ -83,7 +97,7 @@ class EvaluateConfig:
     images_per_task: PositiveInt = 16
     """Images that are measured, and lost by a failure, at once."""
     num_workers: PositiveInt | None = None
-    """Copies of the model that work side by side, one thread each; none = one per GPU, or per CPU."""
+    """Copies of the model that work side by side, one thread each; default: one per GPU, or per CPU."""
     cells_per_chunk: PositiveInt = 256
     """Hole cells synthesized at once: bounds the memory of large holes."""
     use_gpu: bool = False
@@ -91,7 +105,7 @@ class EvaluateConfig:
     seed: int = 0
     """Keys the choice of the texture memory, the search of patchmatch and the bootstrap."""
     tracking_uri: str | None = None
-    """MLflow server or sqlite:///file, for a models:/ reference and for `mlflow_run`; none = MLFLOW_TRACKING_URI."""
+    """MLflow server or sqlite:///file, for a models:/ reference and for `mlflow_run`; default: MLFLOW_TRACKING_URI."""
     mlflow_run: str | None = None
     """Id of the MLflow run that gets the measures, tables and pictures too."""
 

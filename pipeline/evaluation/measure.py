@@ -95,7 +95,7 @@ class Opened:
     reasons: dict[str, str]
     """Why measures have no figures, by measure."""
     model: str | None
-    """Its digest; none = nothing in the table comes from it."""
+    """Its digest; `None` if nothing in the table comes from it."""
 
 
 def open_inputs(config: EvaluateConfig) -> Opened:
@@ -172,7 +172,7 @@ def _read_networks(config: EvaluateConfig, files: dict[str, Any]) -> dict[str, s
         if not (wanted := [name for name in names if name in shown]):
             continue
         try:
-            files[option] = read_network(getattr(config, option), wanted[0] if option == "lpips" else "fid")
+            files[option] = read_network(getattr(config, option))
         except NotMeasured as reason:
             reasons |= dict.fromkeys(wanted, str(reason))
             if getattr(config, option).network is not None or config.measures:

@@ -25,7 +25,17 @@ from pipeline.presets import PRESETS
 from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row as Strip
 from pipeline.sweep.config import SweepConfig
-from pipeline.sweep.launch import Finished, check_points, finish, resolve, room, run_trials, sweep_folder, told
+from pipeline.sweep.launch import (
+    Finished,
+    check_points,
+    finish,
+    resolve,
+    room,
+    room_on_disk,
+    run_trials,
+    sweep_folder,
+    told,
+)
 from pipeline.sweep.results import as_dict
 from pipeline.sweep.space import Point
 from pipeline.sweep.studies import STUDIES, Study
@@ -63,14 +73,14 @@ class AblateConfig:
     """`candidates`: Table IV; `relativistic`: Fig. 7; `blending`: Fig. 8; `mask_size`: Fig. 9; `retrieval`: Eq. 5
     against the expected distance."""
     name: str = "ablation"
-    """The folder below run.runs is <name>-<study>. The same command with the same name goes on."""
+    """The folder below run.runs is <name>-<study>. The same command with the same name continues it."""
     seeds: PositiveInt = 1
-    """Each variant is trained with so many seeds, run.seed and those after it."""
+    """Seeds that each variant is trained with: run.seed and those after it."""
     init_from: str | None = None
-    """Model, checkpoint or run whose coarse network all variants start from; none = the coarse phase of `run` is run
+    """Model, checkpoint or run whose coarse network all variants start from; default: the coarse phase of `run` is run
     once, before them."""
     max_concurrent: PositiveInt | None = None
-    """Runs side by side; none = as many as the cluster has room for."""
+    """Runs side by side; default: as many as the cluster has room for."""
     num_pictures: PositiveInt = 6
     """Validation images that are shown."""
     run: RunConfig = RunConfig()
@@ -127,6 +137,7 @@ def check(config: AblateConfig) -> list[str]:
     concurrent = room(sweep, there)
     lines = [f"{label:20} {point}" for label, point in zip(labels, points, strict=True)]
     lines.append(f"{concurrent} side by side, {cluster.shown(resources(sweep.run))} each of {cluster.shown(there)}")
+    lines.append(f"room: {room_on_disk(sweep)}")
     return [*lines, f"tracking: {check_tracking(resolve_tracking_uri(sweep.run.tracking.uri, sweep.run.runs))}"]
 
 

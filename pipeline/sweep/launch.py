@@ -32,8 +32,17 @@ from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_tria
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
 from pipeline.sweep.summary import REPORT_FILE, write_summary
 from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, as_job, encode, run_trial, trial_folder
-from pipeline.tracking import Tracker, flatten, mlflow_client, read_json_lines, resolve_tracking_uri
-from pipeline.train.launch import CPUS_FOR_DATA, SWEEP_FILE, check_set, open_training_set, resources, train
+from pipeline.tracking import Tracker, check_tracking, flatten, mlflow_client, read_json_lines, resolve_tracking_uri
+from pipeline.train.footprint import run_bytes
+from pipeline.train.launch import (
+    CPUS_FOR_DATA,
+    SWEEP_FILE,
+    TRACKING_FILE,
+    check_set,
+    open_training_set,
+    resources,
+    train,
+)
 from pipeline.train.launch import resolve as resolve_run
 
 SUMMARY_FILE, WINNER_FILE = "summary.json", "winner.json"
@@ -43,10 +52,10 @@ NAMES_FILE = "trials.json"
 TUNE_FOLDER = "tune"
 
 FREE_TO_CHANGE = ("num_pictures",)
-"""Settings that may differ when a sweep is resumed. Tune goes on with what it was begun with, workers included."""
+"""Settings that may differ when a sweep is resumed. Tune keeps the settings it was started with, workers included."""
 
 TRIAL_ATTEMPTS = 2
-"""A trial whose function fails is begun again so often, from its newest checkpoint."""
+"""Restarts of a trial whose function fails, each from its newest checkpoint."""
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +126,10 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
     if (summary := _json(storage.join(folder, SUMMARY_FILE))) is not None:
         return Finished(folder, _read_trials(folder), summary)
     check_points(config, space, points)
+    room_on_disk(config)
     tracking_uri = resolve_tracking_uri(config.run.tracking.uri, config.run.runs)
+    if not storage.exists(storage.join(folder, TRACKING_FILE)):
+        check_tracking(tracking_uri)
     # Without the dashboard, what a stopped trial held is never given back.
     start_ray(dashboard=True)
     parent = _parent_run(folder, config, tracking_uri, kind)
@@ -137,7 +149,7 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
 def finish(config: SweepConfig, trials: Finished, summary: dict[str, Any], files: Sequence[str]) -> None:
     """Hand summary and *files* to the parent run in MLflow, and write the summary, which says that all is done."""
     tracking_uri = resolve_tracking_uri(config.run.tracking.uri, config.run.runs)
-    tracker = Tracker(tracking_uri, (_json(storage.join(trials.folder, "tracking.json")) or {}).get("run_id"))
+    tracker = Tracker(tracking_uri, (_json(storage.join(trials.folder, TRACKING_FILE)) or {}).get("run_id"))
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
     for file in files:
         tracker.artifact(storage.read_bytes(storage.join(trials.folder, file)), file)
@@ -183,8 +195,16 @@ def room(config: SweepConfig, there: dict[str, float]) -> int:
     return min(fits, config.max_concurrent or fits, config.trials)
 
 
+def room_on_disk(config: SweepConfig) -> str:
+    """How what all trials and the coarse phase before them keep fits into what is free, in words. Raises
+    `StorageFailed` if it does not."""
+    there = sum(storage.file_sizes(sweep_folder(config)).values())
+    size = run_bytes(config.run) * (config.trials + (config.init_from is None)) - there
+    return storage.check_room(config.run.runs, size, "checkpoints and models", "--run.runs")
+
+
 class _Rungs(ASHAScheduler):
-    """ASHA that, in a sweep that goes on, knows what trials had reported before."""
+    """ASHA that, in a resumed sweep, knows what trials had reported before."""
 
     def __init__(self, folder: str, measure: str, **kwargs: Any) -> None:
         super().__init__(time_attr="images", metric=measure, mode=direction(measure), **kwargs)
@@ -225,7 +245,7 @@ class _Watch(tune.Callback):
         note = _json(storage.join(trial_folder(self._folder, trial.trial_id), ERROR_FILE)) or {}
         text = f"{self._label(trials, trial)} ({trial.trial_id}) failed: {note.get('error', 'its process was lost')}"
         if self._stop_on_failure:
-            raise SweepFailed(f"{text}; the same command tries it again and goes on with the others")
+            raise SweepFailed(f"{text}; the same command tries it again and continues the others")
         log.error("%s", text)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
@@ -246,7 +266,7 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Tune would take Ctrl-C for the end of the sweep.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    # A trial's traceback, at each attempt; its error is told in a line, by us.
+    # A trial's traceback, at each attempt; we report its error in one line.
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     require(resources(config.run))
@@ -290,7 +310,7 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     # Of a sweep that Tune was told to end (SIGUSR1) it returns what there is.
     if (count := ended.num_terminated + ended.num_errors) < len(ended):
         raise Interrupted(
-            f"sweep {config.name} was told to stop after {count} of {len(ended)} trials; the same command goes on"
+            f"sweep {config.name} was stopped after {count} of {len(ended)} trials; the same command continues it"
         )
     log.info("sweep %s: all trials ended, %.0f s in this call", config.name, time.time() - began)
 
@@ -361,14 +381,14 @@ def _claim(folder: str, config: SweepConfig) -> None:
     if lines:
         raise ConfigMismatch(
             f"{config.name} in {storage.redact(config.run.runs)} was begun with other settings ({'; '.join(lines)}); "
-            "take another --name, or the old settings to go on",
+            "take another --name, or the old settings to continue",
             differences=lines,
         )
 
 
 def _parent_run(folder: str, config: SweepConfig, tracking_uri: str | None, kind: str) -> str | None:
     """The MLflow run that the trials are nested in: the one there was before, or a new one."""
-    uri = storage.join(folder, "tracking.json")
+    uri = storage.join(folder, TRACKING_FILE)
     before = _json(uri)
     if before is not None and before["uri"] == tracking_uri:
         known: str | None = before["run_id"]

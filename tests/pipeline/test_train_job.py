@@ -170,7 +170,7 @@ def test_workers_that_are_killed_change_nothing_in_the_result(
     killer.start()
     with caplog.at_level(logging.INFO):
         if kills == 2:
-            with pytest.raises(TrainingFailed, match=f"training stopped: .*the same command with --name {name} goes"):
+            with pytest.raises(TrainingFailed, match=f"training stopped: .*same command with --name {name} continues"):
                 train(config)
         summary = train(config)
     killer.join(timeout=10)
@@ -276,7 +276,7 @@ def test_losses_that_are_not_finite_are_the_end_and_not_a_failure_that_is_tried_
     place: Path, in_this_process: None
 ) -> None:
     config = _config(place, "nan", optim=replace(smoke().optim, lr=1e30, max_bad_steps=2))
-    with pytest.raises(TrainingFailed, match=r"steps in a row were not finite .*with --name nan goes on"):
+    with pytest.raises(TrainingFailed, match=r"steps in a row were not finite .*with --name nan continues"):
         train(config)
 
 

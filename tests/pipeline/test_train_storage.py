@@ -127,7 +127,7 @@ def test_a_permission_that_is_withdrawn_ends_the_run_at_the_next_checkpoint_and_
     with pytest.raises(
         TrainingFailed,
         match=r"images_0+16 was not kept: cannot write s3://.*AccessDenied.*newest checkpoint is .*images_0+8; "
-        "the same command with --name live goes on",
+        "the same command with --name live continues",
     ):
         main(command)
     # A restart would only be refused again.
