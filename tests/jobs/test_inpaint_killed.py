@@ -138,8 +138,9 @@ def test_a_job_that_is_killed_and_the_next_one_that_loses_an_actor_leave_what_on
     summary = inpaint_all(InpaintConfig(**places, model=str(model_folder), **shape))
     killer.join(timeout=10)
     assert killed
-    assert before < COUNT
-    assert (summary.kept, summary.done + summary.kept, summary.failed) == (before, COUNT, 1)
+    # Three are a task there. The broken one may be settled too; rows of the task under way are lost.
+    assert 3 <= summary.kept <= before + 1 < COUNT
+    assert summary.failed == 1
     check(out, expected, str(summary))
 
 

@@ -162,7 +162,7 @@ def test_a_job_that_was_killed_leaves_what_the_next_one_completes_to_what_one_in
     assert whole["quarantine.jsonl"].count(b'"truncated"') == 1
     out = f"{place}/set"
     job = start(arguments, out, with_ray=False)
-    name, moment = moments(out, random.Random(number))[number]
+    name, moment = moments(out, random.Random(number + 1))[number]
     assert job.wait_for(moment), (name, job.said())
     job.kill()
     assert in_one_go(arguments, out) == whole, name
