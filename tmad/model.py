@@ -100,6 +100,7 @@ class TMAD(nn.Module):
         it and its bands of detail, cut from I^_s: intact pixels as they are, hole pixels of partly masked windows from
         the coarse result, as zeros would read as grey [D]. Without gradient: the memory is data."""
         o = self.config.overlap
+        # Detached: Eq. 5 differentiates S alone; T is data.
         source = with_details(coarse.detach(), self.config.patch_size)
         return cut(F.pad(source, (o,) * 4, mode="reflect"), pool_yx, self.config.patch_size + 2 * o)
 

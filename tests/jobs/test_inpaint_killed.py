@@ -42,7 +42,7 @@ IMAGES = {
 
 INLINE = """
 from jobs.inpaint import main
-from pipeline.cli import run_job
+from pipeline.runs.cli import run_job
 from pipeline.inpaint import run
 from tests.pipeline.test_inpaint_batch import fill_here
 

@@ -45,7 +45,7 @@ WITH_RAY = pytest.mark.parametrize(
 INLINE = """
 from pytest import MonkeyPatch
 from jobs.prepare import main
-from pipeline.cli import run_job
+from pipeline.runs.cli import run_job
 from tests.pipeline.test_contract import run_here
 
 run_here(MonkeyPatch())

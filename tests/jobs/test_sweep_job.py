@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from jobs.sweep import main
-from pipeline.cli import run_job
 from pipeline.config import DataConfig, from_json
 from pipeline.presets import smoke
+from pipeline.runs.cli import run_job
 from pipeline.sweep.config import SWEEP_PRESETS
 from pipeline.sweep.launch import _coarse
 from pipeline.tracking import mlflow_client

@@ -21,8 +21,8 @@ from pipeline.config import DataConfig, RunConfig, TrackingConfig
 from pipeline.data.collection import ImagesConfig
 from pipeline.errors import ConfigMismatch, StorageFailed, TrainingFailed
 from pipeline.models import load_any_model
+from pipeline.models.registry import register_model
 from pipeline.presets import smoke
-from pipeline.registry import register_model
 from pipeline.tracking import Tracker, mlflow_client, read_json_lines
 from pipeline.train.checkpoints import damage
 from pipeline.train.launch import train

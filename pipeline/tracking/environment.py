@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.cluster import ROOT
+from pipeline.runs.cluster import ROOT
 
 PACKAGES = ("tmad", "torch", "ray", "mlflow", "numpy", "pyarrow", "pillow", "pydantic", "safetensors", "fsspec")
 
