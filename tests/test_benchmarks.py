@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import carafe, carafe_forms, data, harness, inference, retrieval, training_step
+from benchmarks import carafe, carafe_forms, data, gpu, harness, inference, retrieval, training_step
 from benchmarks.harness import Options, Report, Table, Timing
 from tmad.carafe import reassemble
 from tmad.config import LossConfig, TMADConfig
@@ -226,3 +226,25 @@ def test_a_quick_run_of_the_training_job_compares_both_sides_on_one_and_two_work
     checkpoint = found["A checkpoint, smallest networks"]
     assert checkpoint["bytes"] > 0
     assert min(checkpoint["seconds"]) > 0
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_measures_every_row_and_goes_on_when_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(machine: gpu.Machine) -> gpu.Row:
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(gpu, "launches", broken)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    page, figures = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    rows = json.loads(figures.read_text())["rows"]
+    failed = {row["what"]: row["note"] for row in rows if row["failed"]}
+    assert failed == {"launches in a joint step": "failed: RuntimeError: broken on purpose"}
+    assert rows[-1]["what"].startswith("first step after start"), "the rows behind it were measured"
+    for row in rows:
+        assert f"| {row['what']} | " in page.read_text()
+        assert row["failed"] or row["figures"]
+    with_floors = [row["what"] for row in rows if row["floor"]]
+    for part in ("CARAFE forward", "CARAFE backward", "coarse step", "joint step", "one picture", "pictures of 512"):
+        assert any(what.startswith(part) for what in with_floors), part

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tmad.test_losses import equation_6, equation_7, flat, mean, region_twin, softplus, variation_twin
 from tests.tmad.test_retrieval import expected_distance_twin
@@ -809,6 +810,54 @@ def test_the_error_survives_the_way_between_processes() -> None:
     assert isinstance(error, NonFiniteLoss)
     assert str(error) == "3 steps in a row"
     assert error.terms == ("loss/l1",)
+
+
+class NeverWait(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: `.item()`, `float(tensor)`, `if tensor`, shapes out of values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique2"}, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("phase", ["coarse", "joint"])
+def test_a_step_never_waits_for_the_device(phase: str) -> None:
+    state = make_state()
+    # A GPU's steps are read one step late, from memory of the host.
+    state._late = 2
+    with NeverWait():
+        step(state, phase)
+        step(state, phase)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NeverWait():
+        float(torch.ones(()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("phase", ["coarse", "joint"])
+def test_pytorch_sees_no_wait_in_a_step_on_a_gpu(phase: str) -> None:
+    state = TrainingState(TRAINING, perceptual=Features(), device="cuda")
+    batch = make_batch().to(torch.device("cuda"))
+    step(state, phase, batch=batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(state, phase, batch=batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_is_read_a_step_late_is_counted_and_stops_the_run_all_the_same() -> None:
+    network = Poisoned()
+    state = TrainingState(with_optim(max_bad_steps=2), perceptual=network)
+    state._late = 1
+    train(state, 2)
+    assert (state.bad_steps, state.bad_step.images_seen) == (1, 0)
+    network.bad = False
+    with pytest.raises(NonFiniteLoss, match="images 0 to 4 of the run"):
+        train(state, 1)
+    assert (state.bad_steps, state.bad_step.images_seen) == (2, 2)
+    assert state.counters() == {"images_seen": 6, "steps": 3, "bad_steps": 2, "bad_steps_in_row": 0}
 
 
 # Continuation in memory; through files: test_checkpoint.py
