@@ -83,7 +83,7 @@ class DistributedWorkers:
         return result
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its mean over the workers, in one all-reduce of all of them, after the backward pass:
+        """Replace each gradient by its mean over the workers, in one all-reduce after the backward pass:
         hiding it behind that would gain a thousandth (docs/cost.md).
 
         The workers must give the same parameters with gradients, which fixed shapes guarantee.
