@@ -26,14 +26,13 @@ from pipeline.cli import parse, run_job
 
 def main(argv: Sequence[str]) -> int:
     """Parse *argv* and train the variants; returns the exit code."""
-    from pipeline.sweep.ablate import ABLATE_PRESETS, AblateConfig, ablate, as_sweep
+    from pipeline.sweep.ablate import ABLATE_PRESETS, AblateConfig, ablate, check
 
     command = parse(AblateConfig, argv, ABLATE_PRESETS, prog="python jobs/ablate.py", description=__doc__ or "")
     if command.dry_run:
         print(command.resolved())
-        _, points, labels = as_sweep(command.config)
-        for label, point in zip(labels, points, strict=True):
-            print(f"{label:20} {point}", file=sys.stderr)
+        for line in check(command.config):
+            print(line, file=sys.stderr)
         return 0
     done, table = ablate(command.config)
     print(table)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pipeline import storage
 from pipeline.cli import parse, run_job
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.evaluate import Evaluated, evaluate, export
+from pipeline.evaluation.evaluate import Evaluated, check, evaluate, export
 
 DESCRIPTION = """
 Measure a model on a prepared set, beside classical fills and the results of other methods. Crops and masks are those
@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     command = parse(EvaluateConfig, argv, prog="evaluate.py", description=DESCRIPTION)
     if command.dry_run:
         print(command.resolved())
+        for line in check(command.config):
+            print(line, file=sys.stderr)
         return 0
     if command.config.export is not None:
         count = export(command.config)

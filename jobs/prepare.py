@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.cli import parse, run_job
-from pipeline.data.prepare import PrepareConfig, prepare
+from pipeline.data.prepare import PrepareConfig, check, prepare
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = parse(PrepareConfig, argv, prog="prepare.py", description=__doc__ or "")
     if command.dry_run:
         print(command.resolved())
+        for line in check(command.config):
+            print(line, file=sys.stderr)
         return
     manifest = prepare(command.config)
     print(f"{command.config.out}: {manifest.records} records in {len(manifest.shards)} shards, {manifest.digest}")

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
 from pipeline.cli import parse, run_job
-from pipeline.promote import Decision, PromoteConfig, promote, roll_back
+from pipeline.promote import Decision, PromoteConfig, check, promote, roll_back
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     config = command.config
     if command.dry_run:
         print(command.resolved())
+        for line in check(config):
+            print(line, file=sys.stderr)
         return 0
     decision = roll_back(config) if config.rollback else promote(config)
     print(_shown(decision))

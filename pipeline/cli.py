@@ -7,6 +7,7 @@ a caller can cause into one line and exit code 1.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import dataclasses
@@ -17,6 +18,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
@@ -184,7 +186,7 @@ def _help_text(description: str, presets: Mapping[str, Callable[[], Any]]) -> st
         lines.append(f"  --preset NAME    start from a named configuration: {', '.join(presets)}")
     lines += [
         "  --config FILE    start from the config.json of an earlier run (file or URI)",
-        "  --dry-run        print the resolved configuration and stop",
+        "  --dry-run        print the resolved configuration, look at all that the job needs, and stop",
         "  --debug          show where an error came from",
     ]
     return "\n".join(lines)
@@ -200,19 +202,24 @@ def with_model(argv: Sequence[str]) -> list[str]:
 def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main(argv)` as a program: logging to stderr, errors as one line, exit code.
 
-    Exit code 1 with one line for `TMADError`, `ValueError` and what MLflow refuses, with the traceback for anything
-    unexpected or with `--debug`; 130 after Ctrl-C. SIGTERM (code 143) and the end of its terminal (129) end it as
-    Ctrl-C does, so that what a job holds is released.
+    Exit code 1 with one line for `TMADError`, `ValueError` and what MLflow refuses or Ray has lost, with the traceback
+    for anything unexpected or with `--debug`; 130 after Ctrl-C. SIGTERM (code 143) and the end of its terminal (129)
+    end it as Ctrl-C does, so that what a job holds is released.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     configure_logging()
     # `nohup` has the terminal's end ignored.
     heard = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
     _signals.clear()
+    _gone.clear()
     before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         code = main(arguments)
     except KeyboardInterrupt:
+        if _gone:
+            reason, _gone[0] = _gone[0], ""
+            log.error("%s", reason)
+            sys.exit(1)
         number = _signals[0] if _signals else signal.SIGINT
         log.error("stopped by %s; the same command goes on where it was", signal.Signals(number).name)
         sys.exit(128 + number)
@@ -220,7 +227,7 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         log.error("%s", one_line(error))
         sys.exit(128 + (error.details.get("signal") or signal.SIGTERM))
     except Exception as error:
-        if not isinstance(error, TMADError | ValueError) and not type(error).__module__.startswith("mlflow."):
+        if not isinstance(error, TMADError | ValueError) and not _of_a_library(error):
             raise
         if "--debug" in arguments:
             log.exception("failed")
@@ -241,6 +248,32 @@ def interrupt(number: int, _: Any = None) -> NoReturn:
     """End the job by signal *number*, as Ctrl-C does: Ray's waiting calls let no other exception of a handler pass."""
     _signals.append(number)
     raise KeyboardInterrupt
+
+
+_gone: list[str] = []
+"""Why the job cannot go on, found out by another thread than its own."""
+
+
+def give_up(reason: str, *, within_s: float) -> None:
+    """End the job with *reason* and exit code 1, from any thread: as Ctrl-C does, or, where the job does not come to
+    hear of it *within_s*, at once."""
+    _gone.append(reason)
+    _thread.interrupt_main()
+    time.sleep(within_s)
+    if _gone[0]:
+        log.error("%s", reason)
+    os._exit(1)
+
+
+def given_up() -> bool:
+    """Whether the job is being ended by `give_up`."""
+    return bool(_gone)
+
+
+def _of_a_library(error: Exception) -> bool:
+    """Whether *error* is what MLflow refuses or Ray has lost, which its message tells; what a task raised is not."""
+    task = any(kind.__name__ == "RayTaskError" for kind in type(error).__mro__)
+    return type(error).__module__.startswith(("mlflow.", "ray.")) and not task
 
 
 def configure_logging(run: str = "", rank: int | None = None) -> None:

@@ -18,7 +18,7 @@ import grpc
 import ray
 import torch
 
-from pipeline.cli import one_line, submitted
+from pipeline.cli import give_up, one_line, submitted
 from pipeline.errors import ClusterTooSmall, ClusterUnreachable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,13 @@ _TOO_SLOW = "timed out during startup"
 
 CONNECT_TIMEOUT_S = 5.0
 """A cluster has so long to take a connection before it is called absent."""
+
+KNOCK_S = 5.0
+"""Seconds between two looks at whether a joined cluster is there."""
+
+LOST_AFTER_S = 30.0
+"""A joined cluster that has not answered for so long is gone. Ray gives it a minute and then ends the process, without
+a word and without giving back what a job holds."""
 
 CLIENT_PORT = 10001
 """Of `ray://host`."""
@@ -60,6 +67,8 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    # Ray's C++ writes errors on the user's terminal, of Ray Data's own actors too; nobody there can do anything.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # An embedded Ray without dashboard has Ray Train complain of that once a second, in every worker's stderr; training
     # brings its own log lines to the driver, and Ray's session logs keep the rest.
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
@@ -80,6 +89,7 @@ def _start_or_join(dashboard: bool, object_store_bytes: int, quiet: dict[str, An
         try:
             _knock(address)
             ray.init(runtime_env=runtime_env, **quiet)
+            threading.Thread(target=_watch, args=(address,), name="cluster", daemon=True).start()
         except (OSError, RuntimeError, ValueError) as error:
             raise ClusterUnreachable(
                 f"no Ray cluster at {address} (RAY_ADDRESS): {one_line(error)}; start it, correct RAY_ADDRESS, or "
@@ -138,19 +148,40 @@ def available() -> dict[str, float]:
 def _knock(address: str) -> None:
     """Raise `OSError` unless a Ray may listen at `[ray://]host[:port]`: Ray itself asks for minutes, in lines of its
     own."""
-    place = urlsplit(address if "://" in address else f"//{address}")
-    port = place.port or (CLIENT_PORT if place.scheme == "ray" else None)
-    if not place.hostname or not port:
+    if (place := _host_and_port(address)) is None:
         return  # Ray says at once what is wrong with it
-    socket.create_connection((place.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
+    socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
     if os.environ.get("RAY_USE_TLS", "0") == "0":
-        with grpc.insecure_channel(f"{place.hostname}:{port}") as channel:
+        with grpc.insecure_channel("{}:{}".format(*place)) as channel:
             try:
                 grpc.channel_ready_future(channel).result(timeout=CONNECT_TIMEOUT_S)
             except grpc.FutureTimeoutError:
                 raise ConnectionError(
                     f"what listens there is no Ray, or is silent for {CONNECT_TIMEOUT_S:g} s"
                 ) from None
+
+
+def _host_and_port(address: str) -> tuple[str, int] | None:
+    place = urlsplit(address if "://" in address else f"//{address}")
+    port = place.port or (CLIENT_PORT if place.scheme == "ray" else None)
+    return (place.hostname, port) if place.hostname and port else None
+
+
+def _watch(address: str) -> None:
+    """End the job when nobody takes connections at *address* any more; a cluster that is slow still does."""
+    place, last = _host_and_port(address), time.monotonic()
+    while place is not None and ray.is_initialized():
+        time.sleep(KNOCK_S)
+        try:
+            socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
+            last = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - last > LOST_AFTER_S and ray.is_initialized():
+                give_up(
+                    f"the Ray cluster at {address} is gone ({one_line(error)}); on one that is there the same command "
+                    "goes on where it was",
+                    within_s=LOST_AFTER_S / 3,
+                )
 
 
 def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:

@@ -23,9 +23,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
-from pipeline.claim import Claim, claim_folder
+from pipeline.claim import Claim, claim_folder, holder_of
 from pipeline.cli import one_line
 from pipeline.config import check_registered
+from pipeline.data.schema import read_manifest
 from pipeline.errors import ModelNotFound, NotPromoted, TMADError
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
@@ -148,6 +149,20 @@ def promote(config: PromoteConfig) -> Decision:
     raise NotPromoted(
         f"the alias {config.alias} of {config.name} was moved {ATTEMPTS} times while it was compared with"
     )
+
+
+def check(config: PromoteConfig) -> list[str]:
+    """What a promotion with this configuration would compare, in lines; nothing is written. Raises as `promote`."""
+    client, _ = _client(config)
+    version, champion = _candidate(client, config), _holder(client, config)
+    theirs = holder_of(storage.join(storage.absolute(config.out), config.name))
+    waits = [f"another promotion of {config.name} is under way: {theirs}"] if theirs is not None else []
+    if config.rollback:
+        return [*waits, f"{config.name}@{config.alias} is version {champion or 'none'}"]
+    manifest = read_manifest(config.data)
+    against = f"version {champion}, which has the alias" if champion else "nobody, as the first"
+    images = min(manifest.records, config.limit or manifest.records)
+    return [*waits, f"version {version} of {config.name} against {against}, on {images} images"]
 
 
 def roll_back(config: PromoteConfig) -> Decision:

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -172,7 +173,7 @@ def read_bytes(uri: str) -> bytes:
     """The whole file, of the size that storage says it has. Raises `MissingInput` if it is not there, `StorageFailed`
     for any other trouble."""
     if not is_remote(uri):
-        return _guard(uri, "read", Path(absolute(uri)).read_bytes)
+        return _guard(uri, "read", lambda: _read_local(uri))
     fs, path = file_system(uri)
     # Nearly all that is read from S3 is small: without asking for its size first, that is half the requests.
     begin = _begin(uri) if uri.startswith(s3.SCHEMES) else b""
@@ -189,6 +190,14 @@ def read_bytes(uri: str) -> bytes:
         return begin + b"".join(read_range(uri, *part) for part in parts)
     with ThreadPoolExecutor(_PART_READERS, thread_name_prefix="read") as pool:
         return begin + b"".join(pool.map(lambda part: read_range(uri, *part), parts))
+
+
+def _read_local(uri: str) -> bytes:
+    # A pipe would be waited for without end, and some devices have none.
+    with open(os.open(absolute(uri), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise MissingInput(f"cannot read {redact(uri)}: it is no file")
+        return file.read()
 
 
 def _begin(uri: str) -> bytes:
@@ -383,6 +392,8 @@ class Listed:
     """A text that changes when the file is replaced."""
     link: bool = False
     """A symbolic link to a folder, which is not followed."""
+    special: bool = False
+    """A pipe, a socket or a device."""
 
 
 def listing(uri: str) -> dict[str, Listed]:
@@ -393,7 +404,11 @@ def listing(uri: str) -> dict[str, Listed]:
     if not found:
         _check_folder(uri)
     return {
-        key: Listed(int(info["size"] or 0), _version(info), bool(info.get("islink")) and os.path.isdir(info["name"]))
+        key: Listed(
+            *(int(info["size"] or 0), _version(info)),
+            link=bool(info.get("islink")) and os.path.isdir(info["name"]),
+            special=info["type"] == "other" and not info.get("islink"),
+        )
         for key, info in sorted(found.items())
     }
 

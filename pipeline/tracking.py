@@ -174,6 +174,18 @@ def check_tracking(uri: str | None) -> str:
     return f"{shown} answers"
 
 
+def check_run(uri: str, run_id: str) -> None:
+    """Raise `TrackingUnreachable`, or `ValueError` if MLflow at *uri* has no run *run_id* that can be written to."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = mlflow_client(uri).get_run(run_id)
+    except MlflowException as error:
+        raise ValueError(f"no MLflow run {run_id!r} at {storage.redact(uri)}: {one_line(error)}") from error
+    if run.info.lifecycle_stage == "deleted":
+        raise ValueError(f"the MLflow run {run_id!r} at {storage.redact(uri)} was deleted; restore it or name another")
+
+
 def wait_for_tracking(uri: str | None, wait_s: float) -> None:
     """Return when the server at *uri* answers; raises `TrackingUnreachable` if it does not within *wait_s*."""
     deadline, announced = time.monotonic() + wait_s, False

@@ -147,6 +147,15 @@ def test_every_kind_of_error_has_its_place_in_troubleshooting() -> None:
     assert set(re.findall(r"^### (\w+)$", page, re.M)) == kinds
 
 
+def test_the_tests_that_hold_each_fault_exist() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text()
+    entries = {int(number): line for number, line in re.findall(r"^\| (\d+) \|(.*)$", page, re.M)}
+    assert list(entries) == list(range(1, 36))
+    held = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page)
+    assert all("::test_" in line for line in entries.values())
+    assert [one for one in held if not re.search(rf"^def {one[1]}\(", (ROOT / one[0]).read_text(), re.M)] == []
+
+
 def test_the_dashboard_is_written_by_its_script_and_shows_metrics_that_are_exported() -> None:
     assert dashboard.FILE.read_text() == dashboard.text()
     sources = [path.read_text() for part in ("tmad", "pipeline") for path in (ROOT / part).rglob("*.py")]

@@ -29,6 +29,8 @@ _PNG_FIRST = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"sBIT", b"mDCV", b"c
 _XMP_IN_PNG = b"XML:com.adobe.xmp"
 
 _JPEG_NAMES = {0xE0: "JFIF", 0xED: "IPTC", 0xEE: "Adobe", 0xFE: "comment"}
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.S)
+"""Not those that stand among the pixels, or without a length."""
 _JP2_IDS = {
     b"\xbe\x7a\xcf\xcb\x97\xa9\x42\xe8\x9c\x71\x99\x94\x91\xe3\xaf\xac": "XMP",
     b"JpgTiffExif->JP2": "EXIF",
@@ -60,8 +62,24 @@ def parts(data: bytes, kind: str) -> Parts:
     found = {"PNG": _png_parts, "JPEG": _jpeg_parts, "MPO": _jpeg_parts, "TIFF": _tiff_parts, "WEBP": _webp_parts}
     found |= {"GIF": _gif_parts, "JPEG2000": _jp2_parts, "BMP": _bmp_parts, "PPM": _ppm_parts}
     with suppress(struct.error, ValueError, IndexError, zlib.error):
-        return [part for part in found.get(kind, lambda _: [])(data) if part[1]]
+        behind = ("data behind the picture", _behind(data, kind))
+        return [part for part in [*found.get(kind, lambda _: [])(data), behind] if part[1]]
     return []
+
+
+def _behind(data: bytes, kind: str) -> bytes:
+    """What follows where a file of this format ends, as the film of a phone's photograph does. It shows what was
+    removed, and is not kept."""
+    end = len(data)
+    if kind == "PNG":
+        end = len(_PNG) + sum(12 + len(body) for _, body in png_chunks(data))
+    elif kind == "JPEG":
+        end = _jpeg_end(data)
+    elif kind == "GIF":
+        end = [last for _, _, last in _gif_blocks(data)][-1] + 1
+    elif kind == "WEBP":
+        end = 8 + int.from_bytes(data[4:8], "little")
+    return data[end:].strip(b"\0")
 
 
 def graft(data: bytes, original: bytes, kind: str) -> bytes:
@@ -109,6 +127,8 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     while place + 12 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
         yield name, data[place + 8 : place + 8 + length]
+        if name == b"IEND":
+            return
         place += 12 + length
 
 
@@ -182,6 +202,17 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes]]:
         length = int.from_bytes(data[place + 2 : place + 4], "big")
         yield marker, data[place + 4 : place + 2 + length]
         place += 2 + length
+
+
+def _jpeg_end(data: bytes) -> int:
+    """Where the mark of the picture's end stands, and after it."""
+    place = 2
+    while found := _JPEG_MARKER.search(data, place):
+        place = found.end()
+        if found[0] == b"\xff\xd9":
+            return place
+        place += int.from_bytes(data[place : place + 2], "big")
+    return len(data)
 
 
 def _jpeg_extra(data: bytes) -> Iterator[tuple[str, int, bytes]]:
@@ -406,7 +437,7 @@ def riff_names(data: bytes) -> list[bytes]:
 
 def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     place = 12
-    while place + 8 <= len(data):
+    while place + 8 <= min(len(data), 8 + int.from_bytes(data[4:8], "little")):
         name, length = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
         yield name, data[place + 8 : place + 8 + length]
         place += 8 + length + length % 2

@@ -55,6 +55,7 @@ def training_batches(
     reader: Any = None,
     results: Results | None = None,
     pool_size: int | None = None,
+    pinned: bool = False,
 ) -> Iterator[Batch]:
     """This rank's part of every global batch of *batch_images*, from *start_images* until *total_images* are reached.
 
@@ -67,7 +68,8 @@ def training_batches(
     batch_images) batches, all of them full, the same number on every rank. Masks: variant epoch mod K.
 
     *num_cells* is N_ps; *results* are somebody's, which go into the batches; *pool_size* takes so many windows of each
-    image's memory, its first ones, none = all: they are the memory that a smaller one would be. Raises `ValueError`
+    image's memory, its first ones, none = all: they are the memory that a smaller one would be; *pinned*: batches are
+    handed over in memory that a GPU reads by itself. Raises `ValueError`
     if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the set was prepared for another
     *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating, and for a live set what `live_tables`
     raises.
@@ -99,7 +101,7 @@ def training_batches(
             whole = {**place, "rank": 0, "world_size": 1}
             read = partial(draw_after, read=partial(read_portion, folder=folder, **whole), **draws)
             tables = shared_tables(reader, portions, read, seed=seed, ahead=max(_READS_AHEAD, world_size), **place)
-    return _decoded(_regrouped(tables, mine), decode_threads, prefetch_batches, results, pool_size)
+    return _decoded(_regrouped(tables, mine), decode_threads, prefetch_batches, results, pool_size, pinned)
 
 
 def evaluation_batches(
@@ -139,7 +141,7 @@ def evaluation_batches(
     )
     drawn = partial(with_draws, seed=0, patch_size=manifest.patch_size, num_cells=num_cells, flip=False)
     tables = (drawn(pa.Table.from_pylist(group, schema=ROWS)) for group in _grouped(rows, mine))
-    return _decoded(tables, decode_threads, prefetch_batches, results, pool_size)
+    return _decoded(tables, decode_threads, prefetch_batches, results, pool_size, False)
 
 
 def _open_set(manifest_uri: str, patch_size: int | None) -> tuple[Manifest, str]:
@@ -190,7 +192,7 @@ def _regrouped(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 def _decoded(
-    tables: Iterable[pa.Table], threads: int, ahead: int, results: Results | None, pool_size: int | None
+    tables: Iterable[pa.Table], threads: int, ahead: int, results: Results | None, pool_size: int | None, pinned: bool
 ) -> Iterator[Batch]:
     """Decode *ahead* batches before they are asked for, each in one thread: threads that share a batch wait for the
     interpreter lock more than they decode."""
@@ -198,7 +200,7 @@ def _decoded(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         for table in tables:
-            pending.append(pool.submit(_batch, table, results, pool_size))
+            pending.append(pool.submit(_batch, table, results, pool_size, pinned))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
@@ -207,7 +209,7 @@ def _decoded(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _batch(table: pa.Table, results: Results | None, pool_size: int | None) -> Batch:
+def _batch(table: pa.Table, results: Results | None, pool_size: int | None, pinned: bool) -> Batch:
     """The batch of rows that `fetch.with_draws` gave, with somebody's *results* if there are any, and the first
     *pool_size* windows of each memory."""
     size = len(table)
@@ -232,7 +234,7 @@ def _batch(table: pa.Table, results: Results | None, pool_size: int | None) -> B
             filled[place] = mirror(result) if mirrored else result
     pools = matrix(table["pool_yx"]).reshape(size, -1, 2)[:, :pool_size]
     masks = np.unpackbits(matrix(table["mask"]), axis=1, count=height * width)
-    return Batch(
+    batch = Batch(
         image_id=table["image_id"].to_pylist(),
         image=torch.from_numpy(images).permute(0, 3, 1, 2),
         mask=torch.from_numpy(masks.reshape(size, 1, height, width)),
@@ -241,3 +243,4 @@ def _batch(table: pa.Table, results: Results | None, pool_size: int | None) -> B
         mix=torch.from_numpy(matrix(table["mix"]).copy()),
         filled=None if filled is None else torch.from_numpy(filled).permute(0, 3, 1, 2),
     )
+    return batch.pinned() if pinned else batch

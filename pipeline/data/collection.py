@@ -17,7 +17,6 @@ from pipeline.data.sources.choose import open_source
 from pipeline.errors import MissingInput, StorageFailed
 from pipeline.storage import UnsafeName, absolute, join
 from tmad.config import STRICT, MemoryConfig, PositiveInt
-from tmad.holes import MaskRule
 from tmad.images import UnreadableImage
 
 OUTAGES = ("bucket", "credentials", "endpoint", "connection", "timeout", "server", "full")
@@ -118,7 +117,8 @@ def open_collection(
         keys=keys,
         masks=crops.masks,
         mask_column=crops.mask_column,
-        rule=MaskRule(crops.mask_hole),
+        rule=crops.mask_rule,
+        scaled=crops.scale_masks,
         masks_per_image=crops.masks_per_image,
         cache=join(cache, "mask_index.arrow") if cache else None,
     )

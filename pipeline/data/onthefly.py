@@ -88,13 +88,16 @@ class Photographs:
     def manifest(self) -> Manifest:
         """That of the set that preparation would make if it left nothing out; a shard's file is its first record.
 
-        Its digest names keys, their masks' names and settings, not the bytes of the images, which nobody has read.
+        Its digest names keys, their masks' names, the sizes of their files and settings, not the bytes of the images,
+        which nobody has read; nor their times, which are others where the same photographs have been copied to.
         """
         config, crops = self.config, self.records.crops_per_image
+        sizes = [one.partition(" ")[0] for one in self.source.versions(self.keys.to_pylist())]
         shards = []
         for first in range(0, len(self.keys), config.images_per_shard):
             part = self.keys[first : first + config.images_per_shard].to_pylist()
-            made_of = json.dumps([part, self.masks.made_of(part) if self.masks else None])
+            masks = self.masks.made_of(part) if self.masks else None
+            made_of = json.dumps([part, sizes[first : first + config.images_per_shard], masks])
             digest = hashlib.sha256(made_of.encode()).hexdigest()
             shards.append(Shard(str(first * crops), len(part) * crops, 0, digest, part[0], part[-1]))
         settings = json.loads(json.dumps(asdict(config) | asdict(self.records)))

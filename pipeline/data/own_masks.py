@@ -22,7 +22,7 @@ from PIL import Image
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
 from pipeline.data.sources.parquet import ParquetTable
-from pipeline.errors import CorruptSource, MissingInput
+from pipeline.errors import MissingInput
 from pipeline.storage import absolute, redact
 from tmad.holes import PLAIN_MASK, EmptyMaskWarning, MaskRule, UnusableInput, hole_mask, mask_grey, scaled_hole
 from tmad.holes import Colour as Colour
@@ -39,7 +39,8 @@ def check_mask_settings(
     mask_from: MaskFrom,
     *,
     family: str | None,
-    mask_hole: Colour,
+    rule: MaskRule,
+    scaled: bool,
     masks: str | None,
     mask_column: str | None,
     masks_per_image: int,
@@ -54,12 +55,19 @@ def check_mask_settings(
     if (mask_column is not None) != (mask_from == "column"):
         lacks = "needs mask_column, its name" if mask_column is None else "does not use mask_column"
         raise ValueError(f"mask_from={mask_from} {lacks}; mask_column goes with mask_from column")
-    if mask_hole != "white" and mask_from in ("family", "alpha"):
+    if rule.hole != "white" and mask_from in ("family", "alpha"):
         what = "the transparent part is the hole" if mask_from == "alpha" else "generated masks have no colour"
         raise ValueError(
-            f"mask_hole cannot be {mask_hole} with mask_from={mask_from}: {what}; it goes with mask_from paired, "
+            f"mask_hole cannot be {rule.hole} with mask_from={mask_from}: {what}; it goes with mask_from paired, "
             "random or column"
         )
+    if replace(rule, hole="white") != PLAIN_MASK and mask_from in ("family", "alpha"):
+        raise ValueError(
+            f"mask_value and mask_threshold do not go with mask_from={mask_from}; they go with masks that are "
+            "pictures: mask_from paired, random or column"
+        )
+    if scaled and mask_from not in ("paired", "column"):
+        raise ValueError(f"scale_masks does not go with mask_from={mask_from}; it goes with mask_from paired or column")
     if family is not None and mask_from != "family":
         raise ValueError(f"mask_from={mask_from} does not use mask (got {family!r}); mask goes with mask_from family")
     if masks_per_image > 1 and mask_from in ("alpha", "column"):
@@ -73,7 +81,7 @@ def check_mask_settings(
 class OwnMasks:
     """Where masks lie and which of their colours is the hole; picklable, because workers read from it.
 
-    A mask belongs to the image `a/b.jpg` if its key is `a/b` with any ending, or lies in the folder `a/b/`.
+    Masks belong to the image `a/b.jpg` whose key is `a/b` with any ending, or that lie in the folder `a/b/`.
     """
 
     source: Source
@@ -105,6 +113,19 @@ class OwnMasks:
             return [self.of_image(key) for key in keys]
         return self._names_digest
 
+    def versions(self, keys: Sequence[str]) -> list[str]:
+        """For each of the images *keys* a text that changes when one of its masks, or of those it may get, does."""
+        if self.names is None:
+            return self.source.versions(keys)
+        if self.stems is None:
+            names = self.names.to_pylist()
+            text = "\0".join(f"{name}\0{one}" for name, one in zip(names, self.source.versions(names), strict=True))
+            return [hashlib.sha256(text.encode()).hexdigest()] * len(keys)
+        masks = [self.of_image(key) for key in keys]
+        flat = [name for one in masks for name in one]
+        known = dict(zip(flat, self.source.versions(flat), strict=True))
+        return [str([(name, known[name]) for name in one]) for one in masks]
+
     @cached_property
     def _names_digest(self) -> str | None:
         if self.names is None:
@@ -122,12 +143,13 @@ def open_masks(
     mask_column: str | None,
     rule: MaskRule,
     masks_per_image: int,
+    scaled: bool = False,
     cache: str | None = None,
 ) -> OwnMasks | None:
     """The masks that these settings name for the images *keys* of *images* at *source*; none if none are read.
 
-    Raises `MissingInput` if there is no mask, or none for any image; `CorruptSource` if two masks have the same name;
-    `ValueError` if there are fewer masks than *masks_per_image*, or for places that cannot be.
+    Raises `MissingInput` if there is no mask, or none for any image, and `ValueError` if there are fewer masks than
+    *masks_per_image*, or for places that cannot be.
     """
     if mask_from == "column":
         if not isinstance(images, ParquetTable):
@@ -137,7 +159,7 @@ def open_masks(
             )
         column = replace(images, image_column=mask_column, label_column=None, image_setting="mask_column")
         column.keys()
-        return OwnMasks(column, redact(source), rule)
+        return OwnMasks(column, redact(source), rule, scaled)
     if masks is None:
         return None
     place = absolute(masks)
@@ -153,8 +175,8 @@ def open_masks(
                 f"masks_per_image must be at most the number of masks in {redact(place)} ({len(names)}), "
                 f"got {masks_per_image}"
             )
-        return OwnMasks(opened, redact(place), rule, names=pa.array(names, pa.large_string()))
-    paired = _pair(opened, redact(place), names, rule, keys)
+        return OwnMasks(opened, redact(place), rule, scaled, names=pa.array(names, pa.large_string()))
+    paired = replace(_pair(opened, redact(place), names, rule, keys), scaled=scaled)
     if not any(paired.of_image(key) for key in keys):
         raise MissingInput(
             f"no image has a mask in {redact(place)}: looked for {', '.join(map(repr, map(stem_of, keys[:_SHOWN])))} "
@@ -171,16 +193,9 @@ def stem_of(key: str) -> str:
 
 def _pair(source: Source, place: str, names: Sequence[str], rule: MaskRule, keys: Sequence[str]) -> OwnMasks:
     own = {stem_of(key) for key in keys}
-    by_stem: dict[str, str] = {}
     pairs = []
     for name in names:
         stem = stem_of(name)
-        if stem in by_stem:
-            raise CorruptSource(
-                f"two masks of {place} have one name: {by_stem[stem]!r} and {name!r}; a/b.png is the mask of a/b.jpg, "
-                "several go into a folder a/b/"
-            )
-        by_stem[stem] = name
         folder = stem.rpartition("/")[0]
         pairs.append((folder if folder in own and stem not in own else stem, name))
     pairs.sort()
@@ -321,8 +336,9 @@ def mask_warnings(counts: Mapping[str, int], mask_from: MaskFrom, hole: Colour) 
         found.append(f"in {counts['mostly_hole']} of {total} masks the hole is more than half of the picture: {advice}")
     if counts["grey"]:
         what = "alpha channels are partly transparent" if mask_from == "alpha" else "masks are not only black and white"
+        where = "in the middle" if mask_from == "alpha" else "by mask_threshold"
         found.append(
-            f"{counts['grey']} of {total} {what}: values between 0 and 255 are parted at 128; lossless files with two "
+            f"{counts['grey']} of {total} {what}: values between 0 and 255 are parted {where}; lossless files with two "
             "values leave nothing to chance"
         )
     if counts["unreadable"]:

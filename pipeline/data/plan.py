@@ -48,17 +48,18 @@ class ShardPlan:
         return [index for index, _ in self._parts()]
 
     def inputs(self, source: Source, config: PrepareConfig, masks: OwnMasks | None = None) -> dict[int, str]:
-        """For each shard what identifies the things that it is made of, 16 hex: settings, keys, labels, masks."""
+        """For each shard what identifies the things that it is made of, 16 hex: settings, keys, labels, and the files
+        of images and masks as they are now, told from listings."""
         settings = json.dumps([SCHEMA_VERSION, config.settings()], sort_keys=True)
         labels = source.labels(self.table["key"].chunk(0))
+        keys = self.table["key"].to_pylist()
+        versions = [source.versions(keys), *([masks.versions(keys)] if masks is not None else [])]
         found = {}
         for index, rows in self._parts():
             part = self.table["key"].chunk(0)[rows].to_pylist()
-            made_of: list[Any] = [settings, part]
+            made_of: list[Any] = [settings, part, *(some[rows] for some in versions)]
             if (here := labels[rows]).null_count < len(part):
                 made_of.append(here.to_pylist())
-            if masks is not None:
-                made_of.append(masks.made_of(part))
             found[index] = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
         return found
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipeline import observe
-from pipeline.claim import Claim, claim_folder
-from pipeline.data.collection import open_collection
+from pipeline.claim import Claim, claim_folder, holder_of
+from pipeline.data.collection import UNUSABLE, drop_of, open_collection
 from pipeline.data.contract_report import write_report
 from pipeline.data.copies import Facts, find_copies, read_facts, read_other_facts
 from pipeline.data.evaluation_set import LISTING_NAME, listing
-from pipeline.data.own_masks import join_counts, mask_warnings
+from pipeline.data.own_masks import MaskReader, join_counts, mask_warnings
 from pipeline.data.plan import PLAN_NAME, ShardPlan, extend_plan, read_plan
 from pipeline.data.prepare_config import PrepareConfig as PrepareConfig
 from pipeline.data.receipts import (
@@ -31,15 +33,18 @@ from pipeline.data.receipts import (
     unplanned_files,
     with_copies,
 )
-from pipeline.data.schema import MANIFEST_NAME, SCHEMA_VERSION, Manifest, set_folder
+from pipeline.data.records import make_records
+from pipeline.data.schema import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest, set_folder
 from pipeline.data.shards import ShardMaker, leave_out_copies, make_shards
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
-from pipeline.errors import ConfigMismatch, MissingInput, TooManyBadImages, WrongCount
+from pipeline.errors import ConfigMismatch, FolderInUse, MissingInput, TooManyBadImages, WrongCount
 from pipeline.storage import absolute, exists, file_sizes, join, read_bytes, redact
 
 logger = logging.getLogger(__name__)
 
+CHECKED = 256
+"""Photographs that are read before a job."""
 PROGRESS_S = 5.0
 """Seconds between two progress lines."""
 
@@ -53,11 +58,45 @@ def prepare(config: PrepareConfig) -> Manifest:
     says, `ConfigMismatch` if the folder holds a set made with other settings, `FolderInUse` if another job writes
     to it.
     """
-    out = absolute(config.out)
-    if config.against is not None and set_folder(absolute(config.against)) == out:
-        raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
-    with claim_folder(out, expiry_s=config.claim_expiry_s) as claim:
+    _check_against(config)
+    with claim_folder(absolute(config.out), expiry_s=config.claim_expiry_s) as claim:
         return _prepare(config, claim)
+
+
+def check(config: PrepareConfig) -> list[str]:
+    """What a preparation with this configuration would find, in lines; nothing is written and Ray is not started.
+
+    Photographs and their masks are read, up to `CHECKED` of them evenly over the collection. Raises as `prepare`.
+    """
+    _check_against(config)
+    out = absolute(config.out)
+    if config.against is not None:
+        read_manifest(config.against)
+    if (theirs := holder_of(out)) is not None:
+        raise FolderInUse(f"another job writes to {redact(out)}: {theirs}")
+    collection = open_collection(config.source, config, config, label_column=config.label_column)
+    _compare_settings(out, config)
+    there = read_plan(out)
+    plan = extend_plan(there, collection.keys, config)
+    lines = [f"{len(plan)} images in {len(plan.shards())} shards, {len(there) if there else 0} of them planned before"]
+    if beside := collection.source.beside():
+        lines.append(f"{len(beside)} files beside them are no images, e.g. {next(iter(beside))!r}")
+    step = max(1, math.ceil(len(collection.keys) / CHECKED))
+    looked, reasons = collection.keys[::step], Counter[str]()
+    reader = MaskReader(collection.masks, max_pixels=config.max_pixels)
+    for key in looked:
+        try:
+            make_records(key, collection.source.read(key), config, masks=reader)
+        except UNUSABLE as error:
+            reasons[drop_of(key, error, 0)["reason"]] += 1
+    lines.append(f"{len(looked)} were read: {len(looked) - reasons.total()} can be used")
+    lines += [f"{count} {reason}" for reason, count in reasons.most_common()]
+    return [*lines, *mask_warnings(join_counts([reader.counts]), config.mask_from, config.mask_hole)]
+
+
+def _check_against(config: PrepareConfig) -> None:
+    if config.against is not None and set_folder(absolute(config.against)) == absolute(config.out):
+        raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
 
 
 def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
@@ -149,20 +188,28 @@ def _tell(manifest: Manifest, receipts: Mapping[int, dict[str, Any]], config: Pr
 
 def _settle_settings(claim: Claim, config: PrepareConfig) -> None:
     """Write `settings.json`, or compare with the one that is there."""
-    uri = join(claim.folder, "settings.json")
-    mine = {"schema_version": SCHEMA_VERSION, **config.settings()}
+    if not _compare_settings(claim.folder, config):
+        claim.write("settings.json", (json.dumps(_identity(config), indent=2, sort_keys=True) + "\n").encode())
+
+
+def _identity(config: PrepareConfig) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, **config.settings()}
+
+
+def _compare_settings(out: str, config: PrepareConfig) -> bool:
+    """Whether a set with these settings was begun there. Raises `ConfigMismatch` for one with others."""
+    uri, mine = join(out, "settings.json"), _identity(config)
     if not exists(uri):
-        claim.write("settings.json", (json.dumps(mine, indent=2, sort_keys=True) + "\n").encode())
-        return
+        return False
     theirs = json.loads(read_bytes(uri))
     names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
     if names:
         shown = "; ".join(f"{name} was {theirs.get(name)!r}, now {mine.get(name)!r}" for name in names)
         raise ConfigMismatch(
-            f"{redact(claim.folder)} holds a set prepared with other settings ({shown}); choose another out or "
-            "remove it",
+            f"{redact(out)} holds a set prepared with other settings ({shown}); choose another out or remove it",
             differences={name: (theirs.get(name), mine.get(name)) for name in names},
         )
+    return True
 
 
 def _settle_plan(claim: Claim, keys: Sequence[str], config: PrepareConfig) -> ShardPlan:

@@ -97,6 +97,9 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
         for name in ("root", "image_column", "key_column", "label_column", "masks", "mask_column", "against"):
             if values[name] is None:
                 del values[name]
+        for name in ("mask_value", "mask_threshold", "scale_masks"):
+            if values[name] == type(self).__dataclass_fields__[name].default:
+                del values[name]
         for name in ("mask_from", "mask_hole") if self.mask_from == "family" else ("mask",):
             del values[name]
         if not self.pool_pixels:

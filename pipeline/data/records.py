@@ -17,10 +17,11 @@ from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.data.own_masks import Colour, MaskFrom, MaskReader, check_hole, check_mask_settings
+from pipeline.data.own_masks import MaskFrom, MaskReader, check_hole, check_mask_settings
 from pipeline.data.photograph import Photograph, open_photograph
 from pipeline.data.schema import pack_mask
 from tmad.config import STRICT, MemoryConfig, PositiveInt
+from tmad.holes import MASK_THRESHOLD, Colour, MaskRule, MaskValue
 from tmad.images import MAX_PIXELS, crop_scaled, scaled_size
 from tmad.masks import MASKS, draw_mask
 from tmad.memory import select_pool
@@ -58,6 +59,13 @@ class CropConfig:
     """For mask_from column, the column with the encoded masks."""
     mask_hole: Colour = "white"
     """For mask_from paired, random and column, the colour of the hole in the masks; it is never guessed."""
+    mask_value: MaskValue = "grey"
+    """What of a mask counts: `grey`, its brightest channel; `nonzero`, all that is not 0, such as labels; `alpha`, its
+    alpha channel, where opaque is white."""
+    mask_threshold: Annotated[int, Field(ge=0, le=254)] = MASK_THRESHOLD
+    """Values of a mask above it are white, on a scale to 255."""
+    scale_masks: bool = False
+    """Bring masks to the size of their images (nearest pixel), instead of leaving out images with one of another."""
     masks_per_image: PositiveInt = 1
     """Holes drawn for each crop; epoch e trains with number e modulo this."""
     encoding: Literal["jpeg", "png", "webp"] = "jpeg"
@@ -76,11 +84,17 @@ class CropConfig:
         check_mask_settings(
             self.mask_from,
             family=None if self.mask == _FAMILY else self.mask,
-            mask_hole=self.mask_hole,
+            rule=self.mask_rule,
+            scaled=self.scale_masks,
             masks=self.masks,
             mask_column=self.mask_column,
             masks_per_image=self.masks_per_image,
         )
+
+    @property
+    def mask_rule(self) -> MaskRule:
+        """How masks are read."""
+        return MaskRule(self.mask_hole, self.mask_value, self.mask_threshold)
 
     @property
     def short_sides(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.data.schema import set_folder
 from pipeline.storage import absolute, redact
+from pipeline.tracking import resolve_tracking_uri
 from tmad.config import STRICT, PositiveInt
 from tmad.metrics import MEASURES
 
@@ -122,7 +123,8 @@ class EvaluateConfig:
     @property
     def tracking(self) -> str | None:
         """`tracking_uri`, resolved."""
-        return self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        return None if uri is None else resolve_tracking_uri(uri, "")
 
     @property
     def needs_model(self) -> bool:

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.claim import claim_folder
+from pipeline.claim import claim_folder, holder_of
 from pipeline.data.schema import read_manifest
+from pipeline.errors import FolderInUse
 from pipeline.evaluation.compare import REPORT, Comparison, compare, folder_of, read_summary
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.external import export_inputs
-from pipeline.evaluation.measure import Evaluation, measure_set
+from pipeline.evaluation.measure import Evaluation, Opened, measure_set, open_inputs
 from pipeline.evaluation.page import markdown, sections
 from pipeline.evaluation.pictures import Shown, choose, paint
 from pipeline.report.page import render
 from pipeline.report.pictures import Row, picture_grid, png_bytes
 from pipeline.storage import absolute, join, read_bytes, redact
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, check_run
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,13 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     """Measure what is asked for and write into `config.out`: per_image/ (Parquet), results/, report.html, report.md,
     report.json, timing.json, pictures.png. report.json comes last and says that it is complete.
 
-    Raises what `measure_set` and `compare` raise, and `FolderInUse` if another job writes there.
+    Raises what `open_inputs`, `measure_set` and `compare` raise, `TrackingUnreachable`, and `FolderInUse` if another
+    job writes there.
     """
-    if config.against is not None:
-        if folder_of(config.against) == absolute(config.out):
-            raise ValueError(f"against must be another evaluation than out, got {redact(config.out)} for both")
-        read_summary(config.against)  # before hours of work
+    opened = _open(config)
     with claim_folder(config.out) as claim:
         claim.remove(REPORT)
-        evaluation = measure_set(config, claim)
+        evaluation = measure_set(opened, claim)
         comparison = None if config.against is None else compare(evaluation, config.against)
         changed = [] if comparison is None else comparison.changed
         shown = paint(evaluation, [*(choose(evaluation) if evaluation.summary["images"] else []), *changed])
@@ -71,6 +70,31 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     if config.mlflow_run is not None:
         _track(done, config.out, Tracker(config.tracking, config.mlflow_run))
     return done
+
+
+def check(config: EvaluateConfig) -> list[str]:
+    """What an evaluation with this configuration would find, in lines; nothing is written and Ray is not started.
+    Raises as `evaluate`."""
+    job = _open(config).job
+    if (theirs := holder_of(config.out)) is not None:
+        raise FolderInUse(f"another job writes to {redact(config.out)}: {theirs}")
+    images = min(job.manifest.records, config.limit or job.manifest.records)
+    masks = len(job.variants)
+    lines = [f"{images} images with {masks} masks each, of {redact(config.data)} (digest {job.manifest.digest})"]
+    lines += [f"{row.title}: {row.not_measured or 'measured'}" for row in job.rows]
+    return lines
+
+
+def _open(config: EvaluateConfig) -> Opened:
+    """What is read, and what is written to, looked at before hours of work."""
+    if config.against is not None:
+        if folder_of(config.against) == absolute(config.out):
+            raise ValueError(f"against must be another evaluation than out, got {redact(config.out)} for both")
+        read_summary(config.against)
+    if config.mlflow_run is not None:
+        assert config.tracking is not None, "the settings see to it"
+        check_run(config.tracking, config.mlflow_run)
+    return open_inputs(config)
 
 
 def export(config: EvaluateConfig) -> int:

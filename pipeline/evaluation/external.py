@@ -64,8 +64,8 @@ def open_results(
     belong to no image of the set (their truth is missing); `MissingInput` if there is no image at all.
     """
     folder = storage.absolute(folder)
-    sizes = storage.file_sizes(folder) if storage.exists(folder) else {}
-    found = {key: size for key, size in sizes.items() if key.lower().endswith(SUFFIXES)}
+    there = storage.listing(folder) if storage.exists(folder) else {}
+    found = {key: file.version for key, file in there.items() if key.lower().endswith(SUFFIXES)}
     if not found:
         raise MissingInput(f"no image in {storage.redact(folder)}, the results of {name}")
     files: dict[str, list[str]] = {}
@@ -85,10 +85,10 @@ def open_results(
     chosen = {stem: files[stem][0] for stem in wanted if stem in files}
     side = manifest.crop_size
     with ThreadPoolExecutor(_READERS) as pool:
-        there = pool.map(lambda key: _size_of(storage.join(folder, key)), chosen.values())
+        sizes = pool.map(lambda key: _size_of(storage.join(folder, key)), chosen.values())
         wrong = [
             _size_text(stem, size, (side, side))
-            for stem, size in zip(chosen, there, strict=True)
+            for stem, size in zip(chosen, sizes, strict=True)
             if size != (side, side)
         ]
     if missing or wrong or unknown:

@@ -85,11 +85,23 @@ class Evaluation:
         return read_rows(self.out, len(self.parts))
 
 
-def measure_set(config: EvaluateConfig, claim: Claim) -> Evaluation:
-    """Measure everything that is asked for and write per_image/; pages and report.json are the caller's.
+@dataclass(frozen=True)
+class Opened:
+    """All that an evaluation reads, found and held together."""
 
-    Images that cannot be filled (nothing but hole) are left out and listed in the summary. Raises `ModelNotFound`,
-    `MissingInput`, `UnfitResults` for results of other methods that do not fit the set, `ClusterTooSmall`, and
+    job: Job
+    files: dict[str, Any]
+    """Of the model and of the measuring networks, by name."""
+    reasons: dict[str, str]
+    """Why measures have no figures, by measure."""
+    model: str | None
+    """Its digest; none = nothing in the table comes from it."""
+
+
+def open_inputs(config: EvaluateConfig) -> Opened:
+    """Look at everything that is to be measured, before anything is written.
+
+    Raises `ModelNotFound`, `MissingInput`, `UnfitResults` for results of other methods that do not fit the set, and
     `ValueError` for a mask variant that the set does not have.
     """
     if config.use_gpu and not (torch.cuda.is_available() or joined()):
@@ -111,16 +123,24 @@ def measure_set(config: EvaluateConfig, claim: Claim) -> Evaluation:
     if folder is not None:
         files["model"] = {name: (folder / name).read_bytes() for name in ARTIFACT_FILES}
         model = model_digest(folder)
-    job = _job(config, manifest, variants, externals, model, reasons)
-    parts = plan_parts(manifest, job.config)
-    receipts = _measure_parts(job, parts, files, claim)
+    return Opened(_job(config, manifest, variants, externals, model, reasons), files, reasons, model)
+
+
+def measure_set(opened: Opened, claim: Claim) -> Evaluation:
+    """Measure everything that is asked for and write per_image/; pages and report.json are the caller's.
+
+    Images that cannot be filled (nothing but hole) are left out and listed in the summary. Raises `ClusterTooSmall`.
+    """
+    job = opened.job
+    parts = plan_parts(job.manifest, job.config)
+    receipts = _measure_parts(job, parts, opened.files, claim)
     _remove_other_parts(len(parts), claim)
     table, failed = _summed_up(job, len(parts), receipts, claim.folder)
     start_ray()
     sets = measure_sets(job, len(parts), claim.folder)
-    summary = _summary(job, table, sets, failed, reasons, model)
+    summary = _summary(job, table, sets, failed, opened.reasons, opened.model)
     claim.write("timing.json", _timing(job, receipts).encode())
-    return Evaluation(summary, job, parts, claim.folder, files)
+    return Evaluation(summary, job, parts, claim.folder, opened.files)
 
 
 def read_rows(out: str, num_parts: int | None = None) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from tmad.files import ImageFile
 from tmad.holes import dilate, scaled_hole
 from tmad.images import UnreadableImage, to_rgb
 
-Boxes = Mapping[str, Sequence[tuple[float, float, float, float]]]
-"""Left, top, width, height in pixels of the upright picture, by the image's key."""
+Boxes = Mapping[str, Sequence[Any]]
+"""[left, top, width, height] in pixels of the upright picture, by the image's key, as the file has them."""
 
 NO_HOLE = ("no-mask", "no-hole")
 """Reasons of images with nothing to fill, which are skipped or copied, as the settings say."""
@@ -49,10 +49,7 @@ class Holes:
         """What stands for the hole of each of *keys*, beside its image: a text that changes when the hole may have."""
         if self.config.mask_from == "paired":
             assert self.masks is not None
-            names = [self.masks.of_image(key) for key in keys]
-            flat = [name for one in names for name in one]
-            known = dict(zip(flat, self.masks.source.versions(flat), strict=True))
-            return [str([(name, known[name]) for name in one]) for one in names]
+            return self.masks.versions(keys)
         if self.boxes is not None:
             return [str(self.boxes.get(key)) for key in keys]
         if self.one is not None:
@@ -100,7 +97,7 @@ class Holes:
         if kind == "colour":
             return self._of_colour(to_rgb(file.image))
         if kind == "boxes":
-            return hole_of_boxes((self.boxes or {}).get(key, ()), height, width)
+            return hole_of_boxes(map(_box, (self.boxes or {}).get(key, ())), height, width)
         if kind == "one":
             assert self.one is not None
             if self.one.shape != (height, width) and self.config.scale_masks:
@@ -153,13 +150,14 @@ def open_holes(config: HolesConfig, source: Source, source_uri: str, keys: Seque
             mask_column=config.mask_column,
             rule=config.mask_rule,
             masks_per_image=1,
+            scaled=config.scale_masks,
         )
-        assert masks is not None, "a column was named"
-        return Holes(config, replace(masks, scaled=config.scale_masks)), list(keys)
+        return Holes(config, masks), list(keys)
     assert config.masks is not None, "the settings see to it"
     place = absolute(config.masks)
     if config.mask_from == "boxes":
-        return Holes(config, boxes=read_boxes(place)), list(keys)
+        boxes = read_boxes(place)
+        return Holes(config, boxes=boxes, unmatched=sorted(boxes.keys() - set(keys))), list(keys)
     if config.mask_from == "one":
         try:
             hole = MaskReader().of_file(read_bytes(place), config.mask_rule, f"the mask {redact(place)}")
@@ -241,7 +239,7 @@ def read_boxes(uri: str) -> Boxes:
         raise CorruptSource(f"{redact(uri)} must hold a JSON object, got {type(content).__name__}")
     if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
         content = _of_coco(uri, content)
-    return {key: [_box(uri, key, box) for box in boxes] for key, boxes in content.items()}
+    return {key: boxes if isinstance(boxes, list) else [boxes] for key, boxes in content.items()}
 
 
 def _of_coco(uri: str, content: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -249,16 +247,18 @@ def _of_coco(uri: str, content: Mapping[str, Any]) -> dict[str, list[Any]]:
         names = {image["id"]: image["file_name"] for image in content["images"]}
         found: dict[str, list[Any]] = {}
         for annotation in content["annotations"]:
-            found.setdefault(names[annotation["image_id"]], []).append(annotation["bbox"])
+            found.setdefault(names.get(annotation["image_id"], "an image_id without image"), []).append(
+                annotation["bbox"]
+            )
     except (KeyError, TypeError) as error:
         raise CorruptSource(f"{redact(uri)} is no COCO file: {type(error).__name__}: {error}") from None
     return found
 
 
-def _box(uri: str, key: str, box: Any) -> tuple[float, float, float, float]:
+def _box(box: Any) -> tuple[float, float, float, float]:
     if not is_box(box):
-        raise CorruptSource(
-            f"{redact(uri)}, {key!r}: a box is [left, top, width, height] in pixels, the last two positive, got {box!r}"
+        raise UnreadableImage(
+            "bad-box", f"a box is [left, top, width, height] in pixels, the last two positive, got {box!r}"
         )
     return tuple(map(float, box))  # type: ignore[return-value]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -130,6 +130,20 @@ def settled(
         and origin == made_of.get(key)
         and not (status == "failed" and retry_failed)
     }
+
+
+def results(table: pa.Table, there: Mapping[str, int]) -> dict[str, str]:
+    """The results that are there as they were written, by their inputs."""
+    columns = [table[name].to_pylist() for name in ("input", "output", "bytes")]
+    return {key: output for key, output, size in zip(*columns, strict=True) if output and there.get(output) == size}
+
+
+def left_behind(row: Row, output: str, size: int) -> Row:
+    """The row of an input that comes to nothing now, where the result *output* of an earlier call is still there."""
+    if row.status == "skipped":
+        row = replace(row, status="failed", reason="stale-result")
+    stale = f"{output} is of an earlier call, of an image or a mask that is no longer: remove it"
+    return replace(row, output=output, bytes=size, detail=f"{row.detail}; {stale}")
 
 
 def _read(uri: str) -> pa.Table:

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from pipeline.data.tasks import iterate, run_on_actors
 from pipeline.errors import MissingInput
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.holes import Holes, near_misses, open_holes
-from pipeline.inpaint.ledger import LEDGER, PARTS, Row, encode, join_ledger, settled, to_table
+from pipeline.inpaint.ledger import LEDGER, PARTS, Row, encode, join_ledger, left_behind, results, settled, to_table
 from pipeline.inpaint.worker import InpaintWorker, Job, output_key
 from pipeline.models import find_model, model_version
 from pipeline.storage import UnsafeName, file_sizes, join, read_bytes, redact
@@ -190,7 +190,10 @@ def _inpaint(job: Job, found: _Found, began: float) -> Summary:
     made_of = _made_of(found)
     table = join_ledger(claim, there)
     kept = set() if config.again else settled(table, there, job.identity, made_of, retry_failed=config.retry_failed)
+    # In place, the image of an earlier call is the result.
+    earlier = {} if config.output == config.input else results(table, there)
     known = _known_without_work(job, keys)
+    known |= {key: left_behind(row, earlier[key], there[earlier[key]]) for key, row in known.items() if key in earlier}
     todo = {key: made_of[key] for key in keys if key not in known and key not in kept}
     log.info(
         "%d images: %d to fill, %d settled before by model %s, %d without a mask or with another's name",
@@ -206,9 +209,12 @@ def _inpaint(job: Job, found: _Found, began: float) -> Summary:
     run_id = Tracker.create(uri, EXPERIMENT, Path(config.output).name, shown, {"model_digest": job.model_digest})
     with Tracker(uri, run_id) as tracker:
         progress = _Progress(len(todo))
-        for table in _fill_all(job, todo, found.model):
+        behind = {key: (earlier[key], there[earlier[key]]) for key in todo if key in earlier}
+        for table in _fill_all(replace(job, earlier=behind), todo, found.model):
             progress.add(table)
-        rows = join_ledger(claim, file_sizes(config.output))
+        there = file_sizes(config.output)
+        rows = join_ledger(claim, there)
+        _tell_of_results_left(config, earlier, rows, keys, there)
         rows = rows.filter(pc.is_in(rows["input"], value_set=pa.array(keys, pa.string())))
         _tell_of_losses(rows)
         summary = Summary(
@@ -247,6 +253,9 @@ def _rows_beside(job: Job, beside: Mapping[str, str]) -> dict[str, Row]:
     details = {
         "not-an-image": "its name has no ending of a picture",
         "link": "a symbolic link to a folder, which is not followed",
+        "not-a-file": "a pipe, a socket or a device",
+        "no-key": "the row has no key",
+        "same-key": "an earlier row has this key",
         "not-read": "the folder's other files were read: archives or tables",
     }
     facts: dict[str, Any] = {"model": job.model, "model_digest": job.model_digest, "identity": job.identity}
@@ -263,6 +272,21 @@ def _tell_of_losses(rows: pa.Table) -> None:
     notes = Counter(note for detail in done["detail"].to_pylist() if detail for note in detail.split("; "))
     for note, count in notes.most_common(SHOWN):
         log.warning("%d results: %s", count, note)
+
+
+def _tell_of_results_left(
+    config: InpaintConfig, earlier: Mapping[str, str], rows: pa.Table, keys: Sequence[str], there: Mapping[str, int]
+) -> None:
+    """One line on files of *earlier* calls that are no results of this one: of other settings, or of what is gone."""
+    columns = [rows[name].to_pylist() for name in ("input", "status", "output")]
+    now = set(keys)
+    mine = {output for key, status, output in zip(*columns, strict=True) if status != "failed" and key in now}
+    left = sorted({output for output in earlier.values() if output in there} - mine)
+    if left:
+        log.warning(
+            "%d results of earlier calls are still in %s, of images, masks or settings that are no longer: %s%s",
+            len(left), redact(config.output), ", ".join(map(repr, left[:SHOWN])), ", ..." if len(left) > SHOWN else "",
+        )  # fmt: skip
 
 
 def _count(reasons: pa.ChunkedArray) -> dict[str, int]:

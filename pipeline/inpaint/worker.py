@@ -9,9 +9,9 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pipeline.data.sources.tree import ImageTree
 from pipeline.errors import MissingInput, StorageFailed
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.holes import NO_HOLE, Holes
-from pipeline.inpaint.ledger import PARTS, Row, encode, to_table
+from pipeline.inpaint.ledger import PARTS, Row, encode, left_behind, to_table
 from pipeline.storage import UnsafeName, absolute, is_remote, join, write_atomic
 from tmad.checkpoint import load_model
 from tmad.files import ENDINGS, ImageFile, allow_pixels, fill_file, open_file
@@ -61,6 +61,8 @@ class Job:
     model: str
     model_digest: str
     identity: str
+    earlier: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    """Results of earlier calls that are still there, with their sizes, by the inputs that are done again."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ class InpaintWorker:
         mask = job.holes.named(key) or None
         identity: dict[str, Any] = {"model": job.model, "model_digest": job.model_digest, "identity": job.identity}
         made_of = self.made_of.get(key)
-        return Row(input=key, status=status, when=time.time(), mask=mask, made_of=made_of, **identity, **facts)
+        row = Row(input=key, status=status, when=time.time(), mask=mask, made_of=made_of, **identity, **facts)
+        return left_behind(row, *job.earlier[key]) if row.output is None and key in job.earlier else row
 
     def _check_name(self, key: str) -> None:
         """Refuse names that lead out of a folder, by themselves or through a link."""

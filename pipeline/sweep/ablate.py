@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from pipeline import storage
+from pipeline import cluster, storage
 from pipeline.claim import claim_folder
 from pipeline.config import RunConfig
 from pipeline.data.schema import read_records
@@ -25,12 +25,14 @@ from pipeline.presets import PRESETS
 from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row as Strip
 from pipeline.sweep.config import SweepConfig
-from pipeline.sweep.launch import Finished, finish, resolve, run_trials, sweep_folder, told
+from pipeline.sweep.launch import Finished, check_points, finish, resolve, room, run_trials, sweep_folder, told
 from pipeline.sweep.results import as_dict
 from pipeline.sweep.space import Point
 from pipeline.sweep.studies import STUDIES, Study
 from pipeline.sweep.summary import measured
 from pipeline.sweep.trial import trial_folder
+from pipeline.tracking import check_tracking, resolve_tracking_uri
+from pipeline.train.launch import resources
 from tmad.config import STRICT, PositiveInt
 from tmad.inpaint import Inpainter, UnusableInput
 from tmad.metrics import MEASURES, Summary, measure
@@ -115,6 +117,17 @@ def as_sweep(config: AblateConfig) -> tuple[SweepConfig, list[Point], list[str]]
         run=config.run,
     )
     return resolve(sweep), points, [label for label, _ in runs]
+
+
+def check(config: AblateConfig) -> list[str]:
+    """The variants that would be trained, in lines; nothing is written. Raises what would stop them."""
+    sweep, points, labels = as_sweep(config)
+    check_points(sweep, {}, points)
+    there = cluster.available()
+    concurrent = room(sweep, there)
+    lines = [f"{label:20} {point}" for label, point in zip(labels, points, strict=True)]
+    lines.append(f"{concurrent} side by side, {cluster.shown(resources(sweep.run))} each of {cluster.shown(there)}")
+    return [*lines, f"tracking: {check_tracking(resolve_tracking_uri(sweep.run.tracking.uri, sweep.run.runs))}"]
 
 
 def ablate(config: AblateConfig) -> tuple[Finished, str]:

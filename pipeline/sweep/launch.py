@@ -33,10 +33,10 @@ from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space
 from pipeline.sweep.summary import REPORT_FILE, write_summary
 from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, as_job, encode, run_trial, trial_folder
 from pipeline.tracking import Tracker, flatten, mlflow_client, read_json_lines, resolve_tracking_uri
-from pipeline.train.launch import CPUS_FOR_DATA, check_set, open_training_set, resources, train
+from pipeline.train.launch import CPUS_FOR_DATA, SWEEP_FILE, check_set, open_training_set, resources, train
 from pipeline.train.launch import resolve as resolve_run
 
-SUMMARY_FILE, WINNER_FILE, CONFIG_FILE = "summary.json", "winner.json", "sweep.json"
+SUMMARY_FILE, WINNER_FILE = "summary.json", "winner.json"
 
 NAMES_FILE = "trials.json"
 
@@ -344,10 +344,12 @@ def _coarse(config: SweepConfig, folder: str, tracking_uri: str | None, parent: 
 
 def _claim(folder: str, config: SweepConfig) -> None:
     """Write the sweep's configuration, or check that it is the one that was begun."""
-    uri = storage.join(folder, CONFIG_FILE)
+    uri = storage.join(folder, SWEEP_FILE)
     ours = json.loads(json.dumps(asdict(config)))
     before = _json(uri)
     if before is None:
+        if storage.exists(storage.join(folder, "config.json")):
+            raise ConfigMismatch(f"{storage.redact(folder)} holds a run, not a sweep: take another --name")
         storage.write_atomic(uri, (json.dumps(ours, indent=2, ensure_ascii=False) + "\n").encode())
         return
     old, new = flatten(before), flatten(ours)
@@ -373,7 +375,7 @@ def _parent_run(folder: str, config: SweepConfig, tracking_uri: str | None, kind
         return known
     params = {name: value for name, value in asdict(config).items() if name != "run"}
     run_id = Tracker.create(tracking_uri, config.run.tracking.experiment, config.name, params, {"kind": kind})
-    Tracker(tracking_uri, run_id).artifact(storage.read_bytes(storage.join(folder, CONFIG_FILE)), CONFIG_FILE)
+    Tracker(tracking_uri, run_id).artifact(storage.read_bytes(storage.join(folder, SWEEP_FILE)), SWEEP_FILE)
     storage.write_atomic(uri, json.dumps({"uri": tracking_uri, "run_id": run_id}, indent=2).encode())
     return run_id
 

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-from pipeline.cli import interrupt
+from pipeline.cli import given_up, interrupt
 
 ASK_DRIVER_S = 1.0
 """The first worker asks so often whether the driver was told to stop."""
@@ -149,7 +149,7 @@ def signals_stop(relay: Any, grace_s: float) -> Iterator[Stop]:
         return
 
     def handle(number: int, _: Any) -> None:
-        if stop.number is not None or not grace_s:
+        if stop.number is not None or not grace_s or given_up():
             interrupt(number)
         stop.number = number
         log.warning("%s: a last checkpoint, within %g s; a second one ends the job at once", STOPS[number], grace_s)

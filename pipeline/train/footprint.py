@@ -1,14 +1,16 @@
-"""Memory of one training worker and size of a checkpoint, from a small step of the same networks made here."""
+"""Memory and speed of one training worker and size of a checkpoint, from steps of the same networks made here."""
 
 from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config import RunConfig
@@ -63,11 +65,7 @@ def measure(config: RunConfig, *, crop_size: int) -> Footprint:
     """
     # The penalty's second backward is the largest moment; the step that is measured must not leave it out.
     training = replace(config.training, loss=replace(config.training.loss, gp_every=1))
-    features = (
-        untrained_vgg19(torch_generator("footprint"), config.perceptual.convolutions)
-        if training.loss.uses_features
-        else None
-    )
+    features = _features(config)
     state = TrainingState(training, perceptual=features)
     multiple = config.model.size_multiple
     side = min(crop_size, math.ceil(MEASURED_SIDE / multiple) * multiple)
@@ -99,6 +97,48 @@ def measure(config: RunConfig, *, crop_size: int) -> Footprint:
         formula=f"{_mb(constant)} + {share} x {_mb(slope)}, from {phase} steps with one and two crops of {side} pixels "
         f"and {cells} cells",
     )
+
+
+def measured_rates(config: RunConfig, *, crop_size: int) -> dict[Phase, float] | None:
+    """Images/s of one worker of *config* in each phase that it trains in, from steps made here; none where the run
+    wants GPUs and this machine has none.
+
+    On a GPU whole steps of a worker, on a CPU steps with one image. Without input, without other workers.
+    """
+    device = torch.device("cuda" if config.workers.use_gpu else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return None
+    on_gpu, schedule, threads = device.type == "cuda", config.schedule, torch.get_num_threads()
+    images = schedule.batch_images // config.workers.num_workers if on_gpu else 1
+    features = _features(config)
+    state = TrainingState(config.training, device=device, perceptual=features)
+    if config.workers.channels_last:
+        state.use_channels_last()
+    batch = noise_batch(config, side=crop_size, images=images, cells=schedule.patches_per_image).to(device)
+    lengths: dict[Phase, int] = {"coarse": schedule.coarse_images, "joint": schedule.joint_images}
+    rates: dict[Phase, float] = {}
+    torch.set_num_threads(config.threads)
+    try:
+        for phase in (phase for phase, length in lengths.items() if length):
+            # The penalty is a part of every so many steps.
+            steps = max(config.loss.gp_every, 8 if on_gpu else 1)
+            for timed in (False, True):
+                began = time.perf_counter()
+                for _ in range(steps if timed or on_gpu else 1):
+                    state.step(batch, phase, global_batch=images, progress=0.0)
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                if timed:
+                    rates[phase] = steps * images / (time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return rates
+
+
+def _features(config: RunConfig) -> nn.Module | None:
+    if not config.training.loss.uses_features:
+        return None
+    return untrained_vgg19(torch_generator("footprint"), config.perceptual.convolutions)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -52,6 +52,9 @@ from pipeline.train.relay import relayed_logs
 from pipeline.train.worker import work
 from tmad.checkpoint import model_digest
 
+SWEEP_FILE = "sweep.json"
+"""The configuration of a sweep or an ablation, in its folder."""
+
 SETS_FILE = "data.json"
 """In the run's folder: digests of the sets that it was begun with."""
 
@@ -241,6 +244,8 @@ def was_begun(folder: str, config: RunConfig, manifests: Mapping[str, Manifest])
     data."""
     config_uri = storage.join(folder, "config.json")
     if not storage.exists(config_uri):
+        if storage.exists(storage.join(folder, SWEEP_FILE)):
+            raise ConfigMismatch(f"{storage.redact(folder)} holds a sweep, not a run: take another --name")
         return False
     old = from_json(storage.read_bytes(config_uri))
     lines = refusal(old, config)
@@ -267,7 +272,11 @@ def place_of(config: RunConfig, which: str) -> str:
 
 def _content_of(config: RunConfig, which: str) -> str:
     live = which == "train" and config.data.training_set is None
-    return "data.images.source: names of the photographs or of their masks" if live else f"data.{which}: content"
+    return (
+        "data.images.source: names or sizes of the photographs, or names of their masks"
+        if live
+        else f"data.{which}: content"
+    )
 
 
 def _environment(config: RunConfig, sets: Mapping[str, str], initial: Mapping[str, Any] | None) -> bytes:

@@ -23,14 +23,14 @@ from pipeline.data.schema import Manifest, read_manifest, read_records, set_fold
 from pipeline.errors import ClusterTooSmall, CorruptSet, FolderInUse, StorageFailed, TMADError
 from pipeline.pretrained import check_perceptual
 from pipeline.tracking import check_tracking, resolve_tracking_uri
-from pipeline.train.footprint import Footprint, measure
+from pipeline.train.footprint import Footprint, measure, measured_rates
 from pipeline.train.initial import find_initial
 from pipeline.train.launch import check_set, open_training_set, place_of, resolve, resources, was_begun
 from pipeline.train.loop import due, duration
 
 UNKNOWN_RATE = (
-    "unknown; state the rate with --images-per-s, as benchmarks/training_step.py measures it on such a machine or an "
-    "earlier run recorded it (rate/images_per_s)"
+    "unknown, as this machine has no GPU: ask on one that has, or state the rate with --images-per-s, as an earlier "
+    "run recorded it (rate/images_per_s)"
 )
 
 
@@ -109,7 +109,25 @@ def preflight(config: RunConfig, *, images_per_s: float | None = None) -> Prefli
             "init_from", lambda: find_initial(config, resolve_tracking_uri(config.tracking.uri, config.runs)).summary()
         )
     check("model", look_at_step)
-    return Preflight(_plan(config, sets, footprints[0] if footprints else None, images_per_s), checks)
+    crop_size = sets["train"].crop_size if "train" in sets else config.data.images.crop_size
+    length = _length(config, crop_size, images_per_s) if footprints else "unknown, as no step could be made"
+    return Preflight(_plan(config, sets, footprints[0] if footprints else None, length), checks)
+
+
+def _length(config: RunConfig, crop_size: int, images_per_s: float | None) -> str:
+    """How long the run takes at the rate that is stated, or else is measured here, in words."""
+    schedule, number = config.schedule, config.workers.num_workers
+    if images_per_s is not None:
+        taken = duration(schedule.total_images / images_per_s)
+        return f"{taken} at {images_per_s:g} images/s, as stated; without start and validation"
+    rates = measured_rates(config, crop_size=crop_size)
+    if rates is None:
+        return UNKNOWN_RATE
+    lengths = {"coarse": schedule.coarse_images, "joint": schedule.joint_images}
+    taken = duration(sum(lengths[phase] / rate / number for phase, rate in rates.items()))
+    shown = ", ".join(f"{phase} {number * rate:.3g} images/s" for phase, rate in rates.items())
+    times = "" if number == 1 else f" ({number} times that of one worker)"
+    return f"{taken} at {shown}{times}, measured here; without start, input and validation"
 
 
 def checkpoint_count(config: RunConfig) -> int:
@@ -122,7 +140,7 @@ def checkpoint_count(config: RunConfig) -> int:
 
 
 def _plan(
-    config: RunConfig, sets: dict[str, Manifest], footprint: Footprint | None, images_per_s: float | None
+    config: RunConfig, sets: dict[str, Manifest], footprint: Footprint | None, length: str
 ) -> list[tuple[str, str]]:
     schedule, workers = config.schedule, config.workers
     batch, total = schedule.batch_images, schedule.total_images
@@ -152,12 +170,7 @@ def _plan(
             f"{_mb(footprint.networks)}, average {_mb(footprint.average)}, Adam {_mb(footprint.moments)}, VGG-19 "
             f"{_mb(footprint.features)}) and {_mb(footprint.step)} in a step (estimated: {footprint.formula})"
         )
-    hours = UNKNOWN_RATE
-    if images_per_s is not None:
-        hours = (
-            f"{duration(total / images_per_s)} at {images_per_s:g} images/s, as stated; without start and validation"
-        )
-    return [*lines, ("checkpoints", checkpoints), ("memory", memory), ("duration", hours)]
+    return [*lines, ("checkpoints", checkpoints), ("memory", memory), ("duration", length)]
 
 
 def _complete(folder: str, manifest: Manifest) -> None:

@@ -93,6 +93,7 @@ def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = N
             record_tasks=record_tasks(config) if live else 1,
             tally=tally,
             reader=reader,
+            pinned=context.device.type == "cuda",
             **place,
         )
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs.prepare import main
@@ -38,11 +39,31 @@ def test_the_help_teaches_from_any_folder(tmp_path):
         assert part in done.stdout
 
 
-def test_a_dry_run_prints_settings_and_writes_nothing(run, tmp_path):
-    code, out, _ = run("--source", "photos", "--out", "set", "--crop-size", 128, "--dry-run")
+def test_a_dry_run_prints_settings_reads_the_pairs_and_writes_nothing(run, tmp_path):
+    asked = ["--source", "photos", "--out", "set", "--crop-size", 64, "--mask-from", "paired", "--masks", "masks"]
+    code, _, said = run(*asked, "--dry-run")
+    assert code == 1
+    assert "there is no folder" in said
+    mask = np.zeros((64, 64), np.uint8)
+    mask[10:30, 10:30] = 255
+    files = {f"photos/{number}.png": png_bytes(make_image(number)) for number in range(4)}
+    files |= {"photos/3.png": files["photos/3.png"][:500], "photos/notes.txt": b"words"}
+    files |= {"masks/0.png": png_bytes(mask), "masks/1.png": png_bytes(mask // 4), "masks/3.png": png_bytes(mask)}
+    for name, data in files.items():
+        storage.write_atomic(str(tmp_path / name), data)
+    code, out, said = run(*asked, "--dry-run")
     assert code == 0
-    assert json.loads(out)["crop_size"] == 128
-    assert list(tmp_path.iterdir()) == []
+    assert json.loads(out)["crop_size"] == 64
+    for line in (
+        "4 images in 1 shards, 0 of them planned before",
+        "1 files beside them are no images, e.g. 'notes.txt'",
+        "4 were read: 1 can be used",
+        "1 faint-mask",
+        "1 no-mask",
+        "1 truncated",
+    ):
+        assert line in said, line
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "masks"}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import train_places
 from pipeline.cli import one_line, parse, run_job
 from pipeline.cluster import shortage
 from pipeline.config import (
@@ -33,7 +35,7 @@ from pipeline.data.collection import ImagesConfig
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.sources.partitions import PARTITIONS, PartitionName
 from pipeline.errors import TMADError
-from pipeline.presets import PRESETS, celebahq, paris, places, places_rectangle, smoke
+from pipeline.presets import PRESETS, celebahq, fitted, paper, paris, places, places_rectangle, psnet, smoke
 from pipeline.promote import PromoteConfig
 from pipeline.sweep.config import SweepConfig
 from pipeline.tracking import resolve_tracking_uri
@@ -209,18 +211,100 @@ def test_rectangles_take_clean_windows_and_25_cells() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "partition"),
-    [(places, "places365-standard-train"), (celebahq, "celeba-hq-deepfill-train"), (paris, "paris-streetview-train")],
+    [
+        (places, "places365-standard-train"),
+        (paper, "places365-standard-train"),
+        (celebahq, "celeba-hq-deepfill-train"),
+        (paris, "paris-streetview-train"),
+    ],
 )
 def test_the_presets_of_the_paper_train_the_coarse_network_for_four_epochs(
     preset: Callable[[], RunConfig], partition: PartitionName
 ) -> None:
     config = preset()
     assert config.schedule.coarse_images == pytest.approx(4 * PARTITIONS[partition].images, rel=0.01)
-    assert (config.schedule.batch_images, config.workers.num_workers) == (16, 4)
+    assert config.workers.num_workers == 4
     # Of Eq. 1, Table II has 6 and 1; the text has 5 and 0 for rectangles.
-    assert config.loss == (LossConfig() if preset is places else LossConfig(weight_hole=5.0, weight_valid=0.0))
-    if preset is not places:
+    free_form = preset in (paper, places)
+    assert replace(config.loss, gp_every=1) == (
+        LossConfig() if free_form else LossConfig(weight_hole=5.0, weight_valid=0.0)
+    )
+    if not free_form:
         assert (config.model, config.schedule.patches_per_image) == (places_rectangle().model, 25)
+
+
+def test_the_papers_batch_is_a_preset_and_today_s_takes_the_same_images_in_larger_steps_at_a_higher_rate() -> None:
+    own, now = paper(), places()
+    assert (own.schedule.batch_images, own.optim, own.loss) == (16, OptimConfig(), LossConfig())
+    assert (now.schedule.batch_images, now.optim.lr, now.loss.gp_every) == (128, 2.8e-4, 4)
+    assert now.schedule.total_images == own.schedule.total_images
+    assert psnet().schedule.joint_images == 160_000
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        ({"CPU": 16.0, "GPU": 1.0}, (1, True, 15.0, "bf16", 32)),
+        ({"CPU": 64.0, "GPU": 8.0}, (8, True, 7.0, "bf16", 256)),
+        ({"CPU": 2.0, "GPU": 2.0}, (2, True, 1.0, "bf16", 64)),
+        ({"CPU": 8.0, "GPU": 0.0}, (1, False, 7.0, "fp32", 16)),
+        ({"CPU": 1.0}, (1, False, 1.0, "fp32", 16)),
+    ],
+)
+def test_a_configuration_is_fitted_to_all_that_is_there(there: dict[str, float], expected: tuple) -> None:
+    config = fitted(RunConfig(), there)
+    workers = config.workers
+    found = (
+        workers.num_workers,
+        workers.use_gpu,
+        workers.cpus_per_worker,
+        config.precision,
+        config.schedule.batch_images,
+    )
+    assert found == expected
+    assert config.optim.lr == pytest.approx(1e-4 * math.sqrt(config.schedule.batch_images / 16), rel=0.03)
+    assert config.schedule.total_images == RunConfig().schedule.total_images
+
+
+def trained_with(argv: list[str], monkeypatch: pytest.MonkeyPatch, gpus: int) -> RunConfig:
+    """What the job would train."""
+    got: list[RunConfig] = []
+    monkeypatch.setattr("pipeline.cluster.available", lambda: {"CPU": 16.0, "GPU": float(gpus)})
+    monkeypatch.setattr("pipeline.train.launch.train", got.append)
+    assert train_places.main(argv) == 0
+    return got[0]
+
+
+def test_without_a_preset_training_takes_what_the_machine_has_and_says_so_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        config = trained_with(["--data.train", "some/train"], monkeypatch, gpus=2)
+    assert (config.workers.num_workers, config.workers.use_gpu, config.precision) == (2, True, "bf16")
+    first = caplog.messages[0]
+    assert first.startswith(
+        "this machine has 16 CPU, 2 GPU: training on 2 GPUs in bf16, 64 images a step at a rate of 0.0002"
+    )
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        config = trained_with(["--data.train", "some/train"], monkeypatch, gpus=0)
+    assert (config.workers.num_workers, config.workers.use_gpu, config.precision) == (1, False, "fp32")
+    assert "15 threads of the CPU, without a GPU in fp32" in caplog.messages[0]
+
+
+def test_what_is_asked_for_stays_whatever_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = ["--data.train", "some/train", "--precision", "fp32", "--schedule.batch-images=8", "--loss.gp-every", "2"]
+    config = trained_with(named, monkeypatch, gpus=2)
+    assert (config.precision, config.schedule.batch_images, config.optim.lr, config.loss.gp_every) == (
+        "fp32",
+        8,
+        1e-4,
+        2,
+    )
+    for argv in (["--workers.num-workers", "2"], ["--preset", "smoke"], ["--workers.no-use-gpu"]):
+        config = trained_with([*argv, "--data.train", "x", "--data.val", "y"], monkeypatch, gpus=4)
+        assert not config.workers.use_gpu
+        assert config.precision == "fp32"
 
 
 def test_single_settings_go_on_top_of_a_preset_and_are_read_by_type() -> None:

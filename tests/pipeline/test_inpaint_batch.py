@@ -23,6 +23,7 @@ from pipeline import storage
 from pipeline.errors import CorruptSource, MissingInput, ModelNotFound, StorageFailed
 from pipeline.inpaint import run
 from pipeline.inpaint.config import InpaintConfig
+from pipeline.inpaint.ledger import Row, to_table
 from pipeline.inpaint.run import Summary, inpaint_all
 from pipeline.inpaint.worker import InpaintWorker, Job
 from pipeline.report.pictures import png_bytes
@@ -374,9 +375,8 @@ def test_names_that_lead_out_of_the_output_are_refused_and_nothing_is_written_th
     config = job(None, None, input=tar_with(tmp_path, names), mask_from="one", masks=tmp_path / "one.png")
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     summary = inpaint_all(config)
-    # Hidden parts, which `..` is one of, are not looked at inside archives; the others are refused.
     assert summary.done == 1
-    assert summary.failed == summary.reasons["unsafe-name"] == 2
+    assert summary.failed == summary.reasons["unsafe-name"] == 4
     after = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert {path.relative_to(tmp_path / "out").as_posix() for path in after} == {"ok.png", "ledger.parquet"}
 
@@ -469,7 +469,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, said) -> None
 
 
 @pytest.mark.parametrize(
-    "content", ["[1]", '{"a": [[1, 2, 3]]}', '{"a": [[0, 0, -1, 5]]}', '{"images": [], "annotations": [{}]}']
+    "content", ["[1]", "{", '{"images": [], "annotations": [{}]}', '{"images": [1], "annotations": []}']
 )
 def test_a_damaged_list_of_boxes_is_refused_by_name(here, job, tmp_path, content) -> None:
     write(tmp_path, {"boxes.json": content.encode()})
@@ -533,6 +533,20 @@ def test_a_summary_counts_each_input_once(here, job) -> None:
     assert summary.done + summary.kept + summary.skipped + summary.failed == len(GOOD_AND_BAD)
     assert summary.megapixels == pytest.approx(3 * 64 * 64 / 1e6)
     assert sum(summary.reasons.values()) == summary.skipped + summary.failed
+
+
+def test_the_time_to_go_does_not_count_what_loading_the_model_took(monkeypatch, caplog) -> None:
+    now = 0.0
+    monkeypatch.setattr(run.time, "monotonic", lambda: now)
+    progress = run._Progress(total=100)
+    rows = to_table([Row(input=str(n), status="done", when=0, height=10, width=10) for n in range(10)])
+    with caplog.at_level("INFO"):
+        for at in (60.0, 71.0):  # a minute of loading, then ten images in eleven seconds
+            now = at
+            progress.add(rows)
+    assert "10 of 100 images" in caplog.messages[0]
+    assert "? to go" in caplog.messages[0]
+    assert "88 s to go" in caplog.messages[1]
 
 
 # One rule for masks, identity, names, outages
@@ -672,6 +686,44 @@ def test_a_result_is_done_again_when_its_image_or_its_hole_has_changed_and_not_o
         assert not found[:, :40].any(), "nothing of the old one"
 
 
+@pytest.mark.parametrize("kind", ["no mask", "no hole", "no picture", "no image", "another format"])
+def test_a_result_whose_image_or_mask_is_gone_is_told_and_never_passed_off_as_of_today(
+    here, job, tmp_path, caplog, kind
+) -> None:
+    config = job({"a.jpg": jpeg(make_image(0)), "b.png": PHOTO}, {"a.png": MASK, "b.png": MASK})
+    inpaint_all(config)
+    if kind == "no mask":
+        (tmp_path / "masks" / "a.png").unlink()
+    elif kind == "no hole":
+        write(tmp_path / "masks", {"a.png": png_bytes(make_mask() * np.uint8(0))})
+    elif kind == "no picture":
+        write(tmp_path / "images", {"a.jpg": b"text"})
+    elif kind == "no image":
+        (tmp_path / "images" / "a.jpg").unlink()
+    else:
+        config = replace(config, format="png")
+    # A result under another name is told of by the call that has replaced it.
+    for _ in range(1 if kind == "another format" else 2):
+        caplog.clear()
+        summary = inpaint_all(config)
+        assert "1 results of earlier calls are still in" in caplog.text
+        assert "'a.jpg'" in caplog.text
+        if kind.startswith("no ") and kind != "no image":
+            row = ledger(tmp_path / "out")["a.jpg"]
+            assert summary.failed == 1
+            assert row["status"] == "failed"
+            assert row["reason"] == ("not-an-image" if kind == "no picture" else "stale-result")
+            assert "a.jpg is of an earlier call" in row["detail"]
+    (tmp_path / "out" / "a.jpg").unlink()
+    caplog.clear()
+    assert inpaint_all(config).failed == (kind == "no picture")
+    assert "results of earlier calls" not in caplog.text
+    if kind == "no mask":
+        assert ledger(tmp_path / "out")["a.jpg"]["reason"] == "no-mask"
+        write(tmp_path / "masks", {"a.png": MASK})
+        assert inpaint_all(config).done == 1
+
+
 def test_again_does_everything_again(here, job, tmp_path) -> None:
     config = job({"a.png": PHOTO, "b.png": PHOTO}, {"a.png": MASK})
     inpaint_all(config)
@@ -731,6 +783,85 @@ def test_any_name_that_a_bucket_allows_gives_a_row_and_none_ends_the_job(here, j
     assert {key for key, row in rows.items() if row["status"] == "done"} == set(plain)
     assert {row["reason"] for row in rows.values() if row["status"] == "failed"} == {"unsafe-name"}
     assert len(rows) == len(plain) + len(odd)
+
+
+ODD_BOXES = [
+    [[1, 1, 0, 5]],
+    [[1, 1, -3, 5]],
+    ["x"],
+    5,
+    "text",
+    None,
+    [[1, 2, 3]],
+    [[1, 1, float("nan"), 4]],
+    [{"x": 1}],
+]
+
+
+@pytest.mark.parametrize("coco", [False, True])
+def test_an_odd_box_is_one_image_not_filled_and_boxes_of_no_image_are_listed(here, job, tmp_path, caplog, coco) -> None:
+    names = [f"{number}.png" for number in range(len(ODD_BOXES))]
+    boxes = {**dict(zip(names, ODD_BOXES, strict=True)), "good.png": [[12, 20, 30, 30]], "stray.png": [[1, 1, 4, 4]]}
+    content: object = boxes
+    if coco:
+        numbered = list(enumerate(boxes))
+        flat = [(n, one) for n, name in numbered for one in (boxes[name] if isinstance(boxes[name], list) else [5])]
+        content = {
+            "images": [{"id": number, "file_name": name} for number, name in numbered],
+            "annotations": [{"image_id": number, "bbox": box} for number, box in flat]
+            + [{"image_id": 99, "bbox": [1, 1, 4, 4]}],
+        }
+    write(tmp_path, {"boxes.json": json.dumps(content).encode()})
+    images = dict.fromkeys([*names, "good.png"], PHOTO)
+    summary = inpaint_all(job(images, None, mask_from="boxes", masks=tmp_path / "boxes.json"))
+    assert (summary.done, summary.failed, summary.reasons) == (1, len(names), {"bad-box": len(names)})
+    assert f"{1 + coco} masks belong to no image: " in caplog.text
+    assert "'stray.png'" in caplog.text
+
+
+def test_odd_rows_and_members_have_a_reason_each_and_the_others_are_filled(here, job, tmp_path) -> None:
+    write(tmp_path, {"one.png": MASK})
+    one = {"mask_from": "one", "masks": tmp_path / "one.png"}
+    keys = ["a.png", None, "a.png", "../x.png", "/abs.png", "a//b.png", "nul\0.png", "", "ok.png", "none.png"]
+    table = pa.table({"jpg": [*[PHOTO] * 9, None], "key": keys})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    settings = {"input": tmp_path / "t.parquet", "key_column": "key", "output": tmp_path / "rows", **one}
+    assert inpaint_all(job(None, None, **settings)).done == 2
+    assert {key: row["reason"] for key, row in ledger(tmp_path / "rows").items()} == {
+        **dict.fromkeys(("a.png", "ok.png")),
+        **{"t.parquet#1": "no-key", "t.parquet#2": "same-key", "none.png": "empty-file"},
+        **dict.fromkeys(("../x.png", "/abs.png", "a//b.png", "nul\0.png", ""), "unsafe-name"),
+    }
+    members = ["a.png", "../up.png", "x/../y.png", "x/./z.png", "caf\udce9.png", "a\\b.png", ".hidden.png"]
+    with tarfile.open(tmp_path / "t.tar", "w") as archive:
+        for name in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(PHOTO)
+            archive.addfile(member, io.BytesIO(PHOTO))
+    assert inpaint_all(job(None, None, input=tmp_path / "t.tar", output=tmp_path / "members", **one)).done == 1
+    rows = ledger(tmp_path / "members")
+    assert {row["reason"] for row in rows.values()} == {None, "unsafe-name"}
+    assert len(rows) == len(members) - 1
+
+
+def test_pipes_devices_and_links_that_lead_nowhere_are_rows_and_nothing_is_waited_for(here, job, tmp_path) -> None:
+    write(tmp_path, {"one.png": MASK, "images/a.png": PHOTO})
+    images = tmp_path / "images"
+    os.mkfifo(images / "pipe.png")
+    (images / "endless.png").symlink_to("/dev/zero")
+    (images / "dangling.png").symlink_to("nowhere.png")
+    (images / "circle.png").symlink_to("circle.png")
+    (images / "folder.png").mkdir()
+    assert inpaint_all(job(None, None, mask_from="one", masks=tmp_path / "one.png")).done == 1
+    assert {key: row["reason"] for key, row in ledger(tmp_path / "out").items()} == {
+        "a.png": None,
+        "pipe.png": "not-a-file",
+        **dict.fromkeys(("endless.png", "dangling.png", "circle.png"), "link"),
+    }
+    (tmp_path / "list.txt").write_text("a.png\npipe.png\n")
+    config = job(None, None, input=tmp_path / "list.txt", root=images, mask_from="one", masks=tmp_path / "one.png")
+    inpaint_all(replace(config, output=str(tmp_path / "listed")))
+    assert ledger(tmp_path / "listed")["pipe.png"]["reason"] == "missing"
 
 
 def test_files_of_every_kind_have_a_row_with_a_reason(here, job, tmp_path) -> None:

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -22,6 +24,7 @@ from pipeline.data.sources.choose import open_source
 from pipeline.errors import ConfigMismatch, CorruptSource, MissingInput, TooManyBadImages
 from tests.conftest import make_photo
 from tests.pipeline.test_contract import run_here
+from tests.pipeline.test_inpaint_batch import MASK_FILES, ONE_HOLE
 from tests.pipeline.test_sources import parquet_of, tar_of
 from tmad.config import MemoryConfig
 from tmad.holes import MaskRule
@@ -316,7 +319,10 @@ def test_grey_values_are_parted_in_the_middle_and_counted(photos, tmp_path, capl
     }
     masks = write(tmp_path / "masks", soft)
     prepare(settings(photos, tmp_path / "set", mask_from="paired", masks=masks, encoding="png"))
-    assert "3 of 3 masks are not only black and white: values between 0 and 255 are parted at 128" in caplog.text
+    assert (
+        "3 of 3 masks are not only black and white: values between 0 and 255 are parted by mask_threshold"
+        in caplog.text
+    )
     assert all(agreement(record) > 0.98 for record in records_of(tmp_path / "set"))
 
 
@@ -511,6 +517,16 @@ def test_a_set_with_generated_holes_says_nothing_of_masks(photos, tmp_path, no_r
         ({"mask_from": "alpha", "masks_per_image": 2}, "must be 1, got 2; several go with .* family, paired or random"),
         ({"mask_from": "folder"}, "'family', 'paired', 'random', 'alpha' or 'column'"),
         ({"mask_hole": "grey"}, "'white' or 'black'"),
+        ({"mask_threshold": 90}, "mask_value and mask_threshold do not go with mask_from=family"),
+        (
+            {"mask_from": "alpha", "mask_value": "nonzero"},
+            "do not go with mask_from=alpha; they go with masks that are",
+        ),
+        ({"scale_masks": True}, "scale_masks does not go with mask_from=family; .* paired or column"),
+        (
+            {"mask_from": "paired", "masks": "m", "mask_value": "nonzero", "mask_threshold": 3},
+            "mask_threshold does not go with mask_value=nonzero",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_with_those_that_do(changes, message):
@@ -533,12 +549,32 @@ def test_masks_that_cannot_be_those_of_the_images_stop_the_job_at_once(photos, m
     other = write(tmp_path / "other", {"c/four.png": encoded(box())})
     with pytest.raises(MissingInput, match=r"no image has a mask in .*: looked for 'a/one', .*; there is 'c/four.png'"):
         attempt(other)
-    twice = write(tmp_path / "twice", {"a/one.png": encoded(box()), "a/one.bmp": encoded(box(), "bmp")})
-    with pytest.raises(CorruptSource, match=r"have one name: 'a/one.bmp' and 'a/one.png'; a/b.png is the mask of a/b"):
-        attempt(twice)
     with pytest.raises(MissingInput, match="nowhere"):
         attempt(tmp_path / "nowhere")
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("place", ["paired", "column", "random"])
+def test_every_mask_is_the_hole_that_it_is_for_inpainting_with_the_same_options(place, tmp_path, no_ray):
+    photo = encoded(make_photo(0, 64, 64))
+    for name, (mask, options) in MASK_FILES.items():
+        folder = write(tmp_path / name.replace(" ", "-"), {"photos/a.png": photo, "masks/a.png": mask})
+        if place == "column":
+            table = pa.table({"image": [photo], "key": ["a.png"], "hole": [mask]})
+            pq.write_table(table, folder / "t.parquet")
+            named = {"source": folder / "t.parquet", "key_column": "key", "mask_column": "hole"}
+        else:
+            named = {"source": folder / "photos", "masks": folder / "masks"}
+            if place == "random":  # scaled to the crop in any case
+                options = {key: value for key, value in options.items() if key != "scale_masks"}
+        prepare(settings(out=folder / "set", mask_from=place, **named, **options))
+        (record,) = records_of(folder / "set")
+        hole = record.mask(0)
+        if name == "half as large":
+            hole = hole[::2, ::2].repeat(2, 0).repeat(2, 1)
+            assert np.abs(hole.astype(int) - ONE_HOLE).mean() < 0.02
+        else:
+            assert np.array_equal(hole, ONE_HOLE), name
 
 
 def test_records_with_masks_from_somewhere_need_their_reader():

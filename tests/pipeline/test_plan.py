@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -43,6 +44,15 @@ def photo(number: int) -> bytes:
     return buffer.getvalue()
 
 
+def _mask_file(left: int) -> bytes:
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, left : left + 20] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "png")
+    return buffer.getvalue()
+
+
+MASK_FILE, OTHER_MASK_FILE = _mask_file(10), _mask_file(30)
 FIRST = {f"{number:02d}.png": photo(number) for number in range(0, 14, 2)}
 SECOND = {f"{number:02d}.png": photo(number) for number in range(1, 9, 2)} | {"05.png": FIRST["00.png"]}
 THIRD = {"-1.png": photo(40), "03a.png": photo(41)}
@@ -53,19 +63,25 @@ def write(kind: str, place: Path, parts: list[dict[str, bytes]]) -> dict[str, st
     everything = {key: data for part in parts for key, data in part.items()}
     if kind in ("tree", "list"):
         for key, data in everything.items():
-            storage.write_atomic(f"{place}/photos/{key}", data)
+            _write_new(f"{place}/photos/{key}", data)
     if kind == "list":
         (place / "list.txt").write_text("".join(f"{key} {len(key)}\n" for key in sorted(everything)))
         return {"source": f"{place}/list.txt", "root": f"{place}/photos"}
     for number, part in enumerate(parts):
         if kind == "tar":
-            storage.write_atomic(f"{place}/photos/{number}.tar", tar_of(part.items()))
+            _write_new(f"{place}/photos/{number}.tar", tar_of(part.items()))
         if kind == "parquet":
             # A new file before the old ones, so that the rows of those move.
             buffer = io.BytesIO()
             pq.write_table(pa.table({"key": list(part), "image": list(part.values())}), buffer)
-            storage.write_atomic(f"{place}/photos/{9 - number}.parquet", buffer.getvalue())
+            _write_new(f"{place}/photos/{9 - number}.parquet", buffer.getvalue())
     return {"source": f"{place}/photos", **({"key_column": "key"} if kind == "parquet" else {})}
+
+
+def _write_new(uri: str, data: bytes) -> None:
+    """Files that are there already keep their times."""
+    if not storage.exists(uri) or storage.read_bytes(uri) != data:
+        storage.write_atomic(uri, data)
 
 
 def config(kind: str, place: Path, parts: list[dict[str, bytes]], out: Path, **changes: object) -> PrepareConfig:
@@ -136,6 +152,31 @@ def test_an_extension_that_was_stopped_is_the_one_that_was_not(kind, writes, tmp
     prepare(arguments)
     prepare(replace(arguments, out=str(whole)))
     assert files_of(out) == files_of(whole)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("what", ["image", "mask"])
+def test_what_is_replaced_under_its_name_has_its_shard_made_again_and_no_other(kind, what, tmp_path) -> None:
+    parts = [FIRST, SECOND] if kind != "list" else [FIRST]
+    masks: dict[str, str] = {}
+    if what == "mask":
+        for key in {**FIRST, **SECOND}:
+            storage.write_atomic(f"{tmp_path}/masks/{key}", MASK_FILE)
+        masks = {"mask_from": "paired", "masks": f"{tmp_path}/masks"}
+    asked = config(kind, tmp_path, parts, tmp_path / "set", **masks)
+    before = prepare(asked)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "set" / "shards").iterdir()}
+    assert prepare(asked) == before
+    if what == "mask":
+        storage.write_atomic(f"{tmp_path}/masks/02.png", OTHER_MASK_FILE)
+    else:
+        write(kind, tmp_path, [FIRST | {"02.png": photo(77)}, *parts[1:]])
+    after = prepare(asked)
+    assert after.digest != before.digest
+    assert after == prepare(replace(asked, out=str(tmp_path / "anew"))), "what a new set is"
+    untouched = [path for path, at in times.items() if path.stat().st_mtime_ns == at]
+    # The version of an archive or a table is that of all of its images.
+    assert untouched or (what == "image" and kind in ("tar", "parquet"))
 
 
 def test_images_that_vanished_stop_the_job_until_their_shards_may_be_made_again(tmp_path):

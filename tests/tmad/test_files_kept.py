@@ -222,6 +222,20 @@ def test_previews_of_every_kind_go(inpainter) -> None:
     assert filled.notes == ()
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_what_follows_the_end_of_a_file_as_a_phones_film_goes_and_is_named(inpainter, kind) -> None:
+    options = {"WEBP": {"lossless": True}, "JPEG": {"progressive": True}}.get(kind, {})
+    data = kept.saved(kept.pillow("P" if kind == "GIF" else "RGB"), kind, **options)
+    film = b"\0\0\0\x18ftypmp42" + bytes(range(256)) * 4 + b"\xff\xd9"
+    filled = fill_file(inpainter, open_file(data + film), HOLE)
+    assert "not kept: data behind the picture" in filled.notes
+    assert b"ftypmp42" not in filled.data
+    plain = fill_file(inpainter, open_file(data), HOLE)
+    assert plain.data == filled.data
+    assert not any("behind" in note for note in plain.notes)
+    assert fill_file(inpainter, open_file(data + bytes(100)), HOLE).notes == plain.notes, "padding"
+
+
 def test_what_vouches_for_the_old_pixels_goes_and_is_named(inpainter) -> None:
     data = kept.saved(kept.pillow("RGB"), "JPEG")
     data = data[:20] + kept.jpeg_segment(0xEB, b"JP\0\x01 signed") + data[20:]

@@ -215,6 +215,16 @@ def test_the_stated_direction_is_that_of_a_result_with_less_noise() -> None:
         assert sign * good[name] > sign * bad[name], name
 
 
+def test_total_variation_which_a_flat_grey_wins_is_neither_better_high_nor_low() -> None:
+    _, truth, mask = pair(48, 48)
+    grey = np.where(mask[..., None] > 0, np.uint8(128), truth)
+    flat, real = measure(grey, truth, mask), measure(truth, truth, mask)
+    for name in ("tv_grad255", "tv_l1_hole_pct"):
+        assert flat[name] < real[name]
+        assert MEASURES[name].better == "neither"
+        assert "photographs" in MEASURES[name].direction
+
+
 def seam_twin(image: np.ndarray, mask: np.ndarray, side: int) -> float:
     """Pair by pair."""
     found: dict[bool, list[float]] = {True: [], False: []}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -113,7 +112,7 @@ class Indexed:
     files: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    @cached_property
+    @property
     def _index(self) -> Index:
         raise NotImplementedError
 
@@ -134,8 +133,11 @@ class Indexed:
     def versions(self, keys: Sequence[str]) -> list[str]:
         """The version of the file that holds each, and its place there."""
         files = [version(uri) for uri in self._uris]
-        places = [self._index.find(key) for key in keys]
-        return ["" if one is None else f"{files[one['file']]} {sorted(one.items())}" for one in places]
+        table = self._index.table
+        rows = pc.index_in(pa.array(keys, pa.large_string()), value_set=table["key"].combine_chunks())
+        names = [name for name in table.column_names if name not in ("key", "file")]
+        places = zip(*(table[name].take(rows).to_pylist() for name in ("file", *names)), strict=True)
+        return ["" if file is None else f"{files[file]} {rest}" for file, *rest in places]
 
     def label(self, key: str) -> int | None:
         """The class that the collection gives the image."""

@@ -11,7 +11,7 @@ from pipeline.data.sources.base import Source
 from pipeline.data.sources.keylist import KeyList
 from pipeline.data.sources.parquet import ParquetTable
 from pipeline.data.sources.tar import TarShards
-from pipeline.data.sources.tree import ImageTree, is_picture
+from pipeline.data.sources.tree import ImageTree, is_image
 from pipeline.errors import CorruptSource
 from pipeline.storage import Listed, absolute, listing, names_in, redact
 
@@ -75,7 +75,7 @@ def _open(
     if uri.lower().endswith(ARCHIVE_SUFFIXES):
         raise _compressed(uri)
     files = {key: file for key, file in listing(uri).items() if not is_ledger(key)}
-    images = [key for key in files if is_picture(key) and not files[key].link]
+    images = [key for key in files if is_image(key, files[key])]
     tars, tables, archives = (
         tuple(key for key in files if key.lower().endswith(suffix)) for suffix in (".tar", ".parquet", ARCHIVE_SUFFIXES)
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -15,6 +17,8 @@ from pipeline.data.sources.base import Index, Source, make_index_table
 from pipeline.data.sources.tree import ImageTree
 from pipeline.errors import CorruptSource, MissingInput
 from pipeline.storage import UnsafeName, exists, is_remote, names_in, read_bytes, redact
+
+logger = logging.getLogger(__name__)
 
 _TRIED = 5
 """Keys that are looked for before the work begins."""
@@ -127,18 +131,25 @@ class KeyList:
             keys.append("/".join(part for part in key.split("/") if part not in ("", ".")) or line)
             lines.append(number)
             labels.append(int(match.group(2)) if match and match.group(2) else None)
-        index = Index(make_index_table(keys, line=lines, label=labels))
-        self._refuse_repeated(index)
-        return index
+        return self._without_repeated(Index(make_index_table(keys, line=lines, label=labels)))
 
-    def _refuse_repeated(self, index: Index) -> None:
+    def _without_repeated(self, index: Index) -> Index:
+        """Each image once. Raises `CorruptSource` for one of two classes, as nobody can say which is meant."""
         repeated = index.repeated()
-        if repeated.size:
-            shown = [
-                f"{index.table['key'][row].as_py()!r} in lines {index.table['line'][row - 1]} and "
-                f"{index.table['line'][row]}"
-                for row in map(int, repeated[:3])
-            ]
+        if not repeated.size:
+            return index
+        labels = index.table["label"]
+        contrary = [row for row in map(int, repeated) if labels[row].as_py() != labels[row - 1].as_py()]
+        shown = [
+            f"{index.table['key'][row].as_py()!r} in lines {index.table['line'][row - 1]} and "
+            f"{index.table['line'][row]}"
+            for row in (contrary or list(map(int, repeated)))[:3]
+        ]
+        if contrary:
             raise CorruptSource(
-                f"{redact(self.uri)} names {repeated.size} images twice: {'; '.join(shown)}; a key names one image"
+                f"{redact(self.uri)} gives {len(contrary)} images two labels: {'; '.join(shown)}; an image has one"
             )
+        logger.warning("%s names %d images twice; each is taken once: %s", redact(self.uri), len(repeated), shown[0])
+        once = np.ones(len(index), bool)
+        once[repeated] = False
+        return Index(index.table.filter(pa.array(once)))

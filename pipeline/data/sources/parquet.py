@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ IMAGE_COLUMNS = ("image", "image_bytes", "bytes", "jpg")
 """Where images are looked for if no column is named."""
 
 _READERS = 8
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class ParquetTable(Indexed):
     def keys(self) -> list[str]:
         """Keys of the rows, in the order of files and rows."""
         if not len(self._index):
-            raise MissingInput(f"there is no image in {redact(self.uri)}: no row in {len(self._uris)} Parquet file(s)")
+            none = "no row has a key" if self._listed[1] else "no row"
+            raise MissingInput(f"there is no image in {redact(self.uri)}: {none} in {len(self._uris)} Parquet file(s)")
         by_place = [(name, "ascending") for name in ("file", "group", "row")]
         return list(self._index.table.sort_by(by_place)["key"].to_pylist())
 
@@ -81,18 +85,40 @@ class ParquetTable(Indexed):
             column = self._image_column(self._uris[file], parquet.schema_arrow)
             return _read(parquet, column, group)
 
-    @cached_property
+    def beside(self) -> dict[str, str]:
+        """Files of the folder that are of another kind; rows without a key, or with the key of an earlier row."""
+        return {**super().beside(), **self._listed[1]}
+
+    @property
     def _index(self) -> Index:
-        """Where every image lies. Made where keys are listed and carried along to the workers."""
+        return self._listed[0]
+
+    @cached_property
+    def _listed(self) -> tuple[Index, dict[str, str]]:
+        """Where every image lies, and the rows that have no key of their own, as `FILE#ROW`. Made where keys are listed
+        and carried along to the workers."""
         with ThreadPoolExecutor(_READERS) as pool:
-            index = Index(pa.concat_tables(pool.map(self._list_file, range(len(self._uris)))))
-        repeated = index.repeated()
-        if repeated.size:
-            raise CorruptSource(
-                f"{repeated.size} rows of {redact(self.uri)} have the key of another row in column "
-                f"{self.key_column!r}, e.g. {index.table['key'][int(repeated[0])].as_py()!r}; a key names one image"
+            table = pa.concat_tables(pool.map(self._list_file, range(len(self._uris)))).combine_chunks()
+        nameless = pc.is_null(table["key"])
+        odd = {self._row_name(table, row): "no-key" for row in np.flatnonzero(nameless.to_numpy()).tolist()}
+        index = Index(table.filter(pc.invert(nameless)))
+        again = index.repeated()
+        odd |= {self._row_name(index.table, row): "same-key" for row in again.tolist()}
+        if odd:
+            logger.warning(
+                "%s: %d rows have no key of their own in column %r and are left out, %s first",
+                *(redact(self.uri), len(odd), self.key_column, next(iter(odd))),
             )
-        return index
+        once = np.ones(len(index), bool)
+        once[again] = False
+        kept = index.table.filter(pa.array(once)) if again.size else index.table
+        return Index(kept.drop_columns(["at"])), odd
+
+    def _row_name(self, table: pa.Table, row: int) -> str:
+        return f"{self._name(table['file'][row].as_py())}#{table['at'][row].as_py()}"
+
+    def _name(self, number: int) -> str:
+        return self.files[number] if self.files else self.uri.rsplit("/", 1)[-1]
 
     def _list_file(self, number: int) -> pa.Table:
         uri = self._uris[number]
@@ -104,12 +130,10 @@ class ParquetTable(Indexed):
             if self.key_column:
                 keys = self._cast(uri, parquet, self.key_column, pa.large_string())
             else:
-                name = self.files[number] if self.files else uri.rsplit("/", 1)[-1]
-                keys = pa.array([f"{name}#{row}" for row in range(total)], pa.large_string())
+                keys = pa.array([f"{self._name(number)}#{row}" for row in range(total)], pa.large_string())
             labels = self._cast(uri, parquet, self.label_column, pa.int64()) if self.label_column else None
-        if keys.null_count:
-            raise CorruptSource(f"{keys.null_count} rows of {redact(uri)} have no key in column {self.key_column!r}")
         numbers = {
+            "at": np.arange(total),
             "file": np.full(total, number),
             "group": np.repeat(np.arange(len(rows)), rows),
             "row": np.concatenate([np.arange(count) for count in rows] or [np.arange(0)]),

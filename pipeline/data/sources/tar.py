@@ -182,7 +182,7 @@ def _walk(uri: str, folder: str) -> pa.Table:
     links = unread = 0
     with open_file(uri, read_ahead=READ_AHEAD) as file:
         for name, member in _members(uri, file):
-            if not name.startswith(folder) or any(part.startswith(".") for part in name.split("/")):
+            if not name.startswith(folder) or any(map(_is_hidden, name.split("/"))):
                 continue
             key = name.removeprefix(folder)
             if name.lower().endswith(PICTURES):
@@ -231,6 +231,11 @@ def _members(uri: str, file: IO[bytes]) -> Iterator[tuple[str, tarfile.TarInfo]]
         logger.warning("%s ends %s without the mark of an end; was it cut off there?", redact(uri), place)
     elif any(block):
         raise CorruptSource(f"{redact(uri)} is cut off or damaged {place}: no header stands there")
+
+
+def _is_hidden(part: str) -> bool:
+    """Not a step to another folder: such a name is left out by whoever reads it, with its reason."""
+    return part.startswith(".") and part not in (".", "..")
 
 
 def _sample(key: str) -> str:

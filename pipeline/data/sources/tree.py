@@ -30,7 +30,7 @@ class ImageTree:
     def keys(self) -> list[str]:
         """Paths of the images below the folder."""
         files = self._listing()
-        images = [key for key in files if is_picture(key) and not files[key].link]
+        images = [key for key in files if is_image(key, files[key])]
         if not images:
             raise MissingInput(
                 f"there is no image in {redact(self.uri)}: of {len(files)} files none ends in one of "
@@ -41,8 +41,9 @@ class ImageTree:
     def beside(self) -> dict[str, str]:
         """Files that are no images by their names, and links to folders."""
         files = self._listing()
-        left = {key: file for key, file in files.items() if file.link or not is_picture(key)}
-        return {key: "link" if file.link else "not-an-image" for key, file in left.items()}
+        left = {key: file for key, file in files.items() if not is_image(key, file)}
+        kinds = {key: "link" if file.link else "not-a-file" if file.special else "" for key, file in left.items()}
+        return {key: kind or "not-an-image" for key, kind in kinds.items()}
 
     def versions(self, keys: Sequence[str]) -> list[str]:
         """By the listing, or one by one where there was none."""
@@ -74,6 +75,11 @@ class ImageTree:
     def labels(self, keys: pa.Array) -> pa.Array:
         """None of any."""
         return pa.nulls(len(keys), pa.int64())
+
+
+def is_image(key: str, file: Listed) -> bool:
+    """Whether *key* is a file with a picture's ending."""
+    return is_picture(key) and not file.link and not file.special
 
 
 def is_picture(key: str) -> bool:
