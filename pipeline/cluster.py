@@ -67,8 +67,6 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    # Ray's C++ writes errors on the user's terminal, of Ray Data's own actors too; nobody there can do anything.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # An embedded Ray without dashboard has Ray Train complain of that once a second, in every worker's stderr; training
     # brings its own log lines to the driver, and Ray's session logs keep the rest.
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}

@@ -17,7 +17,7 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from tmad.inpaint import Inpainter, UnusableInput
+from tmad.inpaint import Inpainter, InpaintResult
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ class InpainterModel(PythonModel):
         """
         image, mask = _checked(model_input)
         filled = image.copy()
-        for number in range(len(image)):
-            try:
-                filled[number] = self.inpainter(image[number], mask[number]).output
-            except UnusableInput as error:
-                logger.warning("image %d of %d comes back as it was: %s", number, len(image), error)
+        for number, result in enumerate(self.inpainter.batch(list(image), list(mask))):
+            if isinstance(result, InpaintResult):
+                filled[number] = result.output
+            else:
+                logger.warning("image %d of %d comes back as it was: %s", number, len(image), result)
         return filled
 
 

@@ -79,7 +79,12 @@ def register_model(
         )
         version = int(created.version)
     if alias is not None and alias not in client.get_registered_model(name).aliases:
-        client.set_registered_model_alias(name, alias, str(version))
+        try:
+            client.set_registered_model_alias(name, alias, str(version))
+        except MlflowException:
+            # Another run has given it to its own version in this moment.
+            if alias not in client.get_registered_model(name).aliases:
+                raise
     log.info("model %s is version %d of %r at %s", digest, version, name, storage.redact(tracking_uri))
     return version
 

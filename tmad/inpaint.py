@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -657,10 +658,11 @@ def _model_folder(model: Path | str, tracking_uri: str | None) -> Path:
     for folder in (Path(model), Path(model) / "model"):
         if all((folder / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
             return folder
-    # Whoever names a folder needs neither Ray nor MLflow; other places are known to the glue around this package.
-    from pipeline.models import find_model
-
-    return find_model(str(model), tracking_uri=tracking_uri)
+    # Other places are known to packages that say so under this entry point, which `pipeline` does.
+    for finder in entry_points(group="tmad.models"):
+        found: Path = finder.load()(str(model), tracking_uri=tracking_uri)
+        return found
+    return Path(model)
 
 
 def _check_size(what: str, size: tuple[int, ...], wanted: tuple[int, int], image_id: str) -> None:

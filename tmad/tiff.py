@@ -128,7 +128,7 @@ def _read(data: bytes, place: int, order: str, big: bool, above: tuple[int, ...]
             content = data[at : at + length]
             if len(content) < length:
                 continue  # a value beyond the end of the file
-            content = _turned(content, kind) if order == ">" else content
+            content = _turned(content, kind) if order == ">" and kind in _WORD else content
             if tag in _INNER and kind in (_LONG, 13, 16, 18) and amount == 1:
                 inner = _read(data, int.from_bytes(content, "little"), order, big, (*above, place))
                 found[tag] = Entry(_LONG, inner=inner)

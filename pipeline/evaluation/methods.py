@@ -65,6 +65,17 @@ class Filled:
     retrieval: dict[str, dict[str, float]]
     """`retrieval_measures` of the methods that retrieve."""
 
+    def add(
+        self,
+        outputs: Mapping[str, np.ndarray],
+        seconds: Mapping[str, float] | None = None,
+        retrieval: Mapping[str, dict[str, float]] | None = None,
+    ) -> None:
+        """What further methods made."""
+        self.outputs.update(outputs)
+        self.seconds.update(seconds or {})
+        self.retrieval.update(retrieval or {})
+
 
 class Filler:
     """Fills a hole by every method that can be run. What each of them gets has a black hole."""
@@ -85,51 +96,111 @@ class Filler:
 
     def __call__(self, record: Record, variant: int) -> Filled:
         """Raises `UnusableInput` for a mask of nothing but hole, `UnfitResults` for a result of another size."""
-        truth, mask = record.pixels(), record.mask(variant)
-        if mask.all():
-            raise UnusableInput("all-hole", f"{record.image_id}: the mask leaves nothing but hole")
-        return self.fill(truth, mask, image_id=record.image_id, variant=variant)
+        return _or_raise(self.batch([(record, variant)])[0])
+
+    def batch(self, items: Sequence[tuple[Record, int]]) -> list[Filled | UnusableInput]:
+        """The same for several images and variants, which the networks see together; an error in place of what has
+        one."""
+        return self._fill([Given(one.pixels(), one.mask(variant), one.image_id, variant) for one, variant in items])
 
     def fill(
         self, truth: np.ndarray, mask: np.ndarray, *, image_id: str, variant: int, only: Sequence[str] | None = None
     ) -> Filled:
         """The same for any mask; *only* these methods (none = all)."""
-        hole = mask[..., None] > 0
-        given = np.where(hole, np.uint8(0), truth)
-        outputs: dict[str, np.ndarray] = {}
-        seconds: dict[str, float] = {}
+        return _or_raise(self._fill([Given(truth, mask, image_id, variant)], only)[0])
+
+    def _fill(self, items: Sequence[Given], only: Sequence[str] | None = None) -> list[Filled | UnusableInput]:
         names = [name for name in self._names if only is None or name in only]
-        result = None
-        retrieval: dict[str, dict[str, float]] = {}
-        if self._inpainter is not None and {"tmad", "coarse", "blended"} & set(names):
-            began = time.monotonic()
-            result = self._inpainter(given, mask, image_id=image_id)
-            seconds["tmad"] = time.monotonic() - began
-            outputs |= {"tmad": np.asarray(result.output), "coarse": result.coarse}
-            retrieval["tmad"] = retrieval_measures(result, truth)
+        found: dict[int, Filled | UnusableInput] = {
+            number: UnusableInput("all-hole", f"{one.image_id}: the mask leaves nothing but hole")
+            for number, one in enumerate(items)
+            if one.mask.all()
+        }
+        usable = [number for number in range(len(items)) if number not in found]
+        filled = [Filled(items[number].truth, items[number].mask, {}, {}, None, {}) for number in usable]
+        some = [items[number] for number in usable]
+        learned = {"tmad", "coarse", "blended"} & set(names)
+        if self._inpainter is not None and learned:
+            results, seconds = _timed_batch(self._inpainter, some)
+            coarse = [result.coarse for result in results]
+            for place, result in enumerate(results):
+                outputs = {"tmad": np.asarray(result.output), "coarse": result.coarse}
+                filled[place] = replace(filled[place], result=result)
+                filled[place].add(outputs, {"tmad": seconds}, {"tmad": retrieval_measures(result, some[place].truth)})
             if self._untrained is not None and "blended" in names:
-                blended = self._untrained(given, mask, image_id=image_id, filled=result.coarse)
-                outputs["blended"] = np.asarray(blended.output)
-                retrieval["blended"] = retrieval_measures(blended, truth)
-        for name, results in self._externals.items():
-            if only is not None:
-                continue
-            pixels = results.read(result_name(image_id, variant, manifest=self._manifest), truth.shape)
-            outputs[name] = np.where(hole, pixels, truth)
+                for place, result in enumerate(_timed_batch(self._untrained, some, coarse)[0]):
+                    measured = retrieval_measures(result, some[place].truth)
+                    filled[place].add({"blended": np.asarray(result.output)}, {}, {"blended": measured})
+        for name, results_of in self._externals.items() if only is None else ():
+            donors = []
+            for one in some:
+                pixels = results_of.read(
+                    result_name(one.image_id, one.variant, manifest=self._manifest), one.truth.shape
+                )
+                donors.append(np.where(one.hole, pixels, one.truth))
+            for place, donor in enumerate(donors):
+                filled[place].add({name: donor})
             if name in self._donors:
                 assert self._inpainter is not None, "coarse_from needs a model"
-                began = time.monotonic()
-                refined = self._inpainter(given, mask, image_id=image_id, filled=outputs[name])
-                seconds[behind(name)] = time.monotonic() - began
-                outputs[behind(name)] = np.asarray(refined.output)
+                refined, seconds = _timed_batch(self._inpainter, some, donors)
+                for place, result in enumerate(refined):
+                    filled[place].add({behind(name): np.asarray(result.output)}, {behind(name): seconds})
         for name in names:
             if name in FILLS:
-                rng = numpy_generator(self._seed, name, image_id, variant)
-                began = time.monotonic()
-                outputs[name] = FILLS[name](given, mask, rng) if mask.any() else given
-                seconds[name] = time.monotonic() - began
-        shown = {name: outputs[name] for name in names if name in outputs}
-        return Filled(truth, mask, shown, seconds, result, retrieval)
+                for place, one in enumerate(some):
+                    rng = numpy_generator(self._seed, name, one.image_id, one.variant)
+                    began = time.monotonic()
+                    output = FILLS[name](one.given, one.mask, rng) if one.mask.any() else one.given
+                    filled[place].add({name: output}, {name: time.monotonic() - began})
+        for number, done in zip(usable, filled, strict=True):
+            shown = {name: done.outputs[name] for name in names if name in done.outputs}
+            found[number] = replace(done, outputs=shown)
+        return [found[number] for number in range(len(items))]
+
+
+@dataclass(frozen=True)
+class Given:
+    """An image and a mask of it."""
+
+    truth: np.ndarray
+    mask: np.ndarray
+    image_id: str
+    variant: int
+
+    @property
+    def hole(self) -> np.ndarray:
+        """(H, W, 1) bool."""
+        return self.mask[..., None] > 0
+
+    @property
+    def given(self) -> np.ndarray:
+        """What methods get: the hole is black."""
+        return np.where(self.hole, np.uint8(0), self.truth)
+
+
+def _or_raise(one: Filled | UnusableInput) -> Filled:
+    if isinstance(one, UnusableInput):
+        raise one
+    return one
+
+
+def _timed_batch(
+    inpainter: Inpainter, items: Sequence[Given], filled: Sequence[np.ndarray] | None = None
+) -> tuple[list[InpaintResult], float]:
+    """Results, and seconds for each."""
+    began = time.monotonic()
+    found = inpainter.batch(
+        [one.given for one in items],
+        [one.mask for one in items],
+        image_ids=[one.image_id for one in items],
+        filled=filled,
+    )
+    results = []
+    for one in found:
+        if not isinstance(one, InpaintResult):
+            raise one
+        results.append(one)
+    return results, (time.monotonic() - began) / max(1, len(items))
 
 
 def untrained(inpainter: Inpainter) -> Inpainter:

@@ -1,14 +1,15 @@
 """A part of the set measured by every method, and what is kept of it: rows, texture samples, features, a receipt.
 
 A part is a stretch of records of one shard. Its files lie below the results; the receipt is written last, and with it
-the part is finished, whatever becomes of the job. What a part holds depends on its images alone: every image goes by
-itself through everything, on one thread.
+the part is finished, whatever becomes of the job. What a part holds depends on its images alone: on a CPU every image
+goes by itself through everything, on one thread.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,9 @@ from tmad.swd import SMALLEST_LEVEL, VARIANTS, SlicedWasserstein
 
 ONE_THREAD = {"env_vars": {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
 """Runtime environment of everything that computes: sums do not depend on how many processors a machine has."""
+
+TOGETHER = 16
+"""Images that the methods get at once."""
 
 RETRIEVAL_MEASURES = ("retrieval_top_l1", "retrieval_best_l1", "retrieval_distinct")
 """What `methods.retrieval_measures` gives of one image."""
@@ -165,13 +169,12 @@ def _measure(
     failed: dict[str, str] = {}
     seconds = dict.fromkeys(names, 0.0)
     files: dict[str, int] = {}
-    for record in read_part(job.config.data, part, job.manifest):
-        for variant in job.variants:
+    items = ((record, variant) for record in read_part(job.config.data, part, job.manifest) for variant in job.variants)
+    while some := list(itertools.islice(items, TOGETHER)):
+        for (record, variant), filled in zip(some, filler.batch(some), strict=True):
             item_id = record.image_id if variant == 0 else f"{record.image_id}/{variant}"
-            try:
-                filled = filler(record, variant)
-            except UnusableInput as error:
-                failed[item_id] = error.reason
+            if isinstance(filled, UnusableInput):
+                failed[item_id] = filled.reason
                 continue
             if "fid" in networks:
                 features.setdefault("", []).append(networks["fid"].features(filled.truth))

@@ -16,7 +16,7 @@ from tmad.config import STRICT, PositiveFloat, PositiveInt
 from tmad.files import Kind
 from tmad.holes import MASK_THRESHOLD, Colour, MaskRule, MaskValue
 from tmad.images import MAX_PIXELS
-from tmad.inpaint import CONTEXT, LIMIT, Policy
+from tmad.inpaint import CONTEXT, LIMIT, Policy, Precision
 
 MaskFrom = Literal["paired", "alpha", "colour", "column", "boxes", "one"]
 _OF_PICTURES = ("mask_value", "mask_threshold", "scale_masks")
@@ -147,14 +147,20 @@ class InpaintConfig(HolesConfig):
     it; `none` in words = no record."""
     num_actors: PositiveInt | None = None
     """Copies of the model that work side by side; none = one per GPU, or per CPU."""
-    cpus_per_actor: PositiveFloat = 1.0
-    """CPUs, and threads, of each copy."""
+    cpus_per_actor: PositiveFloat | None = None
+    """CPUs, and threads, of each copy; none = 1, and with use_gpu an equal share of all."""
     use_gpu: bool = False
-    """Give each copy a GPU."""
+    """Give each copy a GPU, or the share `gpus_per_actor` of one."""
+    gpus_per_actor: PositiveFloat = 1.0
+    """GPUs of each copy with `use_gpu`; below 1, several copies share one, where a single process cannot decode and
+    encode fast enough for it."""
+    precision: Precision | None = None
+    """Of coarse network and PSNet: `bf16` or `fp32`; none = bf16 with use_gpu, else fp32."""
     cells_per_chunk: PositiveInt = 256
     """Hole cells synthesized at once: bounds the memory of large holes."""
-    images_per_task: PositiveInt = 16
-    """Images that one call works through: so much is repeated when a copy is lost."""
+    images_per_task: PositiveInt | None = None
+    """Images that one call works through: so much is repeated when a copy is lost; none = 16, and 256 with use_gpu, as
+    the device has nothing to do at a task's start and end."""
     seed: int = 0
     """Keys the choice of the texture memory; the same seed gives the same bytes."""
     max_pixels: PositiveInt = MAX_PIXELS
@@ -173,7 +179,16 @@ class InpaintConfig(HolesConfig):
         loose = {
             *("input", "output", "model", "root", "image_column", "in_place", "retry_failed", "again"),
             "tracking_uri",
-            *("num_actors", "cpus_per_actor", "images_per_task", "max_pixels", "claim_expiry_s", "masks", "key_column"),
+            *(
+                "num_actors",
+                "cpus_per_actor",
+                "gpus_per_actor",
+                "images_per_task",
+                "max_pixels",
+                "claim_expiry_s",
+                "masks",
+                "key_column",
+            ),
         }
         decides: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in loose}
         text = json.dumps([model_digest, decides], sort_keys=True)

@@ -328,10 +328,12 @@ def _fill_all(job: Job, todo: Mapping[str, str], folder: Path) -> Iterator[pa.Ta
     config = job.config
     start_ray()
     num_actors = _num_actors(config, len(keys))
-    require({"CPU": num_actors * config.cpus_per_actor, "GPU": num_actors if config.use_gpu else 0})
+    cpus, gpus = _cpus_per_actor(config, num_actors), config.gpus_per_actor if config.use_gpu else 0
+    require({"CPU": num_actors * cpus, "GPU": num_actors * gpus})
     files = ray.put({name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)})
     # Small at the end of a small job, so that no copy waits for another's last task.
-    size = max(1, min(config.images_per_task, math.ceil(len(keys) / (4 * num_actors))))
+    most = config.images_per_task or (256 if config.use_gpu else 16)
+    size = max(1, min(most, math.ceil(len(keys) / (4 * num_actors))))
     tasks = [
         {"number": number, "made_of": {key: todo[key] for key in keys[start : start + size]}}
         for number, start in enumerate(range(0, len(keys), size))
@@ -339,10 +341,10 @@ def _fill_all(job: Job, todo: Mapping[str, str], folder: Path) -> Iterator[pa.Ta
     dataset = run_on_actors(
         tasks,
         InpaintWorker,
-        (files, job),
+        (files, replace(job, config=replace(config, cpus_per_actor=cpus))),
         size=num_actors,
-        num_cpus=None if config.use_gpu else config.cpus_per_actor,
-        num_gpus=1 if config.use_gpu else None,
+        num_cpus=None if config.use_gpu else cpus,
+        num_gpus=gpus or None,
     )
     yield from iterate(dataset, batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
@@ -350,13 +352,21 @@ def _fill_all(job: Job, todo: Mapping[str, str], folder: Path) -> Iterator[pa.Ta
 def _num_actors(config: InpaintConfig, num_keys: int) -> int:
     if config.num_actors is not None:
         return min(config.num_actors, num_keys)
-    there = ray.cluster_resources()
     if config.use_gpu:
-        return max(1, min(int(there.get("GPU", 0)), num_keys))
-    cpus = there.get("CPU", 1)
-    # An embedded Ray counts more CPUs than this machine may have; the model needs real ones.
-    cpus = cpus if joined() else min(cpus, os.cpu_count() or 1)
-    return max(1, min(int(cpus / config.cpus_per_actor), num_keys))
+        return max(1, min(int(ray.cluster_resources().get("GPU", 0) / config.gpus_per_actor), num_keys))
+    return max(1, min(int(_cpus() / (config.cpus_per_actor or 1)), num_keys))
+
+
+def _cpus_per_actor(config: InpaintConfig, num_actors: int) -> float:
+    if config.cpus_per_actor is not None:
+        return config.cpus_per_actor
+    return max(1, _cpus() // num_actors) if config.use_gpu else 1
+
+
+def _cpus() -> float:
+    """An embedded Ray counts more CPUs than this machine may have; the model needs real ones."""
+    cpus = ray.cluster_resources().get("CPU", 1)
+    return cpus if joined() else min(cpus, os.cpu_count() or 1)
 
 
 def _check_places(config: InpaintConfig) -> None:

@@ -1,4 +1,8 @@
-"""What one copy of the model does: read ahead, fill, write behind, and put a task's rows into the ledger."""
+"""What one copy of the model does: read ahead, fill, write behind, and put a task's rows into the ledger.
+
+Decoding with all that precedes the networks, and what follows them to the written file, run in threads of their own:
+while the device computes, the next images are made ready and the last ones are encoded.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from PIL import Image
 
 from pipeline.claim import Claim
@@ -32,13 +38,13 @@ from pipeline.inpaint.holes import NO_HOLE, Holes
 from pipeline.inpaint.ledger import PARTS, Row, encode, left_behind, to_table
 from pipeline.storage import UnsafeName, absolute, is_remote, join, write_atomic
 from tmad.checkpoint import load_model
-from tmad.files import ENDINGS, ImageFile, allow_pixels, fill_file, open_file
+from tmad.files import ENDINGS, ImageFile, allow_pixels, encode_filled, open_file
 from tmad.holes import MaskPolarityWarning, UnusableInput, polarity_notes
 from tmad.images import PICTURES, UnreadableImage, decode_image
-from tmad.inpaint import Inpainter
+from tmad.inpaint import Inpainter, Prepared
 
 WRITERS = 4
-"""Results on their way to storage at once."""
+"""Results on their way to storage at once, at least."""
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +75,7 @@ class Job:
 class _Loaded:
     file: ImageFile
     hole: np.ndarray
-    donor: Image.Image | None
+    prepared: Prepared
 
 
 @dataclass(frozen=True)
@@ -78,26 +84,43 @@ class _Copied:
     data: bytes
 
 
+@dataclass
+class _Image:
+    """One on its way."""
+
+    key: str
+    state: _Loaded | _Copied | Row
+    """A row where it has come to its end."""
+    seconds: float
+    """Spent on it so far."""
+
+    @property
+    def pixels(self) -> int:
+        """That the networks will see."""
+        parts = self.state.prepared.parts if isinstance(self.state, _Loaded) else []
+        return sum(part.mask.size for part in parts)
+
+
 class InpaintWorker:
     """An actor of Ray Data: holds the model, works through a task a call, returns its rows of the ledger."""
 
     def __init__(self, model_files: Any, job: Job) -> None:
         """*model_files*: the artifact's files by name, or a reference to them, so that no node needs the place they
         came from."""
-        import torch
-
         config = job.config
         # What it says stands in the ledger.
         warnings.filterwarnings("ignore", category=MaskPolarityWarning)
-        torch.set_num_threads(max(1, int(config.cpus_per_actor)))
+        torch.set_num_threads(max(1, int(config.cpus_per_actor or 1)))
         allow_pixels(config.max_pixels)
         files = ray.get(model_files) if isinstance(model_files, ray.ObjectRef) else model_files
         with tempfile.TemporaryDirectory(prefix="tmad-model-") as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
             model = load_model(folder, device="cuda" if config.use_gpu else "cpu")
+        self.threads = max(1, int(config.cpus_per_actor or 1)) if config.use_gpu else 1
         self.inpainter = Inpainter(
             model,
+            precision=config.precision,
             policy=config.policy,
             context=config.context,
             limit=config.limit,
@@ -118,29 +141,48 @@ class InpaintWorker:
         outage of storage ends the task."""
         self.made_of: dict[str, str] = task["made_of"]
         rows: list[Row] = []
-        written: deque[tuple[Row, Future[float] | None]] = deque()
-        with ThreadPoolExecutor(1, "load") as loading, ThreadPoolExecutor(WRITERS, "write") as writing:
+        encoded: deque[Future[tuple[Row, bytes | None]]] = deque()
+        written: deque[Future[Row]] = deque()
+        with (
+            ThreadPoolExecutor(self.threads, "load") as loading,
+            ThreadPoolExecutor(self.threads, "encode") as encoding,
+            ThreadPoolExecutor(max(WRITERS, self.threads), "write") as writing,
+        ):
 
-            def load(key: str, read: Callable[[], bytes]) -> tuple[str, Future[tuple[_Loaded | _Copied | Row, float]]]:
-                return key, loading.submit(self._timed_load, key, read)
+            def settle(unencoded: int, unwritten: int) -> None:
+                """Let no more than so many results be under way: they hold pixels, then files."""
+                while len(encoded) > unencoded:
+                    written.append(writing.submit(self._write, *encoded.popleft().result()))
+                while len(written) > unwritten:
+                    rows.append(written.popleft().result())
 
-            ahead = (load(key, read) for key, read in read_ahead(self.job.source, list(self.made_of)))
-            coming = next(ahead, None)
-            while coming is not None:
-                (key, future), coming = coming, next(ahead, None)
-                row, data = self._finish(key, *future.result())
-                sent = writing.submit(self._write, row, data) if data is not None else None
-                written.append((row, sent))
-                while len(written) > WRITERS:
-                    rows.append(self._settle(*written.popleft()))
-            rows += [self._settle(*one) for one in written]
+            coming = (
+                loading.submit(self._timed_load, key, read)
+                for key, read in read_ahead(self.job.source, list(self.made_of))
+            )
+            for images in self._together(_ahead(coming, 2 * self.threads - 1)):
+                self._compute(images)
+                encoded.extend(encoding.submit(self._encode, image) for image in images)
+                settle(self.threads, max(WRITERS, self.threads))
+            settle(0, 0)
         table = to_table(rows)
         self.job.claim.write(f"{PARTS}/{self.job.token}-{task['number']:07d}.parquet", encode(table))
         return table
 
-    def _timed_load(self, key: str, read: Callable[[], bytes]) -> tuple[_Loaded | _Copied | Row, float]:
+    def _together(self, coming: Iterator[_Image]) -> Iterator[list[_Image]]:
+        """Images in groups that fill the device."""
+        images: list[_Image] = []
+        for image in coming:
+            images.append(image)
+            if sum(one.pixels for one in images) >= self.inpainter.pixels_at_once:
+                yield images
+                images = []
+        if images:
+            yield images
+
+    def _timed_load(self, key: str, read: Callable[[], bytes]) -> _Image:
         began = time.monotonic()
-        return self._guarded(key, lambda: self._load(key, read)), time.monotonic() - began
+        return _Image(key, self._guarded(key, lambda: self._load(key, read)), time.monotonic() - began)
 
     def _load(self, key: str, read: Callable[[], bytes]) -> _Loaded | _Copied:
         job, config = self.job, self.job.config
@@ -163,37 +205,50 @@ class InpaintWorker:
             if name is None:
                 raise UnreadableImage("no-coarse", f"no result named {stem_of(key)}.* in {config.coarse_from}")
             donor = decode_image(job.coarse.read(name), max_pixels=config.max_pixels)
-        return _Loaded(file, hole, donor)
+        return _Loaded(file, hole, self.inpainter.prepare(file.image, hole, image_id=key, filled=donor))
 
-    def _finish(self, key: str, loaded: _Loaded | _Copied | Row, seconds: float) -> tuple[Row, bytes | None]:
+    def _compute(self, images: list[_Image]) -> None:
+        """Take loaded images through the networks; one of them that cannot be computed costs no other its result."""
         began = time.monotonic()
-        if isinstance(loaded, Row):
-            return replace(loaded, seconds=seconds), None
-        if isinstance(loaded, _Copied):
-            return replace(loaded.row, seconds=seconds), loaded.data
-        filled = self._guarded(key, lambda: self._fill(key, loaded))
-        spent = seconds + time.monotonic() - began
-        if isinstance(filled, Row):
-            return replace(filled, seconds=spent), None
-        row, data = filled
-        return replace(row, seconds=spent), data
+        loaded = {image.key: image.state.prepared for image in images if isinstance(image.state, _Loaded)}
+        try:
+            self.inpainter.compute(list(loaded.values()))
+        except Exception:
+            for image in images:
+                if image.key in loaded:
+                    alone = partial(self.inpainter.compute, [loaded[image.key]])
+                    image.state = self._guarded(image.key, alone) or image.state
+        for image in images:
+            image.seconds += (time.monotonic() - began) / len(images)
 
-    def _fill(self, key: str, loaded: _Loaded) -> tuple[Row, bytes]:
-        config, file = self.job.config, loaded.file
-        filled = fill_file(
-            self.inpainter,
+    def _encode(self, image: _Image) -> tuple[Row, bytes | None]:
+        """The row of an image, and the file that is its result, if it has one."""
+        if isinstance(image.state, Row):
+            return replace(image.state, seconds=image.seconds), None
+        began = time.monotonic()
+        made = self._guarded(image.key, lambda: self._result(image))
+        row, data = (made, None) if isinstance(made, Row) else made
+        return replace(row, seconds=image.seconds + time.monotonic() - began), data
+
+    def _result(self, image: _Image) -> tuple[Row, bytes]:
+        config, loaded = self.job.config, image.state
+        if isinstance(loaded, _Copied):
+            return loaded.row, loaded.data
+        assert isinstance(loaded, _Loaded), "a row has no result"
+        file = loaded.file
+        filled = encode_filled(
             file,
             loaded.hole,
-            image_id=key,
-            filled=loaded.donor,
+            self.inpainter.finish(loaded.prepared),
+            feather=config.feather,
             opaque=config.mask_from == "alpha",
             kind=config.format,
         )
         row = self._row(
-            key,
+            image.key,
             "done",
-            output=output_key(key, config, file.format),
-            detail="; ".join(dict.fromkeys([*filled.notes, *_misnamed(key, config, file.format)])) or None,
+            output=output_key(image.key, config, file.format),
+            detail="; ".join(dict.fromkeys([*filled.notes, *_misnamed(image.key, config, file.format)])) or None,
             hole_fraction=filled.result.hole_fraction,
             height=file.image.height,
             width=file.image.width,
@@ -201,17 +256,14 @@ class InpaintWorker:
         )
         return row, filled.data
 
-    def _write(self, row: Row, data: bytes) -> float:
-        began = time.monotonic()
-        assert row.output is not None
-        write_atomic(join(self.job.config.output, row.output), data)
-        return time.monotonic() - began
-
-    def _settle(self, row: Row, sent: Future[float] | None) -> Row:
-        if sent is None:
+    def _write(self, row: Row, data: bytes | None) -> Row:
+        """Put a result in its place; the row of what came of it."""
+        if data is None:
             return row
-        seconds = self._guarded(row.input, sent.result)
-        return seconds if isinstance(seconds, Row) else replace(row, seconds=(row.seconds or 0) + seconds)
+        began = time.monotonic()
+        place = join(self.job.config.output, row.output or "")
+        refused = self._guarded(row.input, lambda: write_atomic(place, data))
+        return refused or replace(row, seconds=(row.seconds or 0) + time.monotonic() - began)
 
     def _guarded(self, key: str, call: Callable[[], Any]) -> Any:
         """What *call* returns, or the row that says why it could not."""
@@ -230,7 +282,7 @@ class InpaintWorker:
                 raise
             reason = "missing" if isinstance(error, MissingInput) else "storage"
             return self._row(key, "failed", reason=reason, detail=str(error))
-        except MemoryError as error:
+        except (MemoryError, torch.OutOfMemoryError) as error:
             return self._row(key, "failed", reason="memory", detail=str(error) or "not enough memory")
         except Exception as error:
             log.exception("unexpected error in %s", key)
@@ -260,6 +312,17 @@ class InpaintWorker:
         for what, folder in places.items():
             if not is_remote(folder) and (link := _link_below(absolute(folder), key)):
                 raise UnreadableImage("link", f"{link} in the {what} is a symbolic link")
+
+
+def _ahead(coming: Iterator[Future[_Image]], number: int) -> Iterator[_Image]:
+    """What is *coming*, in order, with so many more under way behind the one that is waited for."""
+    pending: deque[Future[_Image]] = deque()
+    for one in coming:
+        pending.append(one)
+        if len(pending) > number:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def output_key(key: str, config: InpaintConfig, file_format: str) -> str:

@@ -117,7 +117,8 @@ def measured_rates(config: RunConfig, *, crop_size: int) -> dict[Phase, float] |
     batch = noise_batch(config, side=crop_size, images=images, cells=schedule.patches_per_image).to(device)
     lengths: dict[Phase, int] = {"coarse": schedule.coarse_images, "joint": schedule.joint_images}
     rates: dict[Phase, float] = {}
-    torch.set_num_threads(config.threads)
+    # A worker elsewhere may have more processors than there are here; more threads than processors take forever.
+    torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     try:
         for phase in (phase for phase, length in lengths.items() if length):
             # The penalty is a part of every so many steps.

@@ -90,6 +90,7 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: 
 
 
 def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[UserCallback]) -> dict[str, Any]:
+    check_name(folder)
     finished = _read_json(storage.join(folder, "finished.json"))
     train_set, photographs = open_training_set(config, folder)
     sets = {"train": train_set, "val": read_manifest(config.data.validation_set)}
@@ -239,13 +240,17 @@ def _begin(folder: str, config: RunConfig, manifests: Mapping[str, Manifest], tr
     log.info("run %s was begun before: going on with it", config.name)
 
 
+def check_name(folder: str) -> None:
+    """Raise `ConfigMismatch` if *folder* holds a sweep."""
+    if storage.exists(storage.join(folder, SWEEP_FILE)):
+        raise ConfigMismatch(f"{storage.redact(folder)} holds a sweep, not a run: take another --name")
+
+
 def was_begun(folder: str, config: RunConfig, manifests: Mapping[str, Manifest]) -> bool:
     """Whether the run in *folder* was begun before. Raises `ConfigMismatch` if with another configuration or other
     data."""
     config_uri = storage.join(folder, "config.json")
     if not storage.exists(config_uri):
-        if storage.exists(storage.join(folder, SWEEP_FILE)):
-            raise ConfigMismatch(f"{storage.redact(folder)} holds a sweep, not a run: take another --name")
         return False
     old = from_json(storage.read_bytes(config_uri))
     lines = refusal(old, config)

@@ -25,7 +25,7 @@ from pipeline.pretrained import check_perceptual
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.footprint import Footprint, measure, measured_rates
 from pipeline.train.initial import find_initial
-from pipeline.train.launch import check_set, open_training_set, place_of, resolve, resources, was_begun
+from pipeline.train.launch import check_name, check_set, open_training_set, place_of, resolve, resources, was_begun
 from pipeline.train.loop import due, duration
 
 UNKNOWN_RATE = (
@@ -221,6 +221,7 @@ def _absent(folder: Path) -> list[Path]:
 def _state_of_run(config: RunConfig, sets: dict[str, Manifest]) -> str:
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
+    check_name(folder)
     if not was_begun(folder, config, sets):
         return f"{config.name} is new"
     if (theirs := holder_of(folder)) is not None:

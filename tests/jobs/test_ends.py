@@ -191,7 +191,7 @@ def promote(place: Place, out: Path) -> Asked:
     alias = f"a{out.name.replace('-', '')}"
     mlflow_client(place.database).set_registered_model_alias("ends", alias, "1")
     options = ["--name", "ends", "--alias", alias, "--data", place.folder / "large-val", "--out", out]
-    options += ["--tracking-uri", place.database, "--better", "psnr_hole=-100", "--not-worse", "l1_hole_pct=100"]
+    options += ["--tracking-uri", place.database, "--better", "psnr_hole", "--not-worse", "l1_hole_pct=100"]
 
     def left() -> object:
         compared = out / "ends" / "v2-against-v1" / "comparison.json"
@@ -237,7 +237,6 @@ def check_end(job: Job, asked: Asked, code: int) -> str:
     ended, said = job.end()
     assert ended == code, said
     assert "Traceback" not in said, said
-    assert "core_worker" not in said, said
     assert not (asked.claimed / CLAIM_NAME).exists(), said
     return said.strip().splitlines()[-1]
 

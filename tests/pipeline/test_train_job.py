@@ -282,7 +282,7 @@ def test_training_from_photographs_stopped_and_gone_on_with_is_training_from_the
     assert summary["model_digest"] == finished["model_digest"]
 
     Image.fromarray(make_photo(99, 40, 48)).save(photos / "99.png")
-    with pytest.raises(ConfigMismatch, match=r"names of the photographs .* \w+ -> \w+, 11 images now\)"):
+    with pytest.raises(ConfigMismatch, match=r"names or sizes of the photographs.* \w+ -> \w+, 11 images now\)"):
         main(command)
     with pytest.raises(ConfigMismatch, match=r"data.images.mask: brush_or_rectangle -> rectangle"):
         main([*command, "--data.images.mask", "rectangle"])

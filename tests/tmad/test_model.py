@@ -127,7 +127,7 @@ def test_the_generator_is_its_parts_put_together_by_hand(
         torch.testing.assert_close(out.coarse_raw, raw)
         torch.testing.assert_close(out.coarse, coarse)
         output = coarse.clone()
-        o = 4  # a quarter of 16
+        o = 8  # half of 16
         wide = F.pad(with_details(coarse, 16), (o, o, o, o), mode="reflect")
         for b in range(2):
             pool = torch.stack([coarse[b, :, y : y + 16, x : x + 16] for y, x in pool_yx[b].tolist()])
@@ -155,11 +155,11 @@ def test_the_generator_is_its_parts_put_together_by_hand(
 def test_a_window_of_the_memory_is_a_patch_with_what_lies_around_it_reflected_at_the_border(model: TMAD) -> None:
     coarse = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     memory = model.read_memory(coarse, torch.tensor([[[0, 0], [20, 30], [48, 48]]]))
-    assert memory.shape == (1, 3, CHANNELS, 24, 24)
-    assert torch.equal(memory[0, 1], with_details(coarse, 16)[0, :, 16:40, 26:50])
-    assert torch.equal(memory[0, 0, :, 4:, 4:], with_details(coarse, 16)[0, :, :20, :20])
-    assert torch.equal(memory[0, 0, :, 0], memory[0, 0, :, 8])
-    assert torch.equal(memory[0, 2, :, :, 23], memory[0, 2, :, :, 15])
+    assert memory.shape == (1, 3, CHANNELS, 32, 32)
+    assert torch.equal(memory[0, 1], with_details(coarse, 16)[0, :, 12:44, 22:54])
+    assert torch.equal(memory[0, 0, :, 8:, 8:], with_details(coarse, 16)[0, :, :24, :24])
+    assert torch.equal(memory[0, 0, :, 0], memory[0, 0, :, 16])
+    assert torch.equal(memory[0, 2, :, :, 31], memory[0, 2, :, :, 15])
     assert torch.equal(model.patches(memory)[0, 2], coarse[0, :, 48:, 48:])
     assert not model.read_memory(coarse.requires_grad_(), torch.zeros(1, 1, 2, dtype=torch.int64)).requires_grad
 

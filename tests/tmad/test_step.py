@@ -110,7 +110,8 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], minuend: dict[str, 
     for name in a.keys() | b.keys():
         zero = torch.zeros(())
         difference = (a.get(name, zero) - b.get(name, zero)).abs().max()
-        assert float(difference) < 1e-4 * largest + 4e-6 * rounding, name
+        # S is the softmax of scores of some tens to hundreds, which float32 knows to 1e-5.
+        assert float(difference) < 1e-4 * largest + 1e-5 * rounding, name
 
 
 # What learns
