@@ -21,7 +21,8 @@ def update(average: nn.Module, model: nn.Module, keep: float, finite: Tensor) ->
 
     *finite*, 0-dim on the same device: if it is false, the step left the model as it was, and so stays the average.
     """
-    old, new = list(average.parameters()), list(model.parameters())
+    old: list[Tensor] = list(average.parameters())
+    new: list[Tensor] = list(model.parameters())
     if keep == 0:
         torch._foreach_copy_(old, new)
     else:

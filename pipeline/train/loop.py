@@ -143,9 +143,10 @@ def train_loop(
         else:
             healthy = True
             meter.add(terms, schedule.batch_images)
-            if state.bad_steps_in_row == 1 and state.bad_step is not told:
-                told = state.bad_step
-                _warn(told, context)
+            bad = state.bad_step
+            if bad is not None and bad is not told and state.bad_steps_in_row == 1:
+                told = bad
+                _warn(bad, context)
         images = state.images_seen
         phase_over = images >= stretch.end
         if phase_over or due(before, images, schedule.log_every_images):
