@@ -35,7 +35,7 @@ from tmad.inpaint import Inpainter, Policy
 from tmad.model import TMAD
 
 RAY_NICENESS = 15
-"""What Ray gives its workers unless it is told otherwise."""
+"""What Ray gives its workers by default."""
 
 DESCRIPTION = """
 Images/s of `jobs/inpaint.py` beside a bare loop of the same model over the same files in as many processes; seconds of
@@ -170,7 +170,7 @@ def _job(folder: Path, out: Path, count: int, processes: int) -> list[float]:
 
 
 def _scene(megapixels: float, share: float, aspect: float = 4 / 3) -> tuple[np.ndarray, np.ndarray]:
-    """A picture of so many megapixels, and a square hole over *share* of it."""
+    """A picture of this many megapixels, and a square hole over *share* of it."""
     height = round((megapixels * 1e6 / aspect) ** 0.5)
     width = round(height * aspect)
     tile = picture(512, "large")

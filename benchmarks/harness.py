@@ -50,13 +50,13 @@ class Options:
     rounds: int = 5
     """Timed calls of each variant; at least 5 for a figure that is quoted."""
     limit_s: float = 120.0
-    """No further round of a table begins after so many seconds; the report says how many rounds there were."""
+    """Seconds after which no further round of a table begins; the report says how many rounds there were."""
     threads: int = 1
     """Threads of PyTorch."""
     keep_pages: bool = False
     """Have glibc keep freed pages instead of returning them to the system (mallopt), for all variants alike."""
     out: Path | None = None
-    """Folder of the report; none = benchmarks/reports, with --quick runs/benchmarks."""
+    """Folder of the report; default: benchmarks/reports, with --quick runs/benchmarks."""
 
 
 def start(kind: type[OptionsT], argv: Sequence[str], *, prog: str, description: str) -> OptionsT:

@@ -36,7 +36,7 @@ from tmad.batch import collate
 from tmad.step import TrainingState
 
 RAY_NICENESS = 15
-"""What Ray gives its workers unless it is told otherwise."""
+"""What Ray gives its workers by default."""
 
 CROP = 128
 """Pixels."""

@@ -14,7 +14,7 @@ from pipeline.demo.run import DemoConfig, run_demo
 DESCRIPTION = """
 Train a small T-MAD on photographs that ship inside scikit-image and scikit-learn, and show what it does with others.
 
-Nothing is downloaded. A second call keeps what is there and goes on where the first one stopped. The end names the
+Nothing is downloaded. A second call keeps what is there and continues where the first one stopped. The end names the
 report, the metrics and the command that opens MLflow.
 
 Examples:

@@ -18,7 +18,7 @@ Measure a model on a prepared set, beside classical fills and the results of oth
 stored in the set: the same model on the same set gives the same figures, on any number of workers.
 
 Writes into --out: report.html (tables and pictures, one file), report.md, report.json, per_image/ (Parquet), results/
-and pictures.png. Stopped at any moment, the same command goes on where it was. See docs/evaluation.md.
+and pictures.png. Stopped at any moment, the same command continues where it stopped. See docs/evaluation.md.
 
 Examples:
   python jobs/evaluate.py --model runs/demo --data data/val --out runs/demo/evaluation

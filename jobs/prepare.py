@@ -12,7 +12,7 @@ Examples:
   ray job submit --working-dir . -- python jobs/prepare.py --source s3://bucket/places --out s3://bucket/sets/places
 
 A source is a folder of images, tar files, Parquet files or a text list of keys: docs/bring-your-own-data.md.
-Stopped at any moment, the same command goes on where it was; new images extend the set. An image that cannot be used,
+Stopped at any moment, the same command continues; new images extend the set. An image that cannot be used,
 or is there twice, is left out and listed with its reason in quarantine.jsonl; report.html shows them, see
 docs/data-contract.md.
 """

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     known, rest = first.parse_known_args(list(argv))
     command = parse(RunConfig, rest, PRESETS, prog="python jobs/train_places.py", description=__doc__ or "")
     if known.images_per_s is not None and (not command.dry_run or known.images_per_s <= 0):
-        raise ValueError("--images-per-s goes with --dry-run and is above 0: the rate that the duration is told for")
+        raise ValueError("--images-per-s is an option of --dry-run, a rate above 0 from which the duration is computed")
     # Ray and MLflow take seconds to import; --help and a wrong option should not.
     if not chooses_machine(rest):
         command = replace(command, config=on_this_machine(command.config, rest))

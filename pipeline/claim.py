@@ -162,7 +162,7 @@ def claim_folder(folder: str, *, expiry_s: float = EXPIRY_S, wait_s: float = 0.0
 
 
 def holder_of(folder: str) -> Holder | None:
-    """Who works in *folder*; none = nobody, or nobody who has given a sign of life in time."""
+    """Who works in *folder*; `None` if nobody does, or nobody who has given a sign of life in time."""
     theirs = _read(absolute(folder))
     if theirs is None or theirs.is_dead() or time.time() - theirs.sign > theirs.expiry_s:
         return None

@@ -221,7 +221,7 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
             log.error("%s", reason)
             sys.exit(1)
         number = _signals[0] if _signals else signal.SIGINT
-        log.error("stopped by %s; the same command goes on where it was", signal.Signals(number).name)
+        log.error("stopped by %s; the same command continues where it stopped", signal.Signals(number).name)
         sys.exit(128 + number)
     except Interrupted as error:
         log.error("%s", one_line(error))
@@ -251,7 +251,7 @@ def interrupt(number: int, _: Any = None) -> NoReturn:
 
 
 _gone: list[str] = []
-"""Why the job cannot go on, found out by another thread than its own."""
+"""Why the job cannot continue, as found by another thread."""
 
 
 def give_up(reason: str, *, within_s: float) -> None:

@@ -36,14 +36,14 @@ STARTS = 3
 _TOO_SLOW = "timed out during startup"
 
 CONNECT_TIMEOUT_S = 5.0
-"""A cluster has so long to take a connection before it is called absent."""
+"""Seconds in which a cluster has to accept a connection before it counts as absent."""
 
 KNOCK_S = 5.0
 """Seconds between two looks at whether a joined cluster is there."""
 
 LOST_AFTER_S = 30.0
-"""A joined cluster that has not answered for so long is gone. Ray gives it a minute and then ends the process, without
-a word and without giving back what a job holds."""
+"""A joined cluster that has not answered for this many seconds is gone. Ray gives it a minute and then ends the
+process, without a word and without giving back what a job holds."""
 
 CLIENT_PORT = 10001
 """Of `ray://host`."""
@@ -177,7 +177,7 @@ def _watch(address: str) -> None:
             if time.monotonic() - last > LOST_AFTER_S and ray.is_initialized():
                 give_up(
                     f"the Ray cluster at {address} is gone ({one_line(error)}); on one that is there the same command "
-                    "goes on where it was",
+                    "continues where it stopped",
                     within_s=LOST_AFTER_S / 3,
                 )
 
@@ -185,7 +185,7 @@ def _watch(address: str) -> None:
 def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:
     """Raise `ClusterTooSmall` unless the cluster has *resources* (`{"CPU": 3, "GPU": 2}`) in total.
 
-    Waits up to *wait_s* for a cluster that grows. Ray itself would wait for ever, without a word.
+    Waits up to *wait_s* for a cluster that grows. Ray itself would wait forever, silently.
     """
     deadline = time.monotonic() + wait_s
     announced = False

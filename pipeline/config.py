@@ -78,10 +78,10 @@ class DataConfig:
     """Where images come from: prepared sets, as `jobs/prepare.py` writes them; for training also photographs."""
 
     train: str | None = None
-    """Folder or URI of the prepared training set; none = data/train, unless images.source names photographs."""
+    """Folder or URI of the prepared training set; default: data/train, unless images.source names photographs."""
     val: str | None = None
-    """Folder or URI of the prepared validation set, whose images are never trained on; none = the folder val beside the
-    training set, data/val with images.source."""
+    """Folder or URI of the prepared validation set, whose images are never trained on; default: the folder val
+    beside the training set, data/val with images.source."""
     results: str | None = None
     """Folder or URI with somebody's results for the images of both sets, one by each image's name with any ending and
     of the crops' size: PSNet is trained on them alone, and the coarse network not at all (Table V)."""
@@ -102,7 +102,7 @@ class DataConfig:
 
     @property
     def training_set(self) -> str | None:
-        """`train`, resolved; none = photographs are trained on."""
+        """`train`, resolved; `None` when training from photographs."""
         return (self.train or "data/train") if self.images.source is None else None
 
     @property
@@ -119,29 +119,29 @@ class ScheduleConfig:
     """Lengths of the run, all of them in images."""
 
     coarse_images: NonNegativeInt = 7_200_000
-    """Coarse network alone for so many images [P: 4 epochs; of Places, 1.8 million images each]."""
+    """Images of the coarse phase, which trains the coarse network alone [P: 4 epochs of 1.8 million, Places]."""
     joint_images: NonNegativeInt = 16_000_000
-    """Then everything jointly for so many images [D: the paper does not say how long]."""
+    """Images of the joint phase, which trains everything [D: the paper does not say how long]."""
     batch_images: PositiveInt = 16
     """Global batch: images of one step over all workers [P: 4 on each of 4 GPUs]."""
     patches_per_image: PositiveInt = 64
     """N_ps, cells synthesized in each training image, a square number: they are drawn as a block. 25 covers every
     128-pixel rectangle, 64 all of 256x256 [D]."""
     validate_every_images: PositiveInt = 200_000
-    """Measure the averaged model on the validation set so often, and at the end of each phase."""
+    """Images between validations of the averaged model; each phase ends with one."""
     validation_images: PositiveInt = 500
-    """So many images of the validation set, the first ones, with fixed masks."""
+    """Images of a validation: the first of the validation set, with fixed masks."""
     checkpoint_every_images: PositiveInt = 50_000
-    """Keep a checkpoint so often, and at the end; a failure repeats at most so much work."""
+    """Images between checkpoints, the most that a failure repeats; the end keeps one too."""
     keep_checkpoints: PositiveInt = 3
     """Checkpoints that stay in storage, the newest ones; with 1 there is none to fall back to if it is damaged."""
     best_measure: ValidationMeasure = "psnr_hole"
     """The model with the best value of this measure of the validations (`val/...`) is kept too, in `best/`. Without
     `coarse_` it is measured in the joint phase alone."""
     stop_after_validations: PositiveInt | None = None
-    """End the joint phase when so many validations in a row have not improved `best_measure`; none = never."""
+    """End the joint phase after this many validations in a row without a better `best_measure`; default: never."""
     log_every_images: PositiveInt = 1_600
-    """Progress line, metrics and the check that the workers are still equal, so often."""
+    """Images between progress lines; metrics and the check that all workers hold equal weights come with them."""
 
     def __post_init__(self) -> None:
         if math.isqrt(self.patches_per_image) ** 2 != self.patches_per_image:
@@ -168,20 +168,20 @@ class WorkersConfig:
     num_workers: PositiveInt = 1
     """Training processes; they share each batch and compute what one process would."""
     min_workers: PositiveInt | None = None
-    """Go on with as many of `num_workers` as there are machines for, at least so many, and with more when there are
-    more again; none = wait for all of them. Each change starts again from the newest checkpoint. Ray counts what the
-    workers ask for alone: without GPUs, ask for so many CPUs each that one is left to read data."""
+    """Train with fewer workers, this many at least, while machines are missing, and with more as they return;
+    default: wait for all `num_workers`. Each change resumes from the newest checkpoint. Ray counts only what workers
+    ask for: without GPUs, choose `cpus_per_worker` so that one CPU stays free to read data."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs that Ray sets aside for each; one more must be free in the cluster to read data."""
     record_tasks: PositiveInt | None = None
-    """With data.images.source, so many tasks make records for each worker at once; none = as many as the CPUs that
+    """With data.images.source, tasks that make records for each worker side by side; default: as many as the CPUs that
     training leaves free, 16 at most."""
     use_gpu: bool = False
     """Give each a GPU, or the share `gpus_per_worker` of one."""
     gpus_per_worker: PositiveFloat = 1.0
     """GPUs of each with `use_gpu`; below 1, runs of one worker share a GPU and its memory."""
     threads: PositiveInt | None = None
-    """Threads of PyTorch's CPU operations in each; none = `cpus_per_worker`, rounded down."""
+    """Threads of PyTorch's CPU operations in each; default: `cpus_per_worker`, rounded down."""
     compile: bool = False
     """Have PyTorch compile the coarse network, PSNet and VGG-19 when a worker starts, which takes a minute or more and
     wants a C++ compiler (CPU) or Triton (GPU). Results differ in the last bits."""
@@ -191,14 +191,14 @@ class WorkersConfig:
     tf32: bool = True
     """On GPUs, let convolutions and matrix products that stay in float32 round their factors to TF32."""
     max_failures: NonNegativeInt = 8
-    """Worker failures after which the run stops; before, it goes on from its newest checkpoint."""
+    """Worker failures that the run survives, each time from its newest checkpoint; one more stops it."""
     controller_failure_limit: NonNegativeInt = 10
     """Attempts to get the workers that may fail (a node gone for good) before the run stops instead of waiting for
     ever."""
     stop_grace_s: Annotated[float, Field(ge=0)] = 30.0
-    """After SIGTERM the job has so long for a step and a last checkpoint, then it ends without; 0 = at once."""
+    """Seconds after SIGTERM for the step under way and a last checkpoint; 0 ends the job at once, without one."""
     start_timeout_s: PositiveFloat = 600.0
-    """Wait so long for the cluster to grow to the resources asked for, where one was joined."""
+    """Seconds to wait for a joined cluster to grow to the resources asked for."""
 
     def __post_init__(self) -> None:
         if not self.fewest <= self.num_workers:
@@ -220,10 +220,10 @@ class TrackingConfig:
     """MLflow: where the run is recorded and under which name its model is registered."""
 
     uri: str | None = None
-    """Tracking server or `sqlite:///path/mlflow.db`; none = MLFLOW_TRACKING_URI, else SQLite under `runs`; `none` in
+    """Tracking server or `sqlite:///path/mlflow.db`; default: MLFLOW_TRACKING_URI, else SQLite under `runs`; `none` in
     words = no MLflow."""
     wait_s: Annotated[float, Field(ge=0)] = 600.0
-    """At the end of a run, wait so long for a server that is away. Then the job ends with code 1, the model is in the
+    """Seconds to wait at the end of a run for a server that is away. Then the job ends with code 1, the model is in the
     run's folder, and the same command does the rest."""
     experiment: Annotated[str, Field(min_length=1, max_length=500)] = "tmad"
     """MLflow experiment."""
@@ -276,16 +276,16 @@ class RunConfig:
     """One training run."""
 
     name: str | None = None
-    """Name of the run and of its folder. An unfinished run of that name goes on, a finished one says so and stops, one
-    with other settings is refused; none = a new unique name."""
+    """Name of the run and of its folder; default: a new unique one. An unfinished run of that name is continued, a
+    finished one left as it is; one with other settings is refused."""
     seed: NonNegativeInt = 0
     """Seed of everything random: first weights, order of images, flips, cells."""
     runs: str = "runs"
     """Folder or URI that holds all runs; on several machines one that all of them see."""
     init_from: str | None = None
     """Model that a new run takes its first weights from: artifact folder, checkpoint, run, URI or
-    `models:/name@alias`; a checkpoint gives both discriminators too. None = random weights. Optimizers and averages
-    start anew; a run that goes on does not look at it again."""
+    `models:/name@alias`; a checkpoint gives both discriminators too. Default: random weights. Optimizers and averages
+    start fresh; a run that is continued does not look at it again."""
     init_networks: Literal["all", "coarse"] = "all"
     """Networks that are taken from there: all that it has, or the coarse network alone, which goes with
     schedule.coarse_images = 0 for joint training from a given coarse network."""
@@ -389,7 +389,7 @@ def difference(old: RunConfig, new: RunConfig, *, ignore: Iterable[str] = ()) ->
 
 
 def refusal(old: RunConfig, new: RunConfig) -> list[str]:
-    """Why *new* cannot continue a run begun with *old*: differences in what is learned; none = it can."""
+    """Why *new* cannot continue a run begun with *old*: differences in what is learned; `None` if it can."""
     return difference(old, new, ignore=FREE_TO_CHANGE)
 
 

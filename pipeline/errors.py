@@ -119,7 +119,7 @@ class CheckpointsDamaged(TMADError):
 
 
 class Interrupted(TMADError):
-    """Training was told to end, and can go on from its newest checkpoint; `details["restart"]` says whether Ray is to
+    """Training was stopped and can continue from its newest checkpoint; `details["restart"]` says whether Ray is to
     start its workers again by itself."""
 
 

@@ -149,7 +149,7 @@ def paris() -> RunConfig:
 
 
 def _rectangles(name: str, *, images: int) -> RunConfig:
-    """Rectangular holes on a set of so many *images*, prepared in data/*name*."""
+    """Rectangular holes on a set of this many *images*, prepared in data/*name*."""
     base = places_rectangle()
     return replace(
         base,

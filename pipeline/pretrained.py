@@ -22,7 +22,7 @@ from tmad.rng import torch_generator
 DOWNLOAD = "download"
 TIMEOUT_S = 60.0
 CHECK_TIMEOUT_S = 5.0
-"""The address of a download has so long to answer when it is only asked whether it is there."""
+"""Seconds that a download address has to answer when asked only whether the file exists."""
 
 OPTIONS = (
     "give the file (--perceptual.weights /path/or/uri/vgg19-dcbb9e9d.pth), or train without it on purpose: "

@@ -58,7 +58,7 @@ class PromoteConfig:
     name: str = "tmad"
     """Registered model."""
     version: PositiveInt | None = None
-    """The candidate; none = the newest version."""
+    """The candidate; default: the newest version."""
     alias: str = "champion"
     """What is at stake: `models:/<name>@<alias>`."""
     rollback: bool = False
@@ -74,7 +74,7 @@ class PromoteConfig:
     resamples: PositiveInt = 2000
     """Bootstrap draws behind each interval."""
     limit: PositiveInt | None = None
-    """Only so many images, the first of the set."""
+    """Only the first images of the set, this many."""
     num_pictures: Annotated[int, Field(ge=0)] = 8
     """Images shown in the comparison."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -82,11 +82,11 @@ class PromoteConfig:
     use_gpu: bool = False
     """Run the models on the GPU."""
     tracking_uri: str | None = None
-    """MLflow server or sqlite:///file; none = MLFLOW_TRACKING_URI, else runs/mlflow.db."""
+    """MLflow server or sqlite:///file; default: MLFLOW_TRACKING_URI, else runs/mlflow.db."""
     out: str = "runs/promotions"
     """Folder or URI of the comparisons; the same one for all that promote this name."""
     wait_s: PositiveFloat = 3600.0
-    """Wait so long for another promotion of this name to end."""
+    """Seconds to wait for another promotion of this name to end."""
 
     def __post_init__(self) -> None:
         check_registered("name", self.name, "alias", self.alias)

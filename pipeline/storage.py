@@ -324,7 +324,7 @@ def write_atomic(uri: str, data: bytes, *, ready: Callable[[], None] | None = No
 
 def remove_temporary(uri: str) -> None:
     """Delete what writers to the local folder *uri* have left that were killed; remote storage keeps nothing of theirs.
-    A writer that is only stopped fails when it goes on."""
+    A writer that was only suspended fails when it resumes."""
     if is_remote(uri):
         return
     for folder, _, names in os.walk(absolute(uri)):
@@ -414,7 +414,7 @@ def listing(uri: str) -> dict[str, Listed]:
 
 
 def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
-    """The keys of `listing`. *suffixes*: lower-case endings to keep, matched without regard to case; none = all."""
+    """The keys of `listing`. *suffixes*: lower-case endings to keep, matched without regard to case; default: all."""
     return [key for key in listing(uri) if not suffixes or key.lower().endswith(tuple(suffixes))]
 
 

@@ -43,7 +43,7 @@ SECRET_NAME = re.compile(r"passw|secret|token|credential|api_?key|access_?key|ac
 """Parameters and tags with such a name are logged as `***`."""
 
 CHECK_TIMEOUT_S = 5
-"""A server that is asked whether it is there has so long to answer; MLflow takes whole seconds."""
+"""Seconds that a server has to answer when asked whether it is there; MLflow takes whole ones."""
 
 MAX_PARAM_CHARACTERS = 6000
 MAX_PENDING_METRICS = 20_000
@@ -52,7 +52,7 @@ METRICS_PER_CALL = 900
 """Limits of the MLflow API, and of what is kept in memory while its server is away."""
 
 LAST_WORDS_S = 60.0
-"""A background tracker that is closed waits so long for its server; what was not sent then, `catch_up` sends."""
+"""Seconds that a closing background tracker waits for its server; `catch_up` sends what was not sent by then."""
 
 REMOTE_WRITE_INTERVAL_S = 30.0
 """Object storage cannot append: a remote JSON-lines file is written again at most this often, and at the end."""
@@ -203,7 +203,7 @@ def wait_for_tracking(uri: str | None, wait_s: float) -> None:
 
 
 class JsonLines:
-    """A file of one JSON object a line that survives restarts: opened again, it goes on behind what is there.
+    """A file of one JSON object a line that survives restarts: opened again, it appends to what is there.
 
     Local files are appended to line by line; at any other URI the whole text is written again, atomically, at most
     every 30 s and when closed. Values that JSON cannot hold (NaN, infinity) become `null`.

@@ -41,7 +41,7 @@ class CoarseNet(nn.Module):
 
     def forward(self, masked: Tensor, mask: Tensor, inner: Part | None = None) -> Tensor:
         """*masked* I_m (B, 3, H, W) in [-1, 1], *mask* M (B, 1, H, W) {0, 1}, sides multiples of 2^num_down_blocks;
-        *inner*, rows and columns that are wanted (none = all): no more than these are decoded.
+        *inner*, rows and columns that are wanted (default: all): no more than these are decoded.
 
         Returns I_s (B, 3, h, w) of the inner part, clipped to [-1, 1].
         """

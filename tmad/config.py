@@ -214,12 +214,12 @@ class OptimConfig:
     lr: PositiveFloat = 1e-4
     """Adam's learning rate at the start of each cosine period [P]."""
     lr_critics: PositiveFloat | None = None
-    """The same for both discriminators; none = `lr` [P]."""
+    """The same for both discriminators; default: `lr` [P]."""
     lr_retrieval: PositiveFloat | None = None
-    """The same for theta and phi; none = `lr` [P]. Two small layers bear a higher one [D]."""
+    """The same for theta and phi; default: `lr` [P]. Two small layers bear a higher one [D]."""
     lr_coarse_joint: NonNegativeFloat | None = None
-    """The same for the coarse network in the joint phase; none = `lr` [P]. Lower keeps PSNet's input from moving faster
-    than PSNet learns; 0 = the coarse network stays as it is, which saves its backward pass [D]."""
+    """The same for the coarse network in the joint phase; default: `lr` [P]. Lower keeps PSNet's input from moving
+    faster than PSNet learns; 0: the coarse network stays as it is, which saves its backward pass [D]."""
     min_lr: NonNegativeFloat = 1e-7
     """Learning rate at the end of each cosine period [A]."""
     betas: tuple[float, float] = (0.5, 0.999)

@@ -395,7 +395,7 @@ def _read_samples(file: ImageFile) -> _Samples | None:
 
 
 def _png_16(data: bytes, colour_type: int) -> np.ndarray:
-    """(H, W, channels), uint16. Pillow drops the lower half of each sample; it is told to take the other one, too."""
+    """(H, W, channels), uint16. Pillow drops the lower half of each sample; it is made to read the other one too."""
     halves = []
     for order in "BL":
         picture = Image.open(io.BytesIO(data), formats=("PNG",))

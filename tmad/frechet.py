@@ -14,7 +14,7 @@ import numpy as np
 from tmad.rng import numpy_generator
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-"""As published: the mean over so many pairs of random subsets."""
+"""As published: the mean over this many pairs of random subsets."""
 
 
 class Moments:

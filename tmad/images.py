@@ -46,7 +46,7 @@ MAX_PIXELS = 89_478_485
 
 REDUCE_TO = 2
 """A JPEG much larger than what is wanted is decoded at a half, a quarter or an eighth of its size, but at no less than
-so many times the wanted size: from there Lanczos gives what it gives from the whole picture, to about a grey value."""
+this many times the wanted size: from there Lanczos gives the whole picture's result, to about a grey value."""
 
 _ORIENTATION = 0x0112
 _MAY_BE_TURNED = (b"Exif\0\0", b"tiff:Orientation")

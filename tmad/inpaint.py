@@ -50,7 +50,7 @@ GPU_PIXELS = 2**22
 """Pixels that go through the networks together on a GPU by default."""
 
 _GRAIN = 4
-"""What PSNet sees of pictures that go together has sides of so many cells, or a multiple."""
+"""Pictures are grouped by what PSNet sees of them, padded to sides of a multiple of this many cells."""
 
 Precision = Literal["fp32", "bf16"]
 _Item = TypeVar("_Item")
@@ -109,8 +109,8 @@ class Inpainter:
         *cells_per_chunk*, cells worked on at once, bounds the memory of retrieval and PSNet; *seed* keys the choice of
         the texture memory.
 
-        *precision* of coarse network and PSNet, retrieval being float32 always; none = `bf16` on a GPU, `fp32` on a
-        CPU. *pixels_at_once*: so many pixels of pictures of one size go through the networks together; none =
+        *precision* of coarse network and PSNet, retrieval being float32 always; default: `bf16` on a GPU, `fp32` on a
+        CPU. *pixels_at_once*: so many pixels of pictures of one size go through the networks together; default:
         `GPU_PIXELS` on a GPU and one picture on a CPU, where a result is thus the same to the last bit whatever else is
         in the batch. On a GPU, in another precision or in company, a value may differ by rounding.
         """
@@ -334,7 +334,7 @@ class Inpainter:
         return self.policy != "original" and max(part.box.height, part.box.width) > self.limit
 
     def _bounded(self, items: list[_Item], pixels: int) -> Iterator[list[_Item]]:
-        """*items* of so many *pixels* each, as many at a time as go through the networks together."""
+        """*items* of this many *pixels* each, as many at a time as go through the networks together."""
         at_once = max(1, self.pixels_at_once // pixels)
         for start in range(0, len(items), at_once):
             yield items[start : start + at_once]

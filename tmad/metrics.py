@@ -250,7 +250,7 @@ def measure(
 ) -> dict[str, float | None]:
     """The measures of one image, by name.
 
-    *names*: only these; none = every one in `MEASURES` that has a function (SSIM takes nearly all of the time).
+    *names*: only these; default: every one in `MEASURES` that has a function (SSIM takes nearly all of the time).
     *patch_size*: side of the cells whose seams are looked for. Raises
     `ValueError` for images that are not uint8 (H, W, 3) of one size, for a mask of another size or with values other
     than 0 and 1, or for an unknown name.

@@ -105,7 +105,7 @@ def load_vgg19(path: Path | str, *, sha256: str, convolutions: Sequence[int] = F
 
 
 def untrained_vgg19(generator: torch.Generator, convolutions: Sequence[int] = FEATURE_CONVOLUTIONS) -> VGG19Features:
-    """VGG-19 with random He-initialised weights: for tests, and for runs that ask for it in so many words."""
+    """VGG-19 with random He-initialised weights: for tests, and for runs that ask for it explicitly."""
     network = VGG19Features(convolutions)
     for layer in network.features:
         if isinstance(layer, nn.Conv2d):

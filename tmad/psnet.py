@@ -68,7 +68,7 @@ class PSNet(nn.Module):
 
         *coarse* I^_s (B, 3, H, W) in [-1, 1]; *mask* (B, 1, H, W) {0, 1}, 1 = hole; *mosaics* (B, N_c, 3, H, W) and
         *details* (B, N_c, NUM_BANDS, 3, H, W) as `mosaic.lay_out` gives them; *inner*, rows and columns that are wanted
-        (none = all): texture is encoded and decoded there and as far around as it matters. Sides and places are
+        (default: all): texture is encoded and decoded there and as far around as it matters. Sides and places are
         multiples of 4. Returns (B, 3, h, w) of the inner part, linear.
         """
         height, width = coarse.shape[-2:]

@@ -47,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
         "--mask-threshold", metavar="N", type=int, default=127, help="values above it are white (0 to 254)"
     )
     made.add_argument("--scale-masks", action="store_true", help="bring the mask to the size of PHOTO")
-    made.add_argument("--dilate", metavar="PX", type=int, default=0, help="grow the hole by so many pixels")
-    made.add_argument("--feather", metavar="PX", type=int, default=0, help="pass into the picture over so many pixels")
+    made.add_argument("--dilate", metavar="PX", type=int, default=0, help="pixels by which the hole is grown")
+    made.add_argument("--feather", metavar="PX", type=int, default=0, help="pixels over which the fill is blended in")
     made.add_argument(
         "--policy", choices=("crop", "resize", "original"), default="crop", help="what the coarse network sees"
     )

@@ -33,7 +33,7 @@ PATCH_SIDE = 7
 SMALLEST_LEVEL = 16
 """Levels are added while the image, halved, keeps this side."""
 REPEATS, DIRECTIONS = 4, 128
-"""Projections: so many draws of so many directions."""
+"""Projections: the number of draws, and of directions in each."""
 DECIMALS = 6
 """Of the figures: what lies beyond depends on how many threads multiplied."""
 FLAT_STD = 1e-3

@@ -67,9 +67,9 @@ def training_batches(
     *start_images* sees what an unbroken one would have seen from there. ceil((total_images - start_images) /
     batch_images) batches, all of them full, the same number on every rank. Masks: variant epoch mod K.
 
-    *num_cells* is N_ps; *results* are somebody's, which go into the batches; *pool_size* takes so many windows of each
-    image's memory, its first ones, none = all: they are the memory that a smaller one would be; *pinned*: batches are
-    handed over in memory that a GPU reads by itself. Raises `ValueError`
+    *num_cells* is N_ps; *results* of another method go into the batches; *pool_size* takes only the first windows of
+    each image's memory (default: all): they are what a smaller memory would be; *pinned*: batches are handed over
+    in memory that a GPU reads by itself. Raises `ValueError`
     if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the set was prepared for another
     *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating, and for a live set what `live_tables`
     raises.
@@ -121,7 +121,7 @@ def evaluation_batches(
 
     Batches hold at most *batch_images* / *world_size* images; the last ones may be shorter or missing on some ranks,
     so ranks must not wait for one another between batches. `cells` names every cell of the grid, hole cells first.
-    Needs no Ray. Raises what `training_batches` raises; *patch_size* none = the set's own.
+    Needs no Ray. Raises what `training_batches` raises; *patch_size* defaults to the set's own.
     """
     manifest, folder = _open_set(manifest_uri, patch_size)
     mine = _share(batch_images, rank, world_size)

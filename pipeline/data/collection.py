@@ -20,8 +20,8 @@ from tmad.config import STRICT, MemoryConfig, PositiveInt
 from tmad.images import UnreadableImage
 
 OUTAGES = ("bucket", "credentials", "endpoint", "connection", "timeout", "server", "full")
-"""Failures of storage that are no property of an image: they end the job, which goes on where it was when it is run
-again. Dropping images for them would make the set depend on the network."""
+"""Failures of storage that are no property of an image: they end the job; run again, it continues where it
+stopped. Dropping images for them would make the set depend on the network."""
 
 UNUSABLE = (UnreadableImage, MissingInput, StorageFailed, UnsafeName)
 """What is raised for an image that cannot be used, and what `drop_of` takes."""
@@ -32,11 +32,11 @@ class CollectionConfig:
     """How a collection is read, how it is divided, and how much of it may be unusable."""
 
     root: str | None = None
-    """Where the images of a list lie: folder, tar file, or folder in one; none = the list's folder."""
+    """Where the images of a list are: folder, tar file, or folder in one; default: the list's folder."""
     image_column: str | None = None
-    """Column of a Parquet source with the encoded images; none = image, image_bytes, bytes or jpg."""
+    """Column of a Parquet source with the encoded images; default: image, image_bytes, bytes or jpg."""
     key_column: str | None = None
-    """Column of a Parquet source with the images' keys; none = FILE#ROW."""
+    """Column of a Parquet source with the images' keys; default: FILE#ROW."""
     images_per_shard: PositiveInt = 512
     """Source images of one shard: the unit of work and of resuming; it also decides the order of training."""
     row_group_rows: PositiveInt = 64
@@ -51,7 +51,7 @@ class ImagesConfig(CropConfig, PhotographConfig, CollectionConfig):
     the results; patches and memory are the model's."""
 
     source: str | None = None
-    """Train straight from these photographs: path or URI as for jobs/prepare.py; none = from the prepared set
+    """Train straight from these photographs: path or URI as for jobs/prepare.py; default: from the prepared set
     data.train."""
 
     def __post_init__(self) -> None:

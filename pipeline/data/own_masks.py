@@ -93,7 +93,7 @@ class OwnMasks:
     stems: pa.Array | None = None
     """What each mask belongs to, in order; none if images are not paired with names."""
     names: pa.Array | None = None
-    """Keys of the masks in *source*, in the order of *stems* if there are any; none = those of the images."""
+    """Keys of the masks in *source*, in the order of *stems* if there are any; default: those of the images."""
 
     def of_image(self, key: str) -> list[str]:
         """Keys of the masks of the image *key*, by code point."""

@@ -38,7 +38,7 @@ def open_photograph(
     short_side: int | None = None,
     with_original: bool = False,
 ) -> Photograph:
-    """Decode the image file *data*, for use at a shorter side of at most *short_side* pixels (none = its own).
+    """Decode the image file *data*, for use at a shorter side of at most *short_side* pixels (default: its own).
 
     Raises `UnreadableImage` with the reason to leave the image out: more than *max_pixels*, a side shorter than
     *smallest_side*, or what `decode_image` finds.

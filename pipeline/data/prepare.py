@@ -238,7 +238,7 @@ def _check_count(keys: Sequence[str], source: Source, claim: Claim, config: Prep
     else:
         raise WrongCount(
             f"{redact(config.source)}: {report.message()}; the whole report is "
-            f"{redact(claim.folder)}/source_report.json, allow_count_difference goes on with what is there",
+            f"{redact(claim.folder)}/source_report.json, allow_count_difference continues with what is there",
             report=values,
         )
 

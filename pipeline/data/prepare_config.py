@@ -32,7 +32,7 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
     out: str
     """Folder of the prepared set: a path or any fsspec URI."""
     label_column: str | None = None
-    """Column of a Parquet source with whole numbers that are kept as labels; none = no labels."""
+    """Column of a Parquet source with whole numbers that are kept as labels; default: no labels."""
     split: Literal["train", "val"] = "train"
     """What the set is for. val: an evaluation set, whose records also say how crop and holes came about, and which has
     a list of them all, evaluation_set.jsonl."""
@@ -46,7 +46,7 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
     """Official partition that the source should be: its number of images and, for a list, the presence of each are
     checked and reported in source_report.json."""
     allow_count_difference: bool = False
-    """Go on, with a warning, where the source is not what expect says."""
+    """Continue, with a warning, when the source is not what `expect` says."""
     vanished: Literal["stop", "drop"] = "stop"
     """What becomes of images that the set was made of and that the source no longer has: the job stops, or their shards
     are made again without them."""

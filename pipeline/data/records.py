@@ -41,11 +41,11 @@ class CropConfig:
     """Side of the square crop, in pixels; a multiple of patch_size [P]."""
     short_side: tuple[PositiveInt, PositiveInt] | None = None
     """The image is scaled so that its shorter side, in pixels, lies in this range before it is cropped at random;
-    none = crop_size, so that images of exactly that size are taken as they are [D: others crop 384 to 256]."""
+    default: crop_size, so that images of exactly that size are taken as they are [D: others crop 384 to 256]."""
     crops_per_image: PositiveInt = 1
     """Crops taken from each image."""
     min_side: PositiveInt | None = None
-    """Images with a shorter side below this many pixels are left out; none = half of crop_size."""
+    """Images with a shorter side below this many pixels are left out; default: half of crop_size."""
     max_pixels: PositiveInt = MAX_PIXELS
     """Images with more pixels are left out before they are decoded."""
     mask: str = _FAMILY
@@ -65,7 +65,7 @@ class CropConfig:
     mask_threshold: Annotated[int, Field(ge=0, le=254)] = MASK_THRESHOLD
     """Values of a mask above it are white, on a scale to 255."""
     scale_masks: bool = False
-    """Bring masks to the size of their images (nearest pixel), instead of leaving out images with one of another."""
+    """Scale masks to the size of their images (nearest pixel) instead of leaving those images out."""
     masks_per_image: PositiveInt = 1
     """Holes drawn for each crop; epoch e trains with number e modulo this."""
     encoding: Literal["jpeg", "png", "webp"] = "jpeg"
@@ -155,7 +155,7 @@ def make_records(
     """Rows of `schema.RECORD_SCHEMA` and `EVALUATION_FIELDS` for the image file *data* of class *label*, one a crop.
 
     *photograph*: that file, if `open_as` opened it already; *masks* reads the user's, where `mask_from` names any.
-    *crops* and *variants*: numbers of the crops, and of the holes of each, that are made (none = all); what is made
+    *crops* and *variants*: numbers of the crops, and of the holes of each, that are made (default: all); what is made
     does not depend on what is left out. Raises `UnreadableImage` with the reason to leave the image out.
     """
     crops = crops or range(config.crops_per_image)

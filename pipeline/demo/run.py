@@ -43,7 +43,7 @@ from tmad.masks import draw_mask
 from tmad.rng import numpy_generator
 
 CELLS_PER_SIDE = 8
-"""A crop is so many cells wide and high: 256 pixels for the paper's 32-pixel patches, and in proportion for others."""
+"""Cells along the side of a crop: 256 pixels for the paper's 32-pixel patches, and in proportion for others."""
 
 FREE_FORM = "brush"
 """Family of the holes that are trained and measured."""
@@ -79,7 +79,7 @@ class DemoResult:
     """Seconds of each stage of this call."""
 
     def message(self) -> str:
-        """What a user is told at the end."""
+        """What the user reads at the end."""
         times = "\n".join(f"  {name:<12}{seconds:7.1f} s" for name, seconds in self.stages_s.items())
         lines = [
             f"The demo took {sum(self.stages_s.values()):.0f} s:",

@@ -20,7 +20,7 @@ from tmad.metrics import MEASURES
 
 REPORT = "report.json"
 CHANGE_MEASURE = "psnr_hole"
-"""The images that changed most are told by it."""
+"""Ranks the images that changed most."""
 
 
 @dataclass(frozen=True)

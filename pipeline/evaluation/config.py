@@ -29,7 +29,7 @@ class NetworkConfig:
     """A network that measures, as TorchScript."""
 
     network: str | None = None
-    """Path, URI or https address of the TorchScript file; none = what it measures is left out."""
+    """Path, URI or https address of the TorchScript file; without one, its measures are skipped."""
     sha256: str | None = None
     """SHA-256 of the file, 16 digits of it or more: nothing else is loaded."""
 
@@ -49,7 +49,7 @@ class EvaluateConfig:
     data: str = "data/val"
     """Folder or URI of a prepared set (jobs/prepare.py --split val)."""
     out: str = "runs/evaluation"
-    """Folder or URI of the results. The same command again goes on where it was."""
+    """Folder or URI of the results. The same command continues where it stopped."""
     methods: tuple[Method, ...] = METHODS
     """What stands in the table; biharmonic needs scikit-image, telea and navier_stokes OpenCV ('tmad[baselines]')."""
     external: tuple[str, ...] = ()
@@ -57,15 +57,15 @@ class EvaluateConfig:
     coarse_from: tuple[str, ...] = ()
     """The same, and T-MAD's retrieval and PSNet behind them: a row NAME and a row NAME + PSNet (Table V)."""
     measures: tuple[str, ...] = ()
-    """Only these measures, by name (docs/measures.md); none = all."""
+    """Only these measures, by name (docs/measures.md); default: all."""
     fid: NetworkConfig = NetworkConfig()
     """The features of fid_full and kid_full."""
     lpips: NetworkConfig = NetworkConfig()
     """The distance lpips_full."""
     limit: PositiveInt | None = None
-    """Only so many images, the first of the set; none = all."""
+    """Only the first images of the set, this many; default: all."""
     mask_variant: Annotated[int, Field(ge=0)] | None = None
-    """Only this one of the masks stored with each image; none = all of them."""
+    """Only this one of the masks stored with each image; default: all of them."""
     resamples: PositiveInt = 1000
     """Bootstrap draws behind each interval; photographs are drawn, with all their crops and masks."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
@@ -83,7 +83,7 @@ class EvaluateConfig:
     images_per_task: PositiveInt = 16
     """Images that are measured, and lost by a failure, at once."""
     num_workers: PositiveInt | None = None
-    """Copies of the model that work side by side, one thread each; none = one per GPU, or per CPU."""
+    """Copies of the model that work side by side, one thread each; default: one per GPU, or per CPU."""
     cells_per_chunk: PositiveInt = 256
     """Hole cells synthesized at once: bounds the memory of large holes."""
     use_gpu: bool = False
@@ -91,7 +91,7 @@ class EvaluateConfig:
     seed: int = 0
     """Keys the choice of the texture memory, the search of patchmatch and the bootstrap."""
     tracking_uri: str | None = None
-    """MLflow server or sqlite:///file, for a models:/ reference and for `mlflow_run`; none = MLFLOW_TRACKING_URI."""
+    """MLflow server or sqlite:///file, for a models:/ reference and for `mlflow_run`; default: MLFLOW_TRACKING_URI."""
     mlflow_run: str | None = None
     """Id of the MLflow run that gets the measures, tables and pictures too."""
 

@@ -95,7 +95,7 @@ class Opened:
     reasons: dict[str, str]
     """Why measures have no figures, by measure."""
     model: str | None
-    """Its digest; none = nothing in the table comes from it."""
+    """Its digest; `None` if nothing in the table comes from it."""
 
 
 def open_inputs(config: EvaluateConfig) -> Opened:

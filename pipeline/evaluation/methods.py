@@ -106,7 +106,7 @@ class Filler:
     def fill(
         self, truth: np.ndarray, mask: np.ndarray, *, image_id: str, variant: int, only: Sequence[str] | None = None
     ) -> Filled:
-        """The same for any mask; *only* these methods (none = all)."""
+        """The same for any mask; *only* these methods (default: all)."""
         return _or_raise(self._fill([Given(truth, mask, image_id, variant)], only)[0])
 
     def _fill(self, items: Sequence[Given], only: Sequence[str] | None = None) -> list[Filled | UnusableInput]:

@@ -50,7 +50,7 @@ FACTS = ("image_id", "key", "variant", "mask_family", "label", "hole_fraction", 
 
 @dataclass(frozen=True)
 class Part:
-    """So many records of a shard from number *start* of the shard on."""
+    """A run of records of one shard, beginning at number *start*."""
 
     index: int
     shard: str

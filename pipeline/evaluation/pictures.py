@@ -35,7 +35,7 @@ NUM_VIEWS = 3
 SERIES = (0.125, 0.25, 0.375, 0.5, 0.625)
 """Sides of the holes of a series, shares of the image's side."""
 VIEW_SCALE = 2
-"""The retrieval view is so many times larger than the image."""
+"""Enlargement of the retrieval view over the image."""
 
 _CELL_COLOUR, _WINDOW_COLOUR = (230, 30, 30), (30, 90, 230)
 

@@ -17,7 +17,7 @@ from tmad.swd import VARIANTS
 DECIMALS = 6
 """Of the figures, as in `tmad.swd`."""
 MAX_KID_IMAGES = 8192
-"""KID draws its subsets from so many images, those of lowest random rank."""
+"""KID draws its subsets from at most this many images, those of lowest random rank."""
 
 
 def measure_sets(job: Job, num_parts: int, out: str) -> dict[str, dict[str, float | None]]:

@@ -55,7 +55,7 @@ class HolesConfig:
     mask_tolerance: NonNegativeInt = 0
     """Grey levels by which each channel may differ from mask_colour; JPEG needs some 40."""
     dilate: NonNegativeInt = 0
-    """Grow the holes by so many pixels."""
+    """Pixels by which holes are grown."""
     without_hole: Literal["skip", "copy"] = "skip"
     """What is done with images that have no mask, or none with a hole in it: `copy` writes them as they are."""
     refuse_inverted: bool = False
@@ -100,7 +100,7 @@ class HolesConfig:
 
     @property
     def masks_may_lie_among_images(self) -> bool:
-        """Whether a mask is told from an image by its name."""
+        """Whether names tell masks from images."""
         return self.mask_from == "paired" and bool(self.mask_suffix or self.mask_pattern)
 
 
@@ -115,11 +115,11 @@ class InpaintConfig(HolesConfig):
     model: str = "builtin"
     """Model folder, checkpoint, run folder, URI, models:/name@alias, or `builtin`, the one in the box."""
     root: str | None = None
-    """Where the images of a list lie; none = the list's folder."""
+    """Where the images of a list are; default: the list's folder."""
     image_column: str | None = None
-    """Column of a Parquet input with the encoded images; none = image, image_bytes, bytes or jpg."""
+    """Column of a Parquet input with the encoded images; default: image, image_bytes, bytes or jpg."""
     key_column: str | None = None
-    """Column of a Parquet input with the names of the results; none = FILE#ROW."""
+    """Column of a Parquet input with the names of the results; default: FILE#ROW."""
     coarse_from: str | None = None
     """Results of another method for the same images, named like them: retrieval and PSNet refine these, and the coarse
     network is not asked."""
@@ -143,24 +143,24 @@ class InpaintConfig(HolesConfig):
     again: bool = False
     """Do everything again, whatever the ledger says."""
     tracking_uri: str | None = None
-    """MLflow for a models:/ reference and for the record of this job; none = MLFLOW_TRACKING_URI, and no record without
-    it; `none` in words = no record."""
+    """MLflow for a models:/ reference and for the record of this job; default: MLFLOW_TRACKING_URI, and without it no
+    record; the word `none`: no record."""
     num_actors: PositiveInt | None = None
-    """Copies of the model that work side by side; none = one per GPU, or per CPU."""
+    """Copies of the model that work side by side; default: one per GPU, or per CPU."""
     cpus_per_actor: PositiveFloat | None = None
-    """CPUs, and threads, of each copy; none = 1, and with use_gpu an equal share of all."""
+    """CPUs, and threads, of each copy; default: 1, and with use_gpu an equal share of all."""
     use_gpu: bool = False
     """Give each copy a GPU, or the share `gpus_per_actor` of one."""
     gpus_per_actor: PositiveFloat = 1.0
     """GPUs of each copy with `use_gpu`; below 1, several copies share one, where a single process cannot decode and
     encode fast enough for it."""
     precision: Precision | None = None
-    """Of coarse network and PSNet: `bf16` or `fp32`; none = bf16 with use_gpu, else fp32."""
+    """Of coarse network and PSNet: `bf16` or `fp32`; default: bf16 with use_gpu, else fp32."""
     cells_per_chunk: PositiveInt = 256
     """Hole cells synthesized at once: bounds the memory of large holes."""
     images_per_task: PositiveInt | None = None
-    """Images that one call works through: so much is repeated when a copy is lost; none = 16, and 256 with use_gpu, as
-    the device has nothing to do at a task's start and end."""
+    """Images that one call works through, and what is repeated when a copy is lost; default: 16, and 256 with
+    use_gpu, as the device has nothing to do at a task's start and end."""
     seed: int = 0
     """Keys the choice of the texture memory; the same seed gives the same bytes."""
     max_pixels: PositiveInt = MAX_PIXELS

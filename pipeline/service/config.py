@@ -21,7 +21,7 @@ class WebConfig:
     model: str = "builtin"
     """Model: folder, run, URI, `models:/name@alias`, or `builtin`, the one in the box."""
     tracking_uri: str | None = None
-    """MLflow server of a `models:/` or `runs:/` model; none = MLFLOW_TRACKING_URI."""
+    """MLflow server of a `models:/` or `runs:/` model; default: MLFLOW_TRACKING_URI."""
     policy: Policy = "crop"
     """What the coarse network sees, as in `jobs/inpaint.py`."""
     max_mb: PositiveInt = 64

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Queue:
-    """One picture at a time, in the order of arrival, and only so many that wait."""
+    """One picture at a time, in the order of arrival, behind a bounded queue."""
 
     def __init__(self, worker: Any, max_waiting: int) -> None:
         self._worker, self._max_waiting = worker, max_waiting

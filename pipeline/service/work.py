@@ -23,7 +23,7 @@ FIELDS = {
     "mask_value": "what of the mask counts: grey, nonzero or alpha",
     "mask_threshold": "values of the mask above it are white, 0 to 254",
     "scale_masks": "true: bring the mask to the size of the photograph",
-    "dilate": "grow the hole by so many pixels, up to 1000",
+    "dilate": "pixels by which the hole is grown, up to 1000",
     "seed": "keys the choice of the texture memory",
     "format": "same: that of the photograph; png",
 }

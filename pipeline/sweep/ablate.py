@@ -63,14 +63,14 @@ class AblateConfig:
     """`candidates`: Table IV; `relativistic`: Fig. 7; `blending`: Fig. 8; `mask_size`: Fig. 9; `retrieval`: Eq. 5
     against the expected distance."""
     name: str = "ablation"
-    """The folder below run.runs is <name>-<study>. The same command with the same name goes on."""
+    """The folder below run.runs is <name>-<study>. The same command with the same name continues it."""
     seeds: PositiveInt = 1
-    """Each variant is trained with so many seeds, run.seed and those after it."""
+    """Seeds that each variant is trained with: run.seed and those after it."""
     init_from: str | None = None
-    """Model, checkpoint or run whose coarse network all variants start from; none = the coarse phase of `run` is run
+    """Model, checkpoint or run whose coarse network all variants start from; default: the coarse phase of `run` is run
     once, before them."""
     max_concurrent: PositiveInt | None = None
-    """Runs side by side; none = as many as the cluster has room for."""
+    """Runs side by side; default: as many as the cluster has room for."""
     num_pictures: PositiveInt = 6
     """Validation images that are shown."""
     run: RunConfig = RunConfig()

@@ -29,7 +29,7 @@ class SweepConfig:
     """One sweep."""
 
     name: str = "sweep"
-    """Name of the sweep and of its folder below run.runs. The same command with the same name goes on."""
+    """Name of the sweep and of its folder below run.runs. The same command with the same name continues it."""
     space: tuple[str, ...] = ("weights",)
     """Groups and settings that are searched, with a range or choices where they are to differ from those of
     pipeline/sweep/space.py: `weights optim.lr=1e-5..1e-3 loss.relativistic=true,false`."""
@@ -43,17 +43,17 @@ class SweepConfig:
     stop_early: bool = True
     """Stop trials that lie behind the others at the same number of images (ASHA)."""
     first_rung_images: PositiveInt | None = None
-    """No trial is stopped before so many images; none = the first validation."""
+    """No trial is stopped before this many images; default: those of the first validation."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """Of the trials at a rung, one in so many goes on; each rung is so many times as far as the one before."""
+    """At each rung, one trial in this many continues; each rung lies this many times as far as the one before."""
     max_concurrent: PositiveInt | None = None
-    """Trials side by side; none = as many as the cluster has room for."""
+    """Trials side by side; default: as many as the cluster has room for."""
     init_from: str | None = None
-    """Model, checkpoint or run whose coarse network all trials start from, without a coarse phase. None = the coarse
+    """Model, checkpoint or run whose coarse network all trials start from, without a coarse phase. Default: the coarse
     phase of `run` is run once, before the trials."""
     stop_on_failure: bool = True
-    """End the sweep, with its error, when a trial has failed twice. Otherwise the others go on, and the error is told
-    at the end. Losses that are no longer finite are no failure: that trial has diverged."""
+    """End the sweep, with its error, when a trial has failed twice. Otherwise the others continue, and the error is
+    reported at the end. Losses that are no longer finite are no failure: that trial has diverged."""
     num_pictures: PositiveInt = 4
     """Validation images that the summary shows of every trial."""
     seed: Annotated[int, Field(ge=0)] = 0

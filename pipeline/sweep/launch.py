@@ -43,10 +43,10 @@ NAMES_FILE = "trials.json"
 TUNE_FOLDER = "tune"
 
 FREE_TO_CHANGE = ("num_pictures",)
-"""Settings that may differ when a sweep is resumed. Tune goes on with what it was begun with, workers included."""
+"""Settings that may differ when a sweep is resumed. Tune keeps the settings it was started with, workers included."""
 
 TRIAL_ATTEMPTS = 2
-"""A trial whose function fails is begun again so often, from its newest checkpoint."""
+"""Restarts of a trial whose function fails, each from its newest checkpoint."""
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def room(config: SweepConfig, there: dict[str, float]) -> int:
 
 
 class _Rungs(ASHAScheduler):
-    """ASHA that, in a sweep that goes on, knows what trials had reported before."""
+    """ASHA that, in a resumed sweep, knows what trials had reported before."""
 
     def __init__(self, folder: str, measure: str, **kwargs: Any) -> None:
         super().__init__(time_attr="images", metric=measure, mode=direction(measure), **kwargs)
@@ -225,7 +225,7 @@ class _Watch(tune.Callback):
         note = _json(storage.join(trial_folder(self._folder, trial.trial_id), ERROR_FILE)) or {}
         text = f"{self._label(trials, trial)} ({trial.trial_id}) failed: {note.get('error', 'its process was lost')}"
         if self._stop_on_failure:
-            raise SweepFailed(f"{text}; the same command tries it again and goes on with the others")
+            raise SweepFailed(f"{text}; the same command tries it again and continues the others")
         log.error("%s", text)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
@@ -246,7 +246,7 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Tune would take Ctrl-C for the end of the sweep.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    # A trial's traceback, at each attempt; its error is told in a line, by us.
+    # A trial's traceback, at each attempt; we report its error in one line.
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     require(resources(config.run))
@@ -290,7 +290,7 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     # Of a sweep that Tune was told to end (SIGUSR1) it returns what there is.
     if (count := ended.num_terminated + ended.num_errors) < len(ended):
         raise Interrupted(
-            f"sweep {config.name} was told to stop after {count} of {len(ended)} trials; the same command goes on"
+            f"sweep {config.name} was stopped after {count} of {len(ended)} trials; the same command continues it"
         )
     log.info("sweep %s: all trials ended, %.0f s in this call", config.name, time.time() - began)
 
@@ -361,7 +361,7 @@ def _claim(folder: str, config: SweepConfig) -> None:
     if lines:
         raise ConfigMismatch(
             f"{config.name} in {storage.redact(config.run.runs)} was begun with other settings ({'; '.join(lines)}); "
-            "take another --name, or the old settings to go on",
+            "take another --name, or the old settings to continue",
             differences=lines,
         )
 

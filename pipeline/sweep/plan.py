@@ -20,8 +20,8 @@ MEASURED_STEPS = 2
 
 
 def plan(config: SweepConfig, *, images_per_s: float | None = None) -> str:
-    """What the sweep would do, as lines for people. *images_per_s*: of one trial; none = measured here by a few steps,
-    if trials would train on this machine's CPU.
+    """What the sweep would do, as lines for people. *images_per_s*: of one trial; default: measured here by a few
+    steps, if trials would train on this machine's CPU.
 
     Raises what would stop the sweep: data that is missing or does not fit, `ClusterTooSmall`, `ClusterUnreachable`,
     `TrackingUnreachable`.

@@ -65,7 +65,7 @@ def write_summary(
 
 
 def chance(trials: int) -> str:
-    """Which rank correlations of so many trials say nothing."""
+    """Which rank correlations of this many trials say nothing."""
     # Two standard deviations of the rank correlation of things that have nothing to do with each other.
     bound = 2 / max(1, trials - 1) ** 0.5
     if bound >= 1:

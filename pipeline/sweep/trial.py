@@ -41,7 +41,7 @@ class Job:
     run: str
     """The run that each trial is, as JSON."""
     init_from: str | None
-    """Where the coarse network comes from; none = the run has a coarse phase, or none at all."""
+    """Where the coarse network comes from; `None` if the run has a coarse phase, or no given network."""
     objectives: tuple[str, ...]
     tracking_uri: str | None
     parent_run: str | None

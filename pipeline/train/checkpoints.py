@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest one whose files are what its manifest says, alike on all workers.
+"""Which checkpoint a run resumes from: the newest one whose files are what its manifest says, alike on all workers.
 
 `manifest.json` in a checkpoint names every other file with its size and SHA-256; it is written last. A checkpoint that
 is not what its manifest says is passed over, with a warning, for the one before it.
@@ -39,7 +39,7 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """In what the files of *folder* differ from its manifest, one readable line each; none = it can be trusted."""
+    """In what the files of *folder* differ from its manifest, one readable line each; empty if it can be trusted."""
     try:
         files = json.loads((folder / MANIFEST_FILE).read_bytes())["files"]
         wanted = {key: (one["bytes"], one["sha256"]) for key, one in files.items()}
@@ -73,7 +73,7 @@ class Usable:
 def newest_usable(context: TrainContext) -> Iterator[Usable | None]:
     """The newest checkpoint that can be trusted, or `None` at the start of a run; rank 0 decides for all workers.
 
-    What is passed over is told file by file. Raises `CheckpointsDamaged`, on all workers alike, if there are
+    What is passed over is logged file by file. Raises `CheckpointsDamaged`, on all workers alike, if there are
     checkpoints and none can be trusted, and `TrainingFailed` if the workers read different content.
     """
     with ExitStack() as stack:

@@ -34,7 +34,7 @@ from pipeline.train.ending import Notice, NoticeBoard
 from tmad.step import Workers
 
 COMMIT_TIMEOUT_S = 600.0
-"""Wait so long for Ray's controller to register a checkpoint that is in storage."""
+"""Seconds to wait for Ray's controller to register a checkpoint that is in storage."""
 
 MANIFEST_FILE = "manifest.json"
 """In a checkpoint, written last: what else is in it."""
@@ -70,7 +70,7 @@ class TrainContext(Protocol):
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
         """Keep what rank 0 wrote into *folder* (others give `None`) as the checkpoint *name*; returns when it counts:
-        a crash in the next instant goes on from there. Returns the name it got: another one if *name* is taken by a
+        a crash in the next instant resumes from there. Returns the name it got: another one if *name* is taken by a
         checkpoint that is damaged. Raises `CheckpointNotKept` if storage does not take it."""
 
 

@@ -27,10 +27,10 @@ from ray.train.torch.config import _TorchBackend
 from pipeline.cli import given_up, interrupt
 
 ASK_DRIVER_S = 1.0
-"""The first worker asks so often whether the driver was told to stop."""
+"""Seconds between the questions of the first worker whether the driver was asked to stop."""
 
 ASK_RAY_S = 10.0
-"""All workers ask Ray so often whether one of their machines is taken away."""
+"""Seconds between the questions of the workers to Ray whether one of their machines is being taken away."""
 
 STOPS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "closed terminal"}
 """Signals that stop a training, in words."""
@@ -46,7 +46,7 @@ class Notice:
 
     kind: Kind
     """`stop`: the run ends here; `restart`: this group of workers does, and Ray starts another one; `drain`: machines
-    will be gone soon, until then training goes on."""
+    will be gone soon; until then training continues."""
     reason: str
     """In words."""
 
@@ -136,7 +136,7 @@ class Stop:
     """What the driver was told."""
 
     number: int | None = None
-    """The signal that came first; none = none has come."""
+    """The signal that came first; `None` before any has."""
 
 
 @contextlib.contextmanager

@@ -121,7 +121,7 @@ def measured_rates(config: RunConfig, *, crop_size: int) -> dict[Phase, float] |
     torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     try:
         for phase in (phase for phase, length in lengths.items() if length):
-            # The penalty is a part of every so many steps.
+            # The penalty is part of every `gp_every`-th step only.
             steps = max(config.loss.gp_every, 8 if on_gpu else 1)
             for timed in (False, True):
                 began = time.perf_counter()

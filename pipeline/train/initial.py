@@ -150,7 +150,7 @@ def keep_initial(config: RunConfig, folder: str, tracking_uri: str | None) -> di
 
 
 def kept_initial(config: RunConfig, folder: str) -> dict[str, Any] | None:
-    """The report of the weights that the run in *folder* was begun with; none = random ones."""
+    """The report of the weights that the run in *folder* was started with; `None` for random ones."""
     if config.init_from is None:
         return None
     report: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, REPORT_FILE)))

@@ -263,7 +263,7 @@ def was_begun(folder: str, config: RunConfig, manifests: Mapping[str, Manifest])
     if lines:
         raise ConfigMismatch(
             f"run {config.name} in {storage.redact(config.runs)} was begun with other settings ({'; '.join(lines)}); "
-            "take another --name, or the old settings to go on",
+            "take another --name, or the old settings to continue",
             differences=lines,
         )
     return True
@@ -452,7 +452,7 @@ def _how_to_go_on(folder: str) -> str:
         if kept
         else "no checkpoint yet"
     )
-    return f"{newest}; the same command with --name {name} goes on from there"
+    return f"{newest}; the same command with --name {name} continues from there"
 
 
 def _read_json(uri: str) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ LAST_VALUES = ("lr", "bad_steps")
 """Terms of the step that are reported as they stand, not as the interval's mean."""
 
 SHOWN_IMAGES = 8
-"""So many images of a batch are named in a message."""
+"""Most images of a batch that a message names."""
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Feed:
     """Where this worker's batches come from."""
 
     training: Callable[[int], Iterator[Batch]]
-    """Endless, from so many images on."""
+    """Endless, beginning after this many images."""
     validation: Callable[[], Iterator[Batch]]
     """This worker's share of the fixed validation images."""
     counts: Callable[[], dict[str, float]] = dict
@@ -96,7 +96,7 @@ def train_loop(
     or URI of the best model. Returns the summary `{"images", "bad_steps", "rollbacks", "stopped", "checkpoint",
     "validation"}`, `stopped` being why it ended early. Raises, alike on all workers, `NonFiniteLoss` if going back to a
     checkpoint did not help or there is none, `CheckpointsDamaged` if none can be used, `TrainingFailed` if the
-    workers' weights differ, and `Interrupted`, after a last checkpoint, when the run is told to end.
+    workers' weights differ, and `Interrupted`, after a last checkpoint, when the run is asked to end.
 
     Going back takes weights and moments of the newest checkpoint. Images, steps and schedule stay where the bad row
     ended, and data go on from there: the same batches would end the same way. The images since that checkpoint are
@@ -300,7 +300,7 @@ def _check_equal(state: TrainingState, context: TrainContext) -> None:
     if not context.same_everywhere(sums):
         raise TrainingFailed(
             f"the workers' weights differ after {state.images_seen} images, though every gradient is averaged; unequal "
-            "hardware or library versions among the workers? The run goes on from its newest checkpoint"
+            "hardware or library versions among the workers? The run continues from its newest checkpoint"
         )
 
 
@@ -339,7 +339,9 @@ def _roll_back(
     images, steps, bad_steps = state.images_seen, state.steps, state.bad_steps
     name, _ = _restore(state, context, tracker)
     if context.rank == 0:
-        log.warning("back to the weights of checkpoint %s, data go on after %s images: %s", name, f"{images:,}", cause)
+        log.warning(
+            "back to the weights of checkpoint %s; data continue after %s images: %s", name, f"{images:,}", cause
+        )
     state.images_seen, state.steps, state.bad_steps, state.bad_steps_in_row = images, steps, bad_steps, 0
     course = replace(course, rollbacks=course.rollbacks + 1)
     tracker.metrics({"health/rollbacks": course.rollbacks}, images)

@@ -228,7 +228,7 @@ def _state_of_run(config: RunConfig, sets: dict[str, Manifest]) -> str:
         raise FolderInUse(f"another job trains {config.name}: {theirs}")
     if storage.exists(storage.join(folder, "finished.json")):
         return f"{config.name} is finished, nothing would be done"
-    return f"{config.name} was begun before and would go on"
+    return f"{config.name} was started before and would be continued"
 
 
 def _tracking(config: RunConfig) -> str:

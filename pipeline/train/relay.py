@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline import logs
 
 INTERVAL_S = 0.5
-"""The driver looks for new lines so often."""
+"""Seconds between the looks of the driver for new lines."""
 
 log = logging.getLogger(__name__)
 

@@ -130,7 +130,7 @@ def test_ctrl_c_ends_a_sweep_without_a_summary_and_the_same_command_does_the_res
     os.killpg(job.process.pid, signal.SIGINT)
     code, said = job.end()
     assert code == 130, said
-    assert said.splitlines()[-1].endswith("stopped by SIGINT; the same command goes on where it was")
+    assert said.splitlines()[-1].endswith("stopped by SIGINT; the same command continues where it stopped")
     assert "Traceback" not in said
     assert {path.name for path in folder.iterdir()}.isdisjoint({"summary.json", "winner.json", "report.html"})
     (kept,) = folder.glob("trials/*/finished.json")

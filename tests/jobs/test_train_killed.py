@@ -179,7 +179,7 @@ def end_driver(training: Training, rng: random.Random) -> None:
     code, said = training.job.end()
     assert code == 143, said
     assert "the job was told to stop after" in said
-    assert f"the same command with --name {training.name} goes on from there" in said
+    assert f"the same command with --name {training.name} continues from there" in said
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_ctrl_c_keeps_a_last_checkpoint_a_second_one_ends_at_once_and_a_second_j
     assert code == 130, said
     assert "Ctrl-C: a last checkpoint, within 30 s; a second one ends the job at once" in said
     assert "the job was told to stop after" in said.splitlines()[-1]
-    assert "the same command with --name stopped goes on from there" in said.splitlines()[-1]
+    assert "the same command with --name stopped continues from there" in said.splitlines()[-1]
     assert "Traceback" not in said
     assert training.checkpoints()[-1] >= 4, said
     assert not (training.folder / CLAIM_NAME).exists()

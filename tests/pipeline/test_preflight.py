@@ -164,7 +164,7 @@ def test_a_name_that_belongs_to_another_run_is_told(place: Path, tmp_path: Path)
     storage.write_atomic(f"{tmp_path}/old/config.json", to_json(config).encode())
     sets = {which: read_manifest(str(place / which)).digest for which in ("train", "val")}
     storage.write_atomic(f"{tmp_path}/old/data.json", str(sets).replace("'", '"').encode())
-    assert "old was begun before and would go on" in preflight(config).text()
+    assert "old was started before and would be continued" in preflight(config).text()
     assert "begun with other settings (seed: 0 -> 1)" in _failed(preflight(replace(config, seed=1)))["name"]
     with claim_folder(f"{tmp_path}/old"):
         assert f"another job trains old: process {os.getpid()} on" in _failed(preflight(config))["name"]

@@ -262,7 +262,7 @@ def test_training_from_photographs_stopped_and_gone_on_with_is_training_from_the
     killed: list[int] = []
     killer = threading.Thread(target=_kill_a_worker_when, args=(past_the_first_checkpoint, killed), daemon=True)
     killer.start()
-    with pytest.raises(TrainingFailed, match="the same command with --name live goes on"):
+    with pytest.raises(TrainingFailed, match="the same command with --name live continues"):
         main([*command, "--workers.max-failures", "0"])
     killer.join(timeout=10)
     with caplog.at_level(logging.INFO):
@@ -346,7 +346,7 @@ def test_a_dry_run_joins_the_cluster_and_compares_what_is_asked_for(place: Path)
 
 def test_losses_that_are_not_finite_stop_without_a_retry(place: Path) -> None:
     config = _config(place, "nan", optim=replace(smoke().optim, lr=1e30, max_bad_steps=2))
-    with pytest.raises(TrainingFailed, match=r"steps in a row were not finite .*with --name nan goes on"):
+    with pytest.raises(TrainingFailed, match=r"steps in a row were not finite .*with --name nan continues"):
         train(config)
 
 

@@ -39,11 +39,11 @@ def open_source(
     """The collection of images at *uri*.
 
     `*.tar` is an archive, `*.tar/FOLDER` what lies below a folder in it, `*.parquet` a table, `*.txt` (`.lst`,
-    `.flist`) a list of keys below *root* (none = the list's folder). Anything else is a folder: of the images
-    and tar files in it those that hold more, else the Parquet files; what is not read is told. The columns are those of
-    a table; *cache* is a file that may keep the places of the images in archives. Raises `ValueError` for a setting
-    that has no effect on this kind of source, `MissingInput` if there is no such folder, `CorruptSource` for compressed
-    archives, and where these are most of a folder.
+    `.flist`) a list of keys below *root* (default: the list's folder). Anything else is a folder: of the images
+    and tar files in it those that hold more, else the Parquet files; what is not read is logged. The columns are
+    those of a table; *cache* is a file that may keep the places of the images in archives. Raises `ValueError` for a
+    setting that has no effect on this kind of source, `MissingInput` if there is no such folder, `CorruptSource` for
+    compressed archives, and where these are most of a folder.
     """
     uri = absolute(uri)
     if uri.endswith(LIST_SUFFIXES):

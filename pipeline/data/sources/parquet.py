@@ -38,7 +38,7 @@ class ParquetTable(Indexed):
     files: tuple[str, ...] = ()
     """Parquet files below the folder; none = *uri* is the file."""
     image_column: str | None = None
-    """Column of encoded images: bytes, or Hugging Face's struct of bytes and path; none = the first of
+    """Column of encoded images: bytes, or Hugging Face's struct of bytes and path; default: the first of
     `IMAGE_COLUMNS` that is there."""
     key_column: str | None = None
     """Column of keys."""
@@ -175,7 +175,7 @@ def _parquet(uri: str, opened: object) -> pq.ParquetFile:
 
 
 def _read(parquet: pq.ParquetFile, name: str, group: int | None = None) -> pa.ChunkedArray:
-    """One column (or part of a struct) of a row group, none = of all."""
+    """One column (or part of a struct) of a row group; default: of all."""
     options = {"columns": [name], "use_threads": False}
     table = parquet.read(**options) if group is None else parquet.read_row_group(group, **options)
     column = table.column(0)
