@@ -6,12 +6,14 @@ import copy
 import math
 import pickle
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tmad.test_losses import equation_6, equation_7, flat, mean, region_twin, softplus, variation_twin
@@ -815,10 +817,16 @@ def test_the_error_survives_the_way_between_processes() -> None:
 
 
 class NeverWait(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU: `.item()`, `float(tensor)`, `if tensor`, shapes out of values."""
+    """Refuses what makes the host wait for a GPU: `.item()`, `float(tensor)`, `if tensor`, shapes out of values; counts
+    calls by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
+        self.calls[name] += 1
         assert name not in {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique2"}, name
         return func(*args, **(kwargs or {}))
 
@@ -833,6 +841,27 @@ def test_a_step_never_waits_for_the_device(phase: str) -> None:
         step(state, phase)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NeverWait():
         float(torch.ones(()))
+
+
+def test_a_step_calls_one_operator_for_all_weights_and_takes_each_spectral_norm_once_for_each_set_of_weights() -> None:
+    state = make_state()
+    state._late = 2
+    step(state)
+    with NeverWait() as seen:
+        step(state)
+    groups = sum(len(optimizer.param_groups) for optimizer in state.optimizers.values())
+    assert seen.calls["_fused_adam_"] == groups
+    # The average: no call for a single weight, where there were two.
+    assert seen.calls["lerp_"] == 0
+    assert seen.calls["_foreach_sub"] <= 1 + groups
+
+    def normalised(network: nn.Module) -> int:
+        return sum(isinstance(part, parametrizations._SpectralNorm) for part in network.modules())
+
+    # One product for each norm; the critics' weights change within the step.
+    critics = normalised(state.patch_critic) + normalised(state.global_critic)
+    assert seen.calls["vdot"] == normalised(state.model) + 2 * critics
+    assert critics > 0
 
 
 @pytest.mark.gpu
