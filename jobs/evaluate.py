@@ -27,7 +27,7 @@ Examples:
   python jobs/evaluate.py --data data/val --export inputs
   python jobs/evaluate.py --model runs/first --external lama=results/lama --coarse-from deepfill=results/deepfill
   python jobs/evaluate.py --model runs/second --out runs/second/evaluation --against runs/first/evaluation
-  python jobs/evaluate.py --model runs/first --fid.network inception.pt --fid.sha256 6726825d0af5f729
+  python jobs/evaluate.py --model runs/first --fid.network inception --lpips.network vgg16
 """
 
 

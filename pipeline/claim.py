@@ -32,6 +32,7 @@ from pathlib import Path
 from pipeline.errors import FolderInUse, MissingInput, TMADError
 from pipeline.storage import (
     absolute,
+    check_place,
     create,
     is_remote,
     join,
@@ -135,6 +136,8 @@ def claim_folder(folder: str, *, expiry_s: float = EXPIRY_S, wait_s: float = 0.0
     is watched until it gives one or *expiry_s* (that other job's) has passed.
     """
     folder = absolute(folder)
+    if not is_remote(folder):
+        check_place(folder)
     is_new = not is_remote(folder) and not os.path.isdir(folder)
     now = time.time()
     mine = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), _identity(os.getpid()), now, now, expiry_s)

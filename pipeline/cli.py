@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TextIO, TypeVar
 
 from pydantic import ValidationError
 
@@ -207,6 +207,7 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     end it as Ctrl-C does, so that what a job holds is released.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _split_stderr()
     configure_logging()
     # `nohup` has the terminal's end ignored.
     heard = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -238,6 +239,28 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         for number, handler in before.items():
             signal.signal(number, handler)
     sys.exit(code or 0)
+
+
+_STDERR = 2
+_own_stderr: list[TextIO] = []
+"""That of Python alone, in a job."""
+
+
+def _split_stderr() -> None:
+    """Have Python write to stderr by a descriptor of its own, and leave the common one to libraries."""
+    if (common := sys.__stderr__) is not None and sys.stderr is common:
+        mine = os.fdopen(os.dup(_STDERR), "w", 1, encoding=common.encoding, errors=common.errors)
+        _own_stderr.append(mine)
+        sys.stderr = mine
+
+
+def silence_libraries() -> None:
+    """Let only Python write to a job's stderr from now on. Ray's C++ shows errors about processes of its own, about
+    which nobody can do anything; its log files have them too."""
+    if _own_stderr:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, _STDERR)
+        os.close(nowhere)
 
 
 _signals: list[int] = []

@@ -18,7 +18,7 @@ import grpc
 import ray
 import torch
 
-from pipeline.cli import give_up, one_line, submitted
+from pipeline.cli import give_up, one_line, silence_libraries, submitted
 from pipeline.errors import ClusterTooSmall, ClusterUnreachable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +74,8 @@ def start_ray(*, dashboard: bool = False, object_store_bytes: int = EMBEDDED_OBJ
     began = time.monotonic()
     with _own_signals():
         _start_or_join(dashboard, object_store_bytes, quiet)
+    silence_libraries()
+    threading.Thread(target=_watch, name="cluster", daemon=True).start()
     if joined():
         log.info("joined the Ray cluster at %s: %s", os.environ["RAY_ADDRESS"], shown(ray.cluster_resources()))
     else:
@@ -87,7 +89,6 @@ def _start_or_join(dashboard: bool, object_store_bytes: int, quiet: dict[str, An
         try:
             _knock(address)
             ray.init(runtime_env=runtime_env, **quiet)
-            threading.Thread(target=_watch, args=(address,), name="cluster", daemon=True).start()
         except (OSError, RuntimeError, ValueError) as error:
             raise ClusterUnreachable(
                 f"no Ray cluster at {address} (RAY_ADDRESS): {one_line(error)}; start it, correct RAY_ADDRESS, or "
@@ -165,8 +166,10 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
     return (place.hostname, port) if place.hostname and port else None
 
 
-def _watch(address: str) -> None:
-    """End the job when nobody takes connections at *address* any more; a cluster that is slow still does."""
+def _watch() -> None:
+    """End the job when nobody takes connections where Ray's head is any more; one that is slow still does."""
+    address = os.environ["RAY_ADDRESS"] if joined() else ray.get_runtime_context().gcs_address
+    whose = f"the Ray cluster at {address}" if joined() else "the Ray of this job"
     place, last = _host_and_port(address), time.monotonic()
     while place is not None and ray.is_initialized():
         time.sleep(KNOCK_S)
@@ -175,9 +178,9 @@ def _watch(address: str) -> None:
             last = time.monotonic()
         except OSError as error:
             if time.monotonic() - last > LOST_AFTER_S and ray.is_initialized():
+                where = "on one that is there the same command" if joined() else "the same command"
                 give_up(
-                    f"the Ray cluster at {address} is gone ({one_line(error)}); on one that is there the same command "
-                    "continues where it stopped",
+                    f"{whose} is gone ({one_line(error)}); {where} continues where it stopped",
                     within_s=LOST_AFTER_S / 3,
                 )
 

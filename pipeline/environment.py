@@ -42,6 +42,11 @@ def code_state() -> dict[str, Any]:
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 
 
+def code_tags() -> dict[str, str]:
+    """`code_state` as tags of an MLflow run; what is not known is none."""
+    return {f"git_{name}": str(value) for name, value in code_state().items() if value is not None}
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True)

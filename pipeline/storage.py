@@ -194,9 +194,11 @@ def read_bytes(uri: str) -> bytes:
 
 def _read_local(uri: str) -> bytes:
     # A pipe would be waited for without end, and some devices have none.
-    with open(os.open(absolute(uri), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise MissingInput(f"cannot read {redact(uri)}: it is no file")
+    number = os.open(absolute(uri), os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise MissingInput(f"cannot read {redact(uri)}: it is no file")
+    with open(number, "rb") as file:
         return file.read()
 
 
@@ -320,6 +322,41 @@ def write_atomic(uri: str, data: bytes, *, ready: Callable[[], None] | None = No
                 os.unlink(temporary)
 
     _guard(uri, "write", write)
+
+
+def check_room(uri: str, count: float, what: str, option: str) -> str:
+    """How *count* bytes of *what* fit into what is free where the folder *uri* is or is going to be, in words.
+
+    Raises `StorageFailed` if they do not, which names the *option* that chooses the place. Remote storage does not say.
+    """
+    needed = f"about {mb(max(0.0, count))} of {what}"
+    if is_remote(uri):
+        return f"{needed}; {redact(uri)} does not say what is free"
+    free = shutil.disk_usage(check_place(uri)).free
+    if count > free:
+        raise StorageFailed(
+            f"not enough room in {redact(uri)}: {needed} are to come, {mb(free)} are free; make room there or "
+            f"choose another place with {option}",
+            kind="full",
+        )
+    return f"{needed}, {mb(free)} are free in {redact(uri)}"
+
+
+def check_place(uri: str) -> Path:
+    """The folder on this machine in which the local *uri* is, or can be made. Raises `StorageFailed` if it cannot."""
+    place = Path(absolute(uri))
+    there = next(one for one in (place, *place.parents) if os.path.lexists(one))
+    if not there.is_dir():
+        what = "a link to nothing" if there.is_symlink() and not there.exists() else "a file"
+        raise StorageFailed(f"{place} cannot be a folder: {there} is {what}; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise StorageFailed(f"nothing can be written to {there}: choose another place, or its permissions")
+    return there
+
+
+def mb(count: float) -> str:
+    """*count* bytes in MB or GB, for people."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def remove_temporary(uri: str) -> None:
@@ -526,7 +563,7 @@ def _translated(uri: str, verb: str, error: Exception) -> TMADError | None:
     if remote and (cause := _cause(uri, error)) is not None:
         made = MissingInput if cause.kind == "bucket" else StorageFailed
         return made(f"cannot {verb} {redact(uri)}: {redact(cause.words)}", kind=cause.kind)
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
         return MissingInput(f"cannot {verb} {redact(uri)}: it is not there")
     if isinstance(error, OSError | ValueError | ImportError):
         kind = "full" if isinstance(error, OSError) and error.errno in _NOBODYS_FAULT else "other"

@@ -77,6 +77,10 @@ def default_tracking_uri(storage_root: str) -> str | None:
     return f"sqlite:///{storage.absolute(storage_root)}/mlflow.db"
 
 
+_SCHEMES = re.compile(r"(https?|databricks|databricks-uc|uc|(sqlite|postgresql|mysql|mssql)(\+\w+)?)://")
+"""Of URIs that MLflow records at."""
+
+
 def resolve_tracking_uri(uri: str | None, storage_root: str) -> str | None:
     """The tracking URI that a setting means: `None` = the default place, `"none"` = off (gives `None`), else itself.
 
@@ -95,7 +99,7 @@ def resolve_tracking_uri(uri: str | None, storage_root: str) -> str | None:
                 "MLFLOW_TRACKING_URI"
             )
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    if uri.startswith("file:") or "://" not in uri:
+    if not _SCHEMES.match(uri):
         raise ValueError(
             "tracking_uri must be a server (http://...), sqlite:///path/mlflow.db, databricks://... or 'none', "
             f"got {uri!r}; "
@@ -104,13 +108,18 @@ def resolve_tracking_uri(uri: str | None, storage_root: str) -> str | None:
     return uri
 
 
-def mlflow_client(uri: str) -> MlflowClient:
-    """A client of the tracking server or SQLite file at *uri*, which answers. Raises `TrackingUnreachable` within
-    seconds if it does not; what happens later takes MLflow its minutes."""
+def mlflow_client(uri: str, *, make: bool = False) -> MlflowClient:
+    """A client of the tracking server or SQLite file at *uri*, which answers; *make*: the file, if there is none.
+    Raises `TrackingUnreachable` within seconds if it does not; what happens later takes MLflow its minutes."""
     if uri not in _answered:
         check_tracking(uri)
-        if uri.startswith("sqlite:///"):
-            _make_database(Path(uri.removeprefix("sqlite:///")))
+        if uri.startswith("sqlite:///") and not (path := Path(uri.removeprefix("sqlite:///"))).exists():
+            if not make:
+                raise TrackingUnreachable(
+                    f"there is no MLflow database {path}: correct the tracking URI (MLFLOW_TRACKING_URI or the job's "
+                    "option)"
+                )
+            _make_database(path)
         _answered.add(uri)
     return _client(uri)
 
@@ -132,17 +141,27 @@ def _client(uri: str) -> MlflowClient:
 
 
 def _make_database(path: Path) -> None:
-    """A database at *path*, unless there is one. MLflow makes its tables one after the other, and a second process in
-    between, or a kill, leaves a database that nothing opens any more: one process makes it, under another name."""
-    if path.exists():
-        return
+    """A database at *path*, unless another process has made it. MLflow makes its tables one after the other, and a
+    second process in between, or a kill, leaves a database that nothing opens any more: one process makes it, under
+    another name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-            _client(f"sqlite:///{new}").search_experiments(max_results=1)
-            new.rename(path)
+            try:
+                _client(f"sqlite:///{new}").search_experiments(max_results=1)
+                new.rename(path)
+            finally:
+                new.unlink(missing_ok=True)
+
+
+def _is_database(path: Path) -> bool:
+    """MLflow would make one of a file of a few bytes."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(16) in (b"", b"SQLite format 3\0")
 
 
 def check_tracking(uri: str | None) -> str:
@@ -153,6 +172,10 @@ def check_tracking(uri: str | None) -> str:
     shown, database = storage.redact(uri), uri.removeprefix("sqlite:///")
     if database != uri and not Path(database).exists():
         return f"{shown}, a new database"
+    if database != uri and not _is_database(Path(database)):
+        raise TrackingUnreachable(
+            f"{database} is no SQLite database: correct the tracking URI (MLFLOW_TRACKING_URI or the job's option)"
+        )
     # What MLflow does by itself: 120 s for an answer, seven times over.
     patience = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(CHECK_TIMEOUT_S), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     before = {name: os.environ.get(name) for name in patience}
@@ -165,13 +188,24 @@ def check_tracking(uri: str | None) -> str:
             f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S} s" if database == uri else f"{shown} is unfit"
         )
         raise TrackingUnreachable(
-            f"{what}: {storage.redact(one_line(error))}; start the server, correct the tracking URI "
+            f"{what}: {storage.redact(_cause(error))}; start the server, correct the tracking URI "
             "(MLFLOW_TRACKING_URI or the job's option), or go without where the job can (`none`)"
         ) from error
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
     return f"{shown} answers"
+
+
+def _cause(error: Exception) -> str:
+    """Why a server does not answer, out of what three libraries say about it."""
+    text = one_line(error)
+    if "not in a valid JSON format" in text:
+        return "what answers there is no MLflow server"
+    if found := re.search(r"too many (\d+) error responses", text):
+        return f"it answers with HTTP {found[1]}"
+    found = re.search(r"\[Errno -?\d+\] ([^'\")]+)", text)
+    return found[1] if found else "it timed out" if "timed out" in text else text
 
 
 def check_run(uri: str, run_id: str) -> None:
@@ -299,7 +333,7 @@ class Tracker:
         """
         if uri is None:
             return None
-        client = mlflow_client(uri)
+        client = mlflow_client(uri, make=True)
         run = client.create_run(
             experiment_id=_experiment_id(client, uri, experiment),
             run_name=run_name,

@@ -79,6 +79,12 @@ def _behind(data: bytes, kind: str) -> bytes:
         end = [last for _, _, last in _gif_blocks(data)][-1] + 1
     elif kind == "WEBP":
         end = 8 + int.from_bytes(data[4:8], "little")
+    elif kind == "BMP":
+        end = int.from_bytes(data[2:6], "little") or end
+    elif kind == "PPM" and data[1:2] in b"456":
+        (width, height, *top), _, start = ppm_header(data)
+        samples = width * (3 if data[1:2] == b"6" else 1)
+        end = start + height * (samples * (1 + (top[0] > 255)) if top else -(-samples // 8))
     return data[end:].strip(b"\0")
 
 
@@ -361,7 +367,19 @@ def _jp2_extra(data: bytes) -> Iterator[tuple[str, bytes, bytes]]:
 
 
 def _jp2_parts(data: bytes) -> Parts:
-    return [(name, body) for name, _, body in _jp2_extra(data)]
+    return [(name, body) for name, _, body in _jp2_extra(data)] + [("comment", one) for one in jp2_comments(data)]
+
+
+def jp2_comments(data: bytes) -> list[bytes]:
+    """The comments in the header of the compressed pixels, but for the encoder's own."""
+    place = data.find(b"\xff\x4f\xff\x51") + 2
+    found = []
+    while data[place : place + 1] == b"\xff" and data[place + 1] != 0x90:
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if data[place + 1] == 0x64:
+            found.append(data[place + 6 : end])
+        place = end
+    return [one for one in found if not one.startswith(b"Created by OpenJPEG")]
 
 
 def _jp2_graft(data: bytes, original: bytes) -> bytes:

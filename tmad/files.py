@@ -252,6 +252,7 @@ def _as_it_was(picture: Image.Image, file: ImageFile, zone: np.ndarray, opaque: 
             options["exif"] = without_preview(stored.info["exif"])
     elif kind == "JPEG2000":
         options["no_jp2"] = getattr(stored, "codec", None) == "j2k"
+        options["comment"] = next(iter(containers.jp2_comments(file.data)), None)
     elif kind == "GIF":
         indices = _in_palette(picture, stored, np.asarray(_turned_back(Image.fromarray(zone), file)) > 0, opaque)
         encoded = _saved(Image.fromarray(indices), "GIF", {"optimize": False, "interlace": 0})
@@ -545,6 +546,8 @@ def _what_is_missing(file: ImageFile, again: ImageFile) -> list[str]:
         notes.append("the palette becomes full colour")
     elif mode == "1" and again.stored.mode != "1":
         notes.append("one-bit grey is written as 8 bits")
+    elif mode == "CMYK" and again.stored.mode != "CMYK":
+        notes.append("CMYK becomes RGB")
     elif before > after:
         notes.append(f"{before} bits a channel were read and are written as {after}")
     elif before < after:
@@ -596,4 +599,4 @@ def _depth(file: ImageFile) -> int:
     if file.format == "AVIF" and (place := data.find(b"av1C")) >= 0:
         high, twelve = data[place + 6] & 0x40, data[place + 6] & 0x20
         return (12 if twelve else 10) if high else 8
-    return 1 if file.stored.mode == "1" else 8
+    return {"1": 1, "F": 32}.get(file.stored.mode, 8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -92,6 +93,8 @@ def decode_stored(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.UnidentifiedImageError:
         if kind := _kind_of(data):
             raise UnreadableImage("unsupported", kind) from None
+        if kind := next((kind for begin, kind in _DECODED.items() if data.startswith(begin)), ""):
+            raise UnreadableImage("damaged", f"{kind} that cannot be opened") from None
         raise UnreadableImage("not-an-image", f"{len(data)} bytes that begin with {data[:8]!r}") from None
     except Exception as error:  # a damaged header can raise nearly anything inside the format's reader
         raise UnreadableImage("damaged", f"{type(error).__name__}: {error}") from None
@@ -129,6 +132,9 @@ _KINDS = {
     **{b"#?RADIANCE": "Radiance HDR", b"%!PS": "EPS", b"IIRO": "a camera's raw file", b"IIU\0": "a camera's raw file"},
     **{b"\0\0\1\0": "ICO", b"II\xbc": "JPEG XR"},
 }
+_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]\0.(.)", re.S)
+"""Of JPEG: what begins a frame, with the bits of a sample."""
+_DECODED = {b"\x89PNG\r\n": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF"}
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -139,6 +145,8 @@ def _kind_of(data: bytes) -> str:
             return "HEIC: it is read where the package pillow-heif is installed"
         return "a camera's raw file (CR3)" if data[8:11] == b"crx" else ""
     found = next((kind for begin, kind in _KINDS.items() if data.startswith(begin)), "")
+    if data.startswith(b"\xff\xd8\xff") and (size := _FRAME.search(data)) is not None and size[1] != b"\x08":
+        found = f"JPEG of {size[1][0]} bits a sample"
     if not found and b"<svg" in data[:1000]:
         found = "SVG"
     return f"{found} of a kind that is not decoded" if found == "TIFF" else found and f"{found} is not decoded"

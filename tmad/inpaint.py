@@ -171,6 +171,14 @@ class Inpainter:
         self.__dict__.update(state)
         self.model = model.to(device)
 
+    def with_options(self, *, seed: int | None = None, keep_candidates: bool | None = None) -> Inpainter:
+        """One that shares the networks of this one, with another *seed* or another choice of `keep_candidates`."""
+        other = object.__new__(Inpainter)
+        other.__dict__.update(self.__dict__)
+        other.seed = self.seed if seed is None else seed
+        other.keep_candidates = self.keep_candidates if keep_candidates is None else keep_candidates
+        return other
+
     def inpaint(self, image: Picture, mask: Picture, *, image_id: str = "") -> np.ndarray | Image.Image | Tensor:
         """The filled image alone: an array for an array, a tensor for a tensor, else a Pillow image. Arguments and
         errors as in a call."""
@@ -522,7 +530,8 @@ class Inpainter:
         coarse = to_rgb(original)
         for part in parts:
             inside = part.hole[: part.box.height, : part.box.width] > 0
-            coarse[part.box.slices][inside] = part.coarse[: part.box.height, : part.box.width][inside]
+            filled = part.as_grey_as_known(part.coarse[: part.box.height, : part.box.width])
+            coarse[part.box.slices][inside] = filled[inside]
         return coarse
 
 
@@ -571,7 +580,14 @@ class _Part:
             target = pixels[place]
             inside = self.hole[place][: target.shape[0], : target.shape[1]] > 0
             target[inside] = piece.numpy()[: target.shape[0], : target.shape[1]][inside]
-        return pixels
+        return self.as_grey_as_known(pixels)
+
+    def as_grey_as_known(self, pixels: np.ndarray) -> np.ndarray:
+        """*pixels* without colour if the part has none outside the hole: the networks tint what they fill."""
+        known = self.rgb[self.hole[: self.box.height, : self.box.width] == 0]
+        if np.ptp(known, axis=-1).any():
+            return pixels
+        return to_rgb(Image.fromarray(pixels).convert("L"))
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline import observe
 from pipeline.claim import Claim, claim_folder, holder_of
-from pipeline.data.collection import UNUSABLE, drop_of, open_collection
+from pipeline.data.collection import UNUSABLE, Collection, drop_of, open_collection
 from pipeline.data.contract_report import write_report
 from pipeline.data.copies import Facts, find_copies, read_facts, read_other_facts
 from pipeline.data.evaluation_set import LISTING_NAME, listing
@@ -39,12 +39,14 @@ from pipeline.data.shards import ShardMaker, leave_out_copies, make_shards
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
 from pipeline.errors import ConfigMismatch, FolderInUse, MissingInput, TooManyBadImages, WrongCount
-from pipeline.storage import absolute, exists, file_sizes, join, read_bytes, redact
+from pipeline.storage import absolute, check_room, exists, file_sizes, is_remote, join, read_bytes, redact
 
 logger = logging.getLogger(__name__)
 
 CHECKED = 256
 """Photographs that are read before a job."""
+SAMPLED = 8
+"""Photographs whose crops tell how much room the set takes."""
 PROGRESS_S = 5.0
 """Seconds between two progress lines."""
 
@@ -58,7 +60,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     says, `ConfigMismatch` if the folder holds a set made with other settings, `FolderInUse` if another job writes
     to it.
     """
-    _check_against(config)
+    _check_places(config)
     with claim_folder(absolute(config.out), expiry_s=config.claim_expiry_s) as claim:
         return _prepare(config, claim)
 
@@ -68,7 +70,7 @@ def check(config: PrepareConfig) -> list[str]:
 
     Photographs and their masks are read, up to `CHECKED` of them evenly over the collection. Raises as `prepare`.
     """
-    _check_against(config)
+    _check_places(config)
     out = absolute(config.out)
     if config.against is not None:
         read_manifest(config.against)
@@ -82,21 +84,47 @@ def check(config: PrepareConfig) -> list[str]:
     if beside := collection.source.beside():
         lines.append(f"{len(beside)} files beside them are no images, e.g. {next(iter(beside))!r}")
     step = max(1, math.ceil(len(collection.keys) / CHECKED))
-    looked, reasons = collection.keys[::step], Counter[str]()
-    reader = MaskReader(collection.masks, max_pixels=config.max_pixels)
-    for key in looked:
-        try:
-            make_records(key, collection.source.read(key), config, masks=reader)
-        except UNUSABLE as error:
-            reasons[drop_of(key, error, 0)["reason"]] += 1
+    looked = collection.keys[::step]
+    mean, reasons, counts = _look(collection, looked, config)
     lines.append(f"{len(looked)} were read: {len(looked) - reasons.total()} can be used")
     lines += [f"{count} {reason}" for reason, count in reasons.most_common()]
-    return [*lines, *mask_warnings(join_counts([reader.counts]), config.mask_from, config.mask_hole)]
+    lines.append(_room(out, mean * len(plan), file_sizes(out)))
+    return [*lines, *mask_warnings(join_counts([counts]), config.mask_from, config.mask_hole)]
 
 
-def _check_against(config: PrepareConfig) -> None:
+def _look(
+    collection: Collection, keys: Sequence[str], config: PrepareConfig
+) -> tuple[float, Counter[str], dict[str, int]]:
+    """Bytes that one of these photographs takes in the set, on average; how many are unusable, by reason; and what was
+    found about masks."""
+    reasons, size = Counter[str](), 0
+    reader = MaskReader(collection.masks, max_pixels=config.max_pixels)
+    for key in keys:
+        try:
+            rows = make_records(key, collection.source.read(key), config, masks=reader)
+        except UNUSABLE as error:
+            reasons[drop_of(key, error, 0)["reason"]] += 1
+        else:
+            size += sum(len(row["image"]) for row in rows)
+    return size / max(1, len(keys)), reasons, reader.counts
+
+
+def _room(out: str, size: float, there: Mapping[str, int]) -> str:
+    """How a set with crops of *size* bytes fits into what is free beside what is *there* of it, in words; masks and
+    coordinates are a few percent more. Raises `StorageFailed` if it does not."""
+    return check_room(out, size - sum(there.values()), "crops", "--out")
+
+
+def _check_places(config: PrepareConfig) -> None:
     if config.against is not None and set_folder(absolute(config.against)) == absolute(config.out):
         raise ValueError(f"against must be another prepared set than out, got {redact(config.against)} for both")
+    out = absolute(config.out)
+    for name, place in (("source", config.source), ("masks", config.masks)):
+        if place is not None and (out == absolute(place) or out.startswith(absolute(place) + "/")):
+            raise ValueError(
+                f"out ({redact(out)}) is or lies in {name} ({redact(place)}): the set's files would be taken for what "
+                "belongs there; choose another out"
+            )
 
 
 def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
@@ -106,6 +134,9 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
     source, keys, masks = collection.source, collection.keys, collection.masks
     _settle_settings(claim, config)
     _check_count(keys, source, claim, config)
+    if not is_remote(out):
+        mean, _, _ = _look(collection, keys[:: max(1, math.ceil(len(keys) / SAMPLED))], config)
+        _room(out, mean * len(keys), file_sizes(out))
     plan = _settle_plan(claim, keys, config)
     del keys, collection
     inputs = plan.inputs(source, config, masks)

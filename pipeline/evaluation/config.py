@@ -21,6 +21,17 @@ Method = Literal["tmad", "coarse", "blended", "patchmatch", "telea", "navier_sto
 
 METHODS: tuple[Method, ...] = ("tmad", "coarse", "blended", "patchmatch", "telea", "navier_stokes", "biharmonic")
 
+_METRICS = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
+NETWORKS = {
+    "inception": (
+        f"{_METRICS}/inception-2015-12-05.pt",
+        "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",
+    ),
+    "vgg16": (f"{_METRICS}/vgg16.pt", "b437eb095feaeb0b83eb3fa11200ebca4548ee39a07fb944a417ddc516cc07c3"),
+}
+"""Name -> address and SHA-256: the files of StyleGAN2-ADA's authors, TensorFlow's Inception for FID and KID, VGG-16 for
+LPIPS."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 
@@ -29,11 +40,14 @@ class NetworkConfig:
     """A network that measures, as TorchScript."""
 
     network: str | None = None
-    """Path, URI or https address of the TorchScript file; without one, its measures are skipped."""
+    """Path, URI or https address of the TorchScript file, or a name, `inception` for fid and `vgg16` for lpips, whose
+    file is downloaded once; without one, its measures are skipped."""
     sha256: str | None = None
-    """SHA-256 of the file, 16 digits of it or more: nothing else is loaded."""
+    """SHA-256 of the file, 16 digits of it or more: nothing else is loaded. Names have their own."""
 
     def __post_init__(self) -> None:
+        if self.network in NETWORKS and self.sha256 is None:
+            object.__setattr__(self, "sha256", NETWORKS[self.network][1])
         if self.network is not None and self.sha256 is None:
             raise ValueError(f"network {redact(self.network)} needs sha256, the digest of its file (sha256sum FILE)")
         if self.sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{16,64}", self.sha256):

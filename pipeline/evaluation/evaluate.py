@@ -18,8 +18,11 @@ from pipeline.evaluation.page import markdown, sections
 from pipeline.evaluation.pictures import Shown, choose, paint
 from pipeline.report.page import render
 from pipeline.report.pictures import Row, picture_grid, png_bytes
-from pipeline.storage import absolute, join, read_bytes, redact
+from pipeline.storage import absolute, check_room, file_sizes, join, read_bytes, redact
 from pipeline.tracking import Tracker, check_run
+
+_PNG_SHARE = 0.6
+"""Of a photograph's bytes, what PNG leaves."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     job writes there.
     """
     opened = _open(config)
+    _room(opened)
     with claim_folder(config.out) as claim:
         claim.remove(REPORT)
         evaluation = measure_set(opened, claim)
@@ -75,14 +79,25 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
 def check(config: EvaluateConfig) -> list[str]:
     """What an evaluation with this configuration would find, in lines; nothing is written and Ray is not started.
     Raises as `evaluate`."""
-    job = _open(config).job
+    opened = _open(config)
+    job = opened.job
     if (theirs := holder_of(config.out)) is not None:
         raise FolderInUse(f"another job writes to {redact(config.out)}: {theirs}")
     images = min(job.manifest.records, config.limit or job.manifest.records)
     masks = len(job.variants)
     lines = [f"{images} images with {masks} masks each, of {redact(config.data)} (digest {job.manifest.digest})"]
     lines += [f"{row.title}: {row.not_measured or 'measured'}" for row in job.rows]
-    return lines
+    return [*lines, _room(opened)]
+
+
+def _room(opened: Opened) -> str:
+    """How results that are kept and the page fit into what is free, in words. Raises `StorageFailed` if they do not."""
+    config, job = opened.job.config, opened.job
+    images = min(job.manifest.records, config.limit or job.manifest.records) * len(job.variants)
+    shown = config.num_pictures + 4 * config.num_extremes
+    pictures = images * len(config.keep) + shown * (len(job.rows) + 2)
+    size = pictures * _PNG_SHARE * 3 * job.manifest.crop_size**2
+    return check_room(config.out, size - sum(file_sizes(config.out).values()), "pictures", "--out")
 
 
 def _open(config: EvaluateConfig) -> Opened:

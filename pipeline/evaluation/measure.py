@@ -172,7 +172,7 @@ def _read_networks(config: EvaluateConfig, files: dict[str, Any]) -> dict[str, s
         if not (wanted := [name for name in names if name in shown]):
             continue
         try:
-            files[option] = read_network(getattr(config, option), wanted[0] if option == "lpips" else "fid")
+            files[option] = read_network(getattr(config, option))
         except NotMeasured as reason:
             reasons |= dict.fromkeys(wanted, str(reason))
             if getattr(config, option).network is not None or config.measures:

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 
 from pipeline import storage
 from pipeline.errors import TMADError
-from pipeline.evaluation.config import NetworkConfig
+from pipeline.evaluation.config import NETWORKS, NetworkConfig
 
 TIMEOUT_S = 60.0
 
@@ -36,14 +37,13 @@ class NotMeasured(Exception):
     """Why a measure has no figures, in words for the table."""
 
 
-def read_network(config: NetworkConfig, measures: str) -> bytes:
-    """The file of the network behind *measures*, of the digest that was given.
+def read_network(config: NetworkConfig) -> bytes:
+    """The file of the network, of the digest that was given.
 
     Raises `NotMeasured` if none was given, if it cannot be had, or if it is another file or no TorchScript.
     """
-    option = measures.split("_")[0]
     if config.network is None or config.sha256 is None:
-        raise NotMeasured(f"no network was given (--{option}.network FILE --{option}.sha256 DIGEST)")
+        raise NotMeasured("no network was given (--fid.network inception, --lpips.network vgg16)")
     where = storage.redact(config.network)
     try:
         data = _read(config.network)
@@ -63,11 +63,19 @@ def read_network(config: NetworkConfig, measures: str) -> bytes:
 
 
 def _read(place: str) -> bytes:
+    if place in NETWORKS:
+        address, digest = NETWORKS[place]
+        kept = Path(torch.hub.get_dir(), "checkpoints", address.rsplit("/", 1)[1])
+        if kept.exists():
+            return kept.read_bytes()
+        data = _read(address)
+        if hashlib.sha256(data).hexdigest() == digest:
+            storage.write_atomic(str(kept), data)
+        return data
     if place.startswith(("https://", "http://")):
         log.info("downloading the network %s", storage.redact(place))
         with urllib.request.urlopen(place, timeout=TIMEOUT_S) as answer:
-            data: bytes = answer.read()
-        return data
+            return bytes(answer.read())
     return storage.read_bytes(place)
 
 

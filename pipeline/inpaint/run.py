@@ -15,6 +15,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ from pipeline.inpaint.holes import Holes, near_misses, open_holes
 from pipeline.inpaint.ledger import LEDGER, PARTS, Row, encode, join_ledger, left_behind, results, settled, to_table
 from pipeline.inpaint.worker import InpaintWorker, Job, output_key
 from pipeline.models import find_model, model_version
-from pipeline.storage import UnsafeName, file_sizes, join, read_bytes, redact
-from pipeline.tracking import Tracker, resolve_tracking_uri
+from pipeline.storage import UnsafeName, check_room, file_sizes, is_remote, join, read_bytes, redact
+from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, model_digest
 from tmad.files import open_file
 from tmad.images import UnreadableImage, decode_image, to_rgb
@@ -49,6 +50,8 @@ PROGRESS_S = 10.0
 """Seconds between two progress lines."""
 CHECKED = 256
 """Pairs of image and mask that are read before a job."""
+SAMPLED = 16
+"""Images whose sizes tell how much room the results take."""
 SHOWN = 10
 """Names in one line."""
 SAMPLES = 6
@@ -137,6 +140,7 @@ def _open(config: InpaintConfig) -> _Found:
     """Raises as `inpaint_all`, before anything is written."""
     config = config.with_absolute_places()
     _check_places(config)
+    check_tracking(_named_tracking(config))
     source = open_source(config.input, root=config.root, image_column=config.image_column, key_column=config.key_column)
     own = _without_output(source.keys(), config)
     holes, keys = open_holes(config, source, config.input, own)
@@ -169,24 +173,45 @@ def check(config: InpaintConfig) -> list[str]:
     lines += found.warnings()
     step = max(1, math.ceil(len(with_mask) / CHECKED))
     reasons: dict[str, list[str]] = {}
-    looked = with_mask[::step]
+    looked, sizes = with_mask[::step], []
     for key in looked:
         try:
-            file = open_file(found.source.read(key), max_pixels=config.max_pixels)
+            file = open_file(data := found.source.read(key), max_pixels=config.max_pixels)
             found.holes.of(key, file, max_pixels=config.max_pixels)
+            sizes.append(len(data))
         except UNUSABLE as error:
             reasons.setdefault(drop_of(key, error, 0)["reason"], []).append(key)
     bad = sum(map(len, reasons.values()))
     lines.append(f"{len(looked)} pairs of image and hole were read: {len(looked) - bad} can be filled")
     lines += [f"{len(some)} {reason}: {', '.join(map(repr, some[:SHOWN]))}" for reason, some in reasons.items()]
     there = file_sizes(config.output)
+    lines.append(_room(found, sum(sizes) / max(1, len(looked)), there))
     lines.append(f"{redact(config.output)}: {'a ledger is there, what is settled stays' if LEDGER in there else 'new'}")
     return lines
+
+
+def _room(found: _Found, mean: float, there: Mapping[str, int]) -> str:
+    """How the results fit into what is free, in words; *mean*: bytes of one, about those of its image. Results that
+    are *there* already are no more to come, nor in place what they replace. Raises `StorageFailed`."""
+    count = len(found.keys) if found.config.without_hole == "copy" else sum(map(found.holes.has_mask, found.keys))
+    return check_room(found.config.output, count * mean - sum(there.values()), "results", "--output")
+
+
+def _sampled_size(found: _Found) -> float:
+    """Mean bytes of some images, evenly over the collection; 0 where their number with holes is not known before."""
+    if found.config.mask_from in ("alpha", "colour", "column") or is_remote(found.config.output):
+        return 0.0
+    looked, sizes = found.keys[:: max(1, math.ceil(len(found.keys) / SAMPLED))], []
+    for key in looked:
+        with suppress(*UNUSABLE):
+            sizes.append(len(found.source.read(key)))
+    return sum(sizes) / max(1, len(looked))
 
 
 def _inpaint(job: Job, found: _Found, began: float) -> Summary:
     config, claim, keys = job.config, job.claim, found.keys
     there = file_sizes(config.output)
+    _room(found, _sampled_size(found), there)
     made_of = _made_of(found)
     table = join_ledger(claim, there)
     kept = set() if config.again else settled(table, there, job.identity, made_of, retry_failed=config.retry_failed)
@@ -204,7 +229,7 @@ def _inpaint(job: Job, found: _Found, began: float) -> Summary:
     keys = [*keys, *found.beside]
     if known:
         claim.write(f"{PARTS}/{job.token}-known.parquet", encode(to_table(list(known.values()))))
-    uri = resolve_tracking_uri(_named_tracking(config), config.output) if _named_tracking(config) else None
+    uri = _named_tracking(config)
     shown = {name: value for name, value in asdict(config).items() if value is not None}
     run_id = Tracker.create(uri, EXPERIMENT, Path(config.output).name, shown, {"model_digest": job.model_digest})
     with Tracker(uri, run_id) as tracker:
@@ -401,7 +426,7 @@ def _without_output(keys: list[str], config: InpaintConfig) -> list[str]:
 
 def _named_tracking(config: InpaintConfig) -> str | None:
     uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    return None if uri is None or uri.lower() == "none" else uri
+    return uri and resolve_tracking_uri(uri, config.output)
 
 
 def by_reason(reasons: Mapping[str, int]) -> str:

@@ -103,17 +103,20 @@ def measures_table(
 ) -> Table:
     """A row for each measure, with its formula, and a column for each method: title, then measure, then its entry.
 
-    *not_measured*: measure, then why it has no values.
+    *not_measured*: measure, then why it has no values; each reason is one row.
     """
     rows: list[list[object]] = []
+    without: dict[str, list[str]] = {}
     for name, measure in MEASURES.items():
         unit = (f", {measure.unit}" if measure.unit else "") + f", {measure.direction}"
         first = Cell(name, measure.formula, "name", unit)
         if name in (not_measured or {}):
-            rows.append([Cell(name, measure.formula, "name"),
-                         Cell(f"not measured: {(not_measured or {})[name]}", span=len(columns))])  # fmt: skip
+            without.setdefault((not_measured or {})[name], []).append(name)
         elif any(name in entries for entries in columns.values()):
             rows.append([first, *measure_cells(name, [entries.get(name) for entries in columns.values()])])
+    for reason, names in without.items():
+        formulas = "; ".join(MEASURES[name].formula for name in names)
+        rows.append([Cell(", ".join(names), formulas, "name"), Cell(f"not measured: {reason}", span=len(columns))])
     return Table(["measure", *columns], rows, note=note)
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
+import torch
 
 from pipeline.inpaint.holes import hole_of_boxes, is_box
-from tmad.files import FilledFile, ImageFile, Kind, fill_file, open_file
+from tmad.files import FilledFile, ImageFile, Kind, encode_filled, open_file
 from tmad.holes import Colour, MaskRule, MaskValue, dilate, hole_mask, scaled_hole
 from tmad.images import UnreadableImage, decode_image
-from tmad.inpaint import Inpainter, UnusableInput
-from tmad.model import TMAD
+from tmad.inpaint import Inpainter, Prepared, UnusableInput
 
 FILES = ("photo", "mask")
 FIELDS = {
@@ -28,6 +29,8 @@ FIELDS = {
     "format": "same: that of the photograph; png",
 }
 """What a form may hold beside the files."""
+
+log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
@@ -167,17 +170,78 @@ def _refused(what: str, error: UnreadableImage) -> Refused:
     return Refused(413 if error.reason == "too-large" else 422, error.reason, f"{what}: {error}")
 
 
-def fill(model: TMAD, request: Request, *, max_pixels: int, **options: Any) -> Answer:
-    """Answer *request* with *model*; *options* are an `Inpainter`'s. Raises `Refused`."""
+@dataclass(frozen=True)
+class Begun:
+    """A request that is ready for the networks."""
+
+    request: Request
+    opened: Opened
+    inpainter: Inpainter
+    """With the request's own settings."""
+    prepared: Prepared
+
+
+def fill(inpainter: Inpainter, request: Request, *, max_pixels: int) -> Answer:
+    """Answer *request*, by itself. Raises `Refused`."""
+    begun = begin(inpainter, request, max_pixels=max_pixels)
+    (error,) = compute([begun])
+    if error is not None:
+        raise error
+    return end(begun)
+
+
+# The same in three steps: the first and the last may run in any thread, beside the second.
+
+
+def begin(inpainter: Inpainter, request: Request, *, max_pixels: int) -> Begun:
+    """Decode and prepare. Raises `Refused`."""
     opened = open_request(request, max_pixels)
-    inpainter = Inpainter(model, seed=request.seed, keep_candidates=request.candidates, **options)
+    inpainter = inpainter.with_options(seed=request.seed, keep_candidates=request.candidates)
     try:
-        filled = fill_file(inpainter, opened.file, opened.hole, image_id=request.name, kind=request.kind)
+        prepared = inpainter.prepare(opened.file.image, opened.hole, image_id=request.name)
     except UnusableInput as error:
         raise Refused(422, error.reason, str(error)) from None
+    return Begun(request, opened, inpainter, prepared)
+
+
+def compute(begun: Sequence[Begun]) -> list[Exception | None]:
+    """Take several through the networks together; for each, what went wrong with it."""
+    together: dict[int, list[Begun]] = {}
+    for one in begun:
+        together.setdefault(id(one.inpainter.model), []).append(one)
+    try:
+        for some in together.values():
+            wanted = any(one.request.candidates for one in some)
+            some[0].inpainter.with_options(keep_candidates=wanted).compute([one.prepared for one in some])
+    except Exception as error:
+        # What is too much together may be possible one after the other, and one's trouble is not its neighbours'.
+        return [error] if len(begun) == 1 else [found for one in begun for found in compute([one])]
+    return [None] * len(begun)
+
+
+def end(begun: Begun) -> Answer:
+    """Encode what the networks made. Raises `Refused`."""
+    file, hole, request = begun.opened.file, begun.opened.hole, begun.request
+    try:
+        filled = encode_filled(file, hole, begun.inpainter.finish(begun.prepared), kind=request.kind)
     except UnreadableImage as error:
         raise _refused("photo", error) from None
-    return answer(filled, opened, request, model.config.patch_size)
+    return answer(filled, begun.opened, request, begun.inpainter.model.config.patch_size)
+
+
+def refusal(error: Exception) -> Refused:
+    """What is said of *error*, which happened to one picture."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return Refused(413, "too-large", "the picture does not fit into memory; mark less of it")
+    log.error("a picture could not be filled", exc_info=error)
+    return Refused(500, "failed", f"this picture could not be filled: {type(error).__name__}")
+
+
+def too_long(seconds: float) -> Refused:
+    """What is said to a request that has waited for *seconds*."""
+    return Refused(504, "too-long", f"it took more than {seconds:g} s; mark less, or a smaller picture")
 
 
 def answer(filled: FilledFile, opened: Opened, request: Request, patch_size: int) -> Answer:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TMADError
-from pipeline.service.work import Answer, Refused, Request, fill
+from pipeline.service.work import Answer, Refused, Request, fill, refusal, too_long
 
 LOOK_S = 0.2
 """Seconds between two looks at whether somebody still waits."""
@@ -42,13 +42,7 @@ class Worker:
                 late = time.monotonic() > deadline
                 if late or gone():
                     self._restart()
-                    raise (
-                        Refused(
-                            504, "too-long", f"it took more than {self._max_s:g} s; mark less, or a smaller picture"
-                        )
-                        if late
-                        else Refused(499, "gone", "nobody waited for it any more")
-                    )
+                    raise too_long(self._max_s) if late else Refused(499, "gone", "nobody waited for it any more")
             try:
                 answer = self._connection.recv()
             except (EOFError, OSError):
@@ -93,14 +87,14 @@ def _work(connection: Connection, settings: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that answers requests, which ends this one
     import warnings
 
-    from tmad.checkpoint import load_model
     from tmad.files import allow_pixels
+    from tmad.inpaint import Inpainter
 
     warnings.simplefilter("ignore", UserWarning)  # what they say stands in the answer's notes
-    settings = dict(settings)
+    max_pixels = settings.pop("max_pixels")
     try:
-        allow_pixels(settings["max_pixels"])
-        model = load_model(settings.pop("model"), device=settings.pop("device"))
+        allow_pixels(max_pixels)
+        inpainter = Inpainter.load(**settings)
     except Exception as error:
         connection.send(error)
         return
@@ -111,13 +105,6 @@ def _work(connection: Connection, settings: dict[str, Any]) -> None:
         except EOFError:
             return
         try:
-            connection.send(fill(model, request, **settings))
-        except Refused as refused:
-            connection.send(refused)
-        except MemoryError:
-            connection.send(Refused(413, "too-large", "the picture does not fit into memory; mark less of it"))
+            connection.send(fill(inpainter, request, max_pixels=max_pixels))
         except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            connection.send(Refused(500, "failed", f"this picture could not be filled: {type(error).__name__}"))
+            connection.send(refusal(error))

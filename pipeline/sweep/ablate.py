@@ -25,7 +25,17 @@ from pipeline.presets import PRESETS
 from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row as Strip
 from pipeline.sweep.config import SweepConfig
-from pipeline.sweep.launch import Finished, check_points, finish, resolve, room, run_trials, sweep_folder, told
+from pipeline.sweep.launch import (
+    Finished,
+    check_points,
+    finish,
+    resolve,
+    room,
+    room_on_disk,
+    run_trials,
+    sweep_folder,
+    told,
+)
 from pipeline.sweep.results import as_dict
 from pipeline.sweep.space import Point
 from pipeline.sweep.studies import STUDIES, Study
@@ -127,6 +137,7 @@ def check(config: AblateConfig) -> list[str]:
     concurrent = room(sweep, there)
     lines = [f"{label:20} {point}" for label, point in zip(labels, points, strict=True)]
     lines.append(f"{concurrent} side by side, {cluster.shown(resources(sweep.run))} each of {cluster.shown(there)}")
+    lines.append(f"room: {room_on_disk(sweep)}")
     return [*lines, f"tracking: {check_tracking(resolve_tracking_uri(sweep.run.tracking.uri, sweep.run.runs))}"]
 
 

@@ -32,8 +32,17 @@ from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_tria
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
 from pipeline.sweep.summary import REPORT_FILE, write_summary
 from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, as_job, encode, run_trial, trial_folder
-from pipeline.tracking import Tracker, flatten, mlflow_client, read_json_lines, resolve_tracking_uri
-from pipeline.train.launch import CPUS_FOR_DATA, SWEEP_FILE, check_set, open_training_set, resources, train
+from pipeline.tracking import Tracker, check_tracking, flatten, mlflow_client, read_json_lines, resolve_tracking_uri
+from pipeline.train.footprint import run_bytes
+from pipeline.train.launch import (
+    CPUS_FOR_DATA,
+    SWEEP_FILE,
+    TRACKING_FILE,
+    check_set,
+    open_training_set,
+    resources,
+    train,
+)
 from pipeline.train.launch import resolve as resolve_run
 
 SUMMARY_FILE, WINNER_FILE = "summary.json", "winner.json"
@@ -117,7 +126,10 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
     if (summary := _json(storage.join(folder, SUMMARY_FILE))) is not None:
         return Finished(folder, _read_trials(folder), summary)
     check_points(config, space, points)
+    room_on_disk(config)
     tracking_uri = resolve_tracking_uri(config.run.tracking.uri, config.run.runs)
+    if not storage.exists(storage.join(folder, TRACKING_FILE)):
+        check_tracking(tracking_uri)
     # Without the dashboard, what a stopped trial held is never given back.
     start_ray(dashboard=True)
     parent = _parent_run(folder, config, tracking_uri, kind)
@@ -137,7 +149,7 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
 def finish(config: SweepConfig, trials: Finished, summary: dict[str, Any], files: Sequence[str]) -> None:
     """Hand summary and *files* to the parent run in MLflow, and write the summary, which says that all is done."""
     tracking_uri = resolve_tracking_uri(config.run.tracking.uri, config.run.runs)
-    tracker = Tracker(tracking_uri, (_json(storage.join(trials.folder, "tracking.json")) or {}).get("run_id"))
+    tracker = Tracker(tracking_uri, (_json(storage.join(trials.folder, TRACKING_FILE)) or {}).get("run_id"))
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
     for file in files:
         tracker.artifact(storage.read_bytes(storage.join(trials.folder, file)), file)
@@ -181,6 +193,14 @@ def room(config: SweepConfig, there: dict[str, float]) -> int:
     free = {**there, "CPU": there.get("CPU", 0.0) - CPUS_FOR_DATA}
     fits = max(1, min(int(free.get(name, 0.0) / amount + 1e-6) for name, amount in each.items()))
     return min(fits, config.max_concurrent or fits, config.trials)
+
+
+def room_on_disk(config: SweepConfig) -> str:
+    """How what all trials and the coarse phase before them keep fits into what is free, in words. Raises
+    `StorageFailed` if it does not."""
+    there = sum(storage.file_sizes(sweep_folder(config)).values())
+    size = run_bytes(config.run) * (config.trials + (config.init_from is None)) - there
+    return storage.check_room(config.run.runs, size, "checkpoints and models", "--run.runs")
 
 
 class _Rungs(ASHAScheduler):
@@ -368,7 +388,7 @@ def _claim(folder: str, config: SweepConfig) -> None:
 
 def _parent_run(folder: str, config: SweepConfig, tracking_uri: str | None, kind: str) -> str | None:
     """The MLflow run that the trials are nested in: the one there was before, or a new one."""
-    uri = storage.join(folder, "tracking.json")
+    uri = storage.join(folder, TRACKING_FILE)
     before = _json(uri)
     if before is not None and before["uri"] == tracking_uri:
         known: str | None = before["run_id"]

@@ -8,7 +8,7 @@ import time
 from pipeline.cluster import available, joined, shown
 from pipeline.config import RunConfig
 from pipeline.sweep.config import SweepConfig
-from pipeline.sweep.launch import check_points, resolve, room
+from pipeline.sweep.launch import check_points, resolve, room, room_on_disk
 from pipeline.sweep.space import make_space, sample
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.footprint import noise_batch
@@ -42,6 +42,7 @@ def plan(config: SweepConfig, *, images_per_s: float | None = None) -> str:
         f"each, validated every {schedule.validate_every_images:,} ({measures} of {schedule.validation_images} images)",
         f"start        {_start(config, coarse)}",
         f"resources    {shown(each)} a trial with its data, {of} has {shown(there)}",
+        f"room         {room_on_disk(config)}",
         f"tracking     {check_tracking(resolve_tracking_uri(run.tracking.uri, run.runs))}",
     ]
     if images_per_s is None and not run.workers.use_gpu and not joined():

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.config import RunConfig
+from pipeline.storage import mb
+from pipeline.train.loop import due
 from tmad.batch import Batch, collate, make_sample
 from tmad.config import SMALLEST_IMAGE
 from tmad.perceptual import untrained_vgg19
@@ -94,9 +96,31 @@ def measure(config: RunConfig, *, crop_size: int) -> Footprint:
         features=_bytes(features.state_dict().values()) if features is not None else 0,
         step=round(constant + slope * share),
         checkpoint=_bytes(tensors.values()) + average,
-        formula=f"{_mb(constant)} + {share} x {_mb(slope)}, from {phase} steps with one and two crops of {side} pixels "
+        formula=f"{mb(constant)} + {share} x {mb(slope)}, from {phase} steps with one and two crops of {side} pixels "
         f"and {cells} cells",
     )
+
+
+def checkpoint_count(config: RunConfig) -> int:
+    """Checkpoints that a run writes from its start to its end."""
+    schedule = config.schedule
+    batch, every = schedule.batch_images, schedule.checkpoint_every_images
+    last = math.ceil(schedule.total_images / batch) * batch
+    regular = min(last // batch, last // every)
+    return regular if due(last - batch, last, every) else regular + 1
+
+
+def kept_bytes(config: RunConfig, *, checkpoint: int, model: int) -> int:
+    """Bytes that a run has in storage at its fullest moment: its checkpoints and a new one that takes an old one's
+    place, the best model, the last one, and that in MLflow. *checkpoint* and *model*: bytes of one."""
+    return checkpoint * min(config.schedule.keep_checkpoints + 1, checkpoint_count(config)) + 3 * model
+
+
+def run_bytes(config: RunConfig) -> int:
+    """`kept_bytes` of a run of *config*, from its networks, which are made for this."""
+    state = TrainingState(config.training, perceptual=_features(config))
+    model = _bytes(state.ema_model.state_dict().values())
+    return kept_bytes(config, checkpoint=_bytes(state.tensors().values()) + model, model=model)
 
 
 def measured_rates(config: RunConfig, *, crop_size: int) -> dict[Phase, float] | None:
@@ -185,7 +209,3 @@ def noise_batch(config: RunConfig, *, side: int, images: int, cells: int) -> Bat
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e6:,.0f} MB"

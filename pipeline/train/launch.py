@@ -37,7 +37,7 @@ from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.schema import Manifest, read_manifest
 from pipeline.data.shared import start_reader
-from pipeline.environment import code_state, environment
+from pipeline.environment import code_state, code_tags, environment
 from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
 from pipeline.model_card import CARD_FILE, model_card
 from pipeline.models import absolute_model
@@ -47,6 +47,7 @@ from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wai
 from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
 from pipeline.train.ending import NoticingTorchConfig, Stop, signals_stop
+from pipeline.train.footprint import run_bytes
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_initial, kept_initial
 from pipeline.train.relay import relayed_logs
 from pipeline.train.worker import work
@@ -54,6 +55,9 @@ from tmad.checkpoint import model_digest
 
 SWEEP_FILE = "sweep.json"
 """The configuration of a sweep or an ablation, in its folder."""
+
+TRACKING_FILE = "tracking.json"
+"""In the folder of a run or a sweep: its run in MLflow. It goes on without a server that answered once."""
 
 SETS_FILE = "data.json"
 """In the run's folder: digests of the sets that it was begun with."""
@@ -102,6 +106,9 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
         log.info("run %s is finished: %s; nothing to do", config.name, storage.join(folder, "finished.json"))
         return finished
 
+    room_for_run(config, run_bytes(config))
+    if not storage.exists(storage.join(folder, TRACKING_FILE)):
+        check_tracking(tracking_uri)
     weights = resolve_perceptual(config)
     start_ray()
     require(resources(config), wait_s=config.workers.start_timeout_s if joined() else 0.0)
@@ -290,6 +297,13 @@ def _environment(config: RunConfig, sets: Mapping[str, str], initial: Mapping[st
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
+def room_for_run(config: RunConfig, size: int) -> str:
+    """How what the run has yet to write of its *size* bytes fits into what is free, in words. Raises `StorageFailed`
+    if it does not."""
+    there = sum(storage.file_sizes(storage.join(config.runs, config.name)).values()) if config.name else 0
+    return storage.check_room(config.runs, size - there, "checkpoints and models", "--runs")
+
+
 def resources(config: RunConfig) -> dict[str, float]:
     """What the cluster must have."""
     workers = config.workers
@@ -305,17 +319,13 @@ def _open_tracking(
     initial: Mapping[str, Any] | None,
 ) -> str | None:
     """The id of this run's MLflow run: the one it had before, or a new one."""
-    uri = storage.join(folder, "tracking.json")
+    uri = storage.join(folder, TRACKING_FILE)
     before = _read_json(uri)
     if before is not None and before["uri"] == tracking_uri:
         known: str | None = before["run_id"]
         return known
     assert config.name is not None
-    check_tracking(tracking_uri)
-    code = code_state()
-    # Where the code arrives without its repository, TMAD_COMMIT may say what it is; else nothing does.
-    tags = {f"git_{name}": str(value) for name, value in code.items() if value is not None}
-    tags["config_digest"] = digest(config)
+    tags = code_tags() | {"config_digest": digest(config)}
     tags |= {f"data_{which}": one.digest for which, one in sets.items()}
     if config.tracking.parent_run is not None:
         tags["mlflow.parentRunId"] = config.tracking.parent_run

@@ -22,11 +22,21 @@ from pipeline.data.results import Results
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
 from pipeline.errors import ClusterTooSmall, CorruptSet, FolderInUse, StorageFailed, TMADError
 from pipeline.pretrained import check_perceptual
+from pipeline.storage import mb
 from pipeline.tracking import check_tracking, resolve_tracking_uri
-from pipeline.train.footprint import Footprint, measure, measured_rates
+from pipeline.train.footprint import Footprint, checkpoint_count, kept_bytes, measure, measured_rates
 from pipeline.train.initial import find_initial
-from pipeline.train.launch import check_name, check_set, open_training_set, place_of, resolve, resources, was_begun
-from pipeline.train.loop import due, duration
+from pipeline.train.launch import (
+    check_name,
+    check_set,
+    open_training_set,
+    place_of,
+    resolve,
+    resources,
+    room_for_run,
+    was_begun,
+)
+from pipeline.train.loop import duration
 
 UNKNOWN_RATE = (
     "unknown, as this machine has no GPU: ask on one that has, or state the rate with --images-per-s, as an earlier "
@@ -109,6 +119,9 @@ def preflight(config: RunConfig, *, images_per_s: float | None = None) -> Prefli
             "init_from", lambda: find_initial(config, resolve_tracking_uri(config.tracking.uri, config.runs)).summary()
         )
     check("model", look_at_step)
+    if footprints and all(one.ok for one in checks if one.name == "runs"):
+        size = kept_bytes(config, checkpoint=footprints[0].checkpoint, model=footprints[0].average)
+        check("room", lambda: room_for_run(config, size))
     crop_size = sets["train"].crop_size if "train" in sets else config.data.images.crop_size
     length = _length(config, crop_size, images_per_s) if footprints else "unknown, as no step could be made"
     return Preflight(_plan(config, sets, footprints[0] if footprints else None, length), checks)
@@ -128,15 +141,6 @@ def _length(config: RunConfig, crop_size: int, images_per_s: float | None) -> st
     shown = ", ".join(f"{phase} {number * rate:.3g} images/s" for phase, rate in rates.items())
     times = "" if number == 1 else f" ({number} times that of one worker)"
     return f"{taken} at {shown}{times}, measured here; without start, input and validation"
-
-
-def checkpoint_count(config: RunConfig) -> int:
-    """Checkpoints that a run writes from its start to its end."""
-    schedule = config.schedule
-    batch, every = schedule.batch_images, schedule.checkpoint_every_images
-    last = math.ceil(schedule.total_images / batch) * batch
-    regular = min(last // batch, last // every)
-    return regular if due(last - batch, last, every) else regular + 1
 
 
 def _plan(
@@ -162,13 +166,11 @@ def _plan(
     memory = "unknown, as no step could be made"
     if footprint is not None:
         size = footprint.checkpoint
-        checkpoints += (
-            f"; {_mb(size)} each, {_mb(size * min(kept, count))} in storage, {_mb(size * count)} written in all"
-        )
+        checkpoints += f"; {mb(size)} each, {mb(size * min(kept, count))} in storage, {mb(size * count)} written in all"
         memory = (
-            f"about {_mb(footprint.worker)} of tensors a worker: {_mb(footprint.held)} held (counted: networks "
-            f"{_mb(footprint.networks)}, average {_mb(footprint.average)}, Adam {_mb(footprint.moments)}, VGG-19 "
-            f"{_mb(footprint.features)}) and {_mb(footprint.step)} in a step (estimated: {footprint.formula})"
+            f"about {mb(footprint.worker)} of tensors a worker: {mb(footprint.held)} held (counted: networks "
+            f"{mb(footprint.networks)}, average {mb(footprint.average)}, Adam {mb(footprint.moments)}, VGG-19 "
+            f"{mb(footprint.features)}) and {mb(footprint.step)} in a step (estimated: {footprint.formula})"
         )
     return [*lines, ("checkpoints", checkpoints), ("memory", memory), ("duration", length)]
 
@@ -197,6 +199,8 @@ def _results(config: RunConfig) -> str:
 
 def _writable(uri: str) -> str:
     """Write a probe object, read it, remove it, and the folders that were made for it."""
+    if not storage.is_remote(uri):
+        storage.check_place(uri)
     new = [] if storage.is_remote(uri) else _absent(Path(storage.absolute(uri)))
     probe = storage.join(uri, f"probe-{uuid.uuid4().hex}")
     try:
@@ -246,7 +250,3 @@ def _resources(config: RunConfig) -> str:
         wait = f"; a run would wait {config.workers.start_timeout_s:g} s for it to grow" if joined() else ""
         raise ClusterTooSmall(f"asked for {shown(asked)}, {of} has {shown(there)}: {missing}{wait}")
     return f"asked for {shown(asked)}, {of} has {shown(there)}"
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""Every job and every end: Ctrl-C, SIGTERM, a closed terminal, a lost cluster, a full disk, a dead server; the code and
+"""Every job and every end: Ctrl-C, SIGTERM, a closed terminal, a lost cluster, a full disk; the code and
 the one line of each, and what the same command then leaves.
 
 Each job is ended in the middle of its work, again and again, and leaves what one leaves that nothing has happened to.
@@ -7,8 +7,10 @@ Each job is ended in the middle of its work, again and again, and leaves what on
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -98,7 +100,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tracking_template: Path) -> Place:
     folder = small_sets(tmp_path_factory.mktemp("ends"))
-    for number in range(40):
+    for number in range(20):
         target = folder / "many" / f"{number:02}.png"
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(png_bytes(make_image(number)))
@@ -131,6 +133,7 @@ def inpaint(place: Place, out: Path) -> Asked:
 def evaluate(place: Place, out: Path) -> Asked:
     options = ["--data", place.folder / "large-val", "--out", out, "--model", place.model, "--images-per-task", 1]
     options += ["--methods", "tmad", "patchmatch", "--num-workers", 1, "--resamples", 50, "--num-pictures", 1]
+    options += ["--limit", 12]
     if not (place.folder / "large-val").exists():
         asked = prepare(place, place.folder / "large-val")
         command = [*map(str, asked.command), "--split", "val"]
@@ -198,7 +201,7 @@ def promote(place: Place, out: Path) -> Asked:
         held = mlflow_client(place.database).get_registered_model("ends").aliases[alias]
         return compared.exists() and (held, without_times(compared.read_text()))
 
-    # Of each version: 40 images, 16 a part.
+    # Of each version: 20 images, 16 a part.
     return Asked(place.job("promote", *options), count(out / "ends", "*/v*/per_image/*.parquet"), left, out / "ends")
 
 
@@ -237,6 +240,7 @@ def check_end(job: Job, asked: Asked, code: int) -> str:
     ended, said = job.end()
     assert ended == code, said
     assert "Traceback" not in said, said
+    assert ".cc:" not in said, "what Ray's C++ says is not for users"
     assert not (asked.claimed / CLAIM_NAME).exists(), said
     return said.strip().splitlines()[-1]
 
@@ -305,10 +309,22 @@ def test_a_job_whose_cluster_is_lost_ends_within_a_minute_and_goes_on_elsewhere(
     assert asked.left()
 
 
+@jobs("inpaint")
+def test_a_job_whose_own_ray_is_lost_says_so_and_goes_on(name: str, place: Place, tmp_path: Path) -> None:
+    asked = JOBS[name](place, tmp_path / f"{name}-out")
+    job = Job(tmp_path / "log", asked.command)
+    assert job.wait_for(lambda: "started Ray" in job.said(), every_s=0.02), job.said()
+    began = time.monotonic()
+    assert job.send(signal.SIGKILL, "gcs_server") == 1
+    ended, said = job.end()
+    assert (ended, "Traceback" in said) == (1, False), said
+    assert re.search(r"the Ray of this job is gone .*; the same command continues where it stopped$", said.strip())
+    assert time.monotonic() - began < 70
+    run_to_its_end(asked, tmp_path / "log-last")
+
+
 FULL = """
-mount -t tmpfs -o size=$SIZE none "$PLACE"
-mkdir -p "$PLACE/out"
-head -c $FILL /dev/zero > "$PLACE/filler"
+mount -t tmpfs -o size=200m none "$PLACE"
 "$@"; echo "code $?" >&2
 rm "$PLACE/filler"
 echo "room again" >&2
@@ -325,32 +341,16 @@ def test_a_job_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
     disk = tmp_path / "disk"
     disk.mkdir()
     asked = JOBS[name](place, disk / "out" / name)
-    megabytes = {"prepare": 3, "inpaint": 3, "evaluate": 3, "train": 60, "sweep": 60}[name]
-    room = {"prepare": 0.3, "inpaint": 0.2, "evaluate": 0.05, "train": 1.0, "sweep": 1.0}[name]
-    script = FULL.replace("$SIZE", f"{megabytes}m").replace("$FILL", str(int((megabytes - room) * 2**20)))
-    script = script.replace("$PLACE", str(disk))
+    script = FULL.replace("$PLACE", str(disk))
     job = Job(tmp_path / "log", ["unshare", "-Urm", "sh", "-c", script, *map(str, ["sh", *asked.command])])
+    seen = Path(f"/proc/{job.process.pid}/root{disk}")
+    assert job.wait_for(JOBS[name](place, seen / "out" / name).moment(), every_s=0.02), job.said()
+    with contextlib.suppress(OSError), (seen / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):  # until there is no space left
+            pass
     _, said = job.end()
     first, second = said.split("room again")
     assert "code 1" in first.splitlines()[-1], said
     assert "Traceback" not in first, said
     assert "No space left on device" in first.splitlines()[-2], said
     assert "code 0" in second.splitlines()[-1], said
-
-
-@jobs("evaluate", "train", "sweep", "ablate", "promote", "inpaint", quick=("evaluate", "promote"))
-def test_a_job_whose_tracking_server_is_dead_says_so_within_seconds(name: str, place: Place, tmp_path: Path) -> None:
-    asked = JOBS[name](place, tmp_path / f"{name}-out")
-    option = {"train": "--tracking.uri", "sweep": "--run.tracking.uri", "ablate": "--run.tracking.uri"}
-    dead = [option.get(name, "--tracking-uri"), "http://127.0.0.1:9"]
-    if name == "evaluate":
-        dead += ["--mlflow-run", "0" * 32]
-    for dry in ([], ["--dry-run"]):
-        job = Job(tmp_path / f"log{len(dry)}", [*asked.command, *dead, *dry])
-        began = time.monotonic()
-        code, said = job.end()
-        assert code == 1, said
-        assert "no answer from MLflow at http://127.0.0.1:9 within 5 s" in said, said
-        assert "Traceback" not in said, said
-        assert time.monotonic() - began < 60
-    assert not asked.claimed.exists() or not files_of(asked.claimed, "nothing")

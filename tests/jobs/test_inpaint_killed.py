@@ -75,6 +75,7 @@ def content(out: str) -> dict[str, bytes]:
 
 def check(out: str, expected: dict[str, bytes], said: str) -> None:
     assert content(out) == expected, said
+    assert ".cc:" not in said, "what Ray's C++ says is not for users"
     rows = pq.read_table(pa.BufferReader(storage.read_bytes(f"{out}/ledger.parquet"))).to_pylist()
     assert sorted(row["input"] for row in rows) == sorted(IMAGES)
     assert {row["input"]: row["bytes"] for row in rows if row["status"] == "done"} == {

@@ -74,7 +74,8 @@ def test_a_dry_run_prints_settings_reads_the_pairs_and_writes_nothing(run, tmp_p
         (["--source", "x", "--out", "y", "--crop-size", "100"], 2, "crop_size must be a multiple of"),
         (["--source", "x"], 2, "--out"),
         (["--source", "x", "--out", "y", "--expect", "places"], 2, "places365-challenge-train"),
-        (["--source", ".", "--out", "y", "--root", "z"], 1, "root cannot be used here: the source"),
+        (["--source", "..", "--out", "y", "--root", "z"], 1, "is or lies in source"),
+        (["--source", "/etc", "--out", "y", "--root", "z"], 1, "root cannot be used here: the source"),
     ],
 )
 def test_what_cannot_be_done_ends_with_one_clear_message(run, arguments, code, message):

@@ -28,7 +28,7 @@ SetMaker = Callable[..., str]
 def tracking_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow database with its tables made, which takes MLflow seconds, and nothing in it."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow_client(f"sqlite:///{path}").search_experiments()
+    mlflow_client(f"sqlite:///{path}", make=True).search_experiments()
     return path
 
 

@@ -745,8 +745,11 @@ def test_in_place_a_filled_picture_is_settled_and_a_new_mask_fills_it_once_more(
 ODD_NAMES = (
     *(b"back\\slash.png", b"caf\xe9.png", b"new\nline.png", b"tab\t.png", b"a::b.png", b"per%20cent.png", b"#hash.png"),
     *(b"ask?.png", b"star*.png", b"[set].png", b"{brace}.png", b" blank .png", b"quote'\".png", b"~home.png"),
-    *("ünï©ødé-名前.png".encode(), b"-dash.png", b"$var.png", b"a&b=c.png", b"x" * 250 + b".png", b"\x01.png"),
+    *("ünï©ødé-名前.png".encode(), b"-dash.png", b"$var.png", b"a&b=c.png", b"x" * 251 + b".png", b"\x01.png"),
     *(b"double..dots.png", b"C:colon.png", b"semi;colon.png", b"comma,.png", b"UPPER.PNG"),
+    # The same letter as one character and as two, an emoji, a change of direction, the end of a terminal's line.
+    *("caf\u00e9.png".encode(), "cafe\u0301.png".encode(), "\U0001f4f7.png".encode(), "\u202ertl.png".encode()),
+    *(b"del\x7f.png", b"cr\r.png", b"esc\x1b[2J.png"),
 )
 
 
@@ -772,17 +775,28 @@ def test_any_name_that_a_disk_allows_gives_a_row_and_none_ends_the_job(here, job
 def test_any_name_that_a_bucket_allows_gives_a_row_and_none_ends_the_job(here, job, bucket, tmp_path) -> None:
     fs, place = storage.file_system(f"{bucket}/i")
     plain = ["a.png", "b c.png", "ünï.png", "a::b.png", "per%20cent.png", "plus+.png", "[x]{y}.png", "a/b/c.png"]
+    plain += [
+        "ask?.png",
+        "#hash.png",
+        "star*.png",
+        "a&b=c.png",
+        "~home.png",
+        " blank .png",
+        "tab\t.png",
+    ]
     odd = ["back\\slash.png", "a//b.png", "/first.png", "x/../y.png", "./dot.png"]
+    versioned = "q?versionId=1.png"  # which s3fs takes for a version of another object
     name = place.split("/", 1)[0]
-    for key in [*plain, *odd]:
+    for key in [*plain, *odd, versioned]:
         fs.call_s3("put_object", Bucket=name, Key=f"{place.split('/', 1)[1]}/{key}", Body=PHOTO)
     write(tmp_path, {"one.png": MASK})
     settings = {"mask_from": "one", "masks": tmp_path / "one.png", "input": f"{bucket}/i", "output": f"{bucket}/out"}
     inpaint_all(job(None, None, **settings))
     rows = ledger(f"{bucket}/out")
     assert {key for key, row in rows.items() if row["status"] == "done"} == set(plain)
-    assert {row["reason"] for row in rows.values() if row["status"] == "failed"} == {"unsafe-name"}
-    assert len(rows) == len(plain) + len(odd)
+    assert {rows[key]["reason"] for key in rows.keys() - {*plain, versioned}} == {"unsafe-name"}
+    assert rows[versioned]["status"] == "failed"
+    assert len(rows) == len(plain) + len(odd) + 1
 
 
 ODD_BOXES = [

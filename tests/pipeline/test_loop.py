@@ -19,6 +19,7 @@ from pipeline.train.ending import Kind, Notice
 from pipeline.train.loop import (
     Meter,
     Stretch,
+    _memory,
     checkpoint_name,
     due,
     duration,
@@ -271,6 +272,17 @@ def test_a_mean_over_an_interval_leaves_out_what_is_not_finite(tmp_path: Path) -
     metrics = meter.read(LocalContext(tmp_path, workers=OneWorker()))
     assert metrics["loss/total"] == 2.0
     assert metrics["lr"] == 3.0
+
+
+def test_the_memory_of_the_gpu_is_the_most_since_the_last_time_and_not_what_is_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    peaks = [3e9, 1e9]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.pop(0))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    found = [_memory(torch.device("cuda"))["system/gpu_memory_gb"] for _ in range(2)]
+    assert found == [3.0, 1.0], "a large step does not hide all that come after it"
 
 
 def test_the_progress_line_says_phase_images_losses_rate_wait_and_time_left() -> None:

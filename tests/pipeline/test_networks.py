@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.evaluation.config import NetworkConfig
+from pipeline.evaluation.config import NETWORKS, NetworkConfig
 from pipeline.evaluation.networks import NotMeasured, ScriptedNetwork, read_network
 from tmad.frechet import Moments, frechet_distance
 
@@ -50,7 +50,7 @@ def config(path: Path, sha256: str | None = None) -> NetworkConfig:
 
 
 def test_fid_of_gaussian_colours_is_the_closed_form(folder: Path) -> None:
-    network = ScriptedNetwork(read_network(config(folder / "means.pt"), "fid"))
+    network = ScriptedNetwork(read_network(config(folder / "means.pt")))
     rng = np.random.default_rng(0)
     means, deviations = ((100, 120, 140), (110, 120, 120)), ((5, 10, 20), (10, 10, 10))
     sides = []
@@ -64,7 +64,7 @@ def test_fid_of_gaussian_colours_is_the_closed_form(folder: Path) -> None:
 
 
 def test_lpips_by_vectors_is_their_squared_distance(folder: Path) -> None:
-    network = ScriptedNetwork(read_network(config(folder / "vectors.pt"), "lpips_full"))
+    network = ScriptedNetwork(read_network(config(folder / "vectors.pt")))
     black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 51, np.uint8)
     assert network.distance(black, grey) == pytest.approx(3 * 0.2**2)
     assert network.distance(grey, grey) == 0
@@ -81,7 +81,7 @@ def test_lpips_by_vectors_is_their_squared_distance(folder: Path) -> None:
 )
 def test_anything_else_is_refused_with_the_reason(folder: Path, file: str, sha256: str | None, said: str) -> None:
     with pytest.raises(NotMeasured, match=said):
-        read_network(config(folder / file, sha256), "fid")
+        read_network(config(folder / file, sha256))
 
 
 def test_a_network_without_digest_is_refused() -> None:
@@ -89,8 +89,8 @@ def test_a_network_without_digest_is_refused() -> None:
         NetworkConfig(network="inception.pt")
     with pytest.raises(ValueError, match="16 to 64 hexadecimal digits"):
         NetworkConfig(network="inception.pt", sha256="abc")
-    with pytest.raises(NotMeasured, match=r"no network was given \(--lpips.network FILE"):
-        read_network(NetworkConfig(), "lpips_full")
+    with pytest.raises(NotMeasured, match=r"no network was given \(--fid.network inception"):
+        read_network(NetworkConfig())
 
 
 @pytest.fixture
@@ -109,6 +109,20 @@ def address(folder: Path) -> Iterator[str]:
 def test_a_network_is_read_from_an_address(folder: Path, address: str) -> None:
     data = (folder / "means.pt").read_bytes()
     found = NetworkConfig(network=f"{address}/means.pt", sha256=hashlib.sha256(data).hexdigest()[:16])
-    assert read_network(found, "fid") == data
+    assert read_network(found) == data
     with pytest.raises(NotMeasured, match=r"cannot be read: .*404"):
-        read_network(NetworkConfig(network=f"{address}/gone.pt", sha256="0" * 64), "fid")
+        read_network(NetworkConfig(network=f"{address}/gone.pt", sha256="0" * 64))
+
+
+def test_a_network_by_name_is_downloaded_once_and_checked_every_time(
+    folder: Path, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    data = (folder / "means.pt").read_bytes()
+    monkeypatch.setitem(NETWORKS, "inception", (f"{address}/means.pt", hashlib.sha256(data).hexdigest()))
+    assert read_network(NetworkConfig(network="inception")) == data
+    monkeypatch.setitem(NETWORKS, "inception", (f"{address}/gone/means.pt", hashlib.sha256(data).hexdigest()))
+    assert read_network(NetworkConfig(network="inception")) == data
+    (tmp_path / "hub" / "checkpoints" / "means.pt").write_bytes(b"damaged")
+    with pytest.raises(NotMeasured, match="another file"):
+        read_network(NetworkConfig(network="inception"))

@@ -24,10 +24,10 @@ from pipeline.errors import TrackingUnreachable
 from pipeline.presets import smoke
 from pipeline.train import footprint
 from pipeline.train.context import LocalContext
-from pipeline.train.footprint import measure, peak_bytes
+from pipeline.train.footprint import checkpoint_count, measure, peak_bytes
 from pipeline.train.launch import resolve
 from pipeline.train.loop import train_loop
-from pipeline.train.preflight import Preflight, checkpoint_count, preflight
+from pipeline.train.preflight import Preflight, preflight
 from tests.conftest import make_photo
 from tests.pipeline.runs import CONFIG, Recorder, make_feed
 from tests.pipeline.test_contract import run_here
@@ -85,7 +85,7 @@ def test_where_all_is_there_every_check_passes_and_nothing_is_left_behind(place:
     found = preflight(config, images_per_s=0.01)
     assert _failed(found) == {}
     assert [check.name for check in found.checks] == [
-        *("data.train", "data.val", "runs", "name", "tracking", "resources", "perceptual", "model")
+        *("data.train", "data.val", "runs", "name", "tracking", "resources", "perceptual", "model", "room")
     ]
     assert sorted(path for folder in (place, tmp_path) for path in folder.rglob("*")) == before
     plan = dict(found.plan)
@@ -128,7 +128,7 @@ def test_all_that_is_wrong_is_listed_at_once(place: Path, tmp_path: Path) -> Non
     said = {
         "data.train": "nowhere does not exist",
         "data.val": "prepared for patch_size 8, model.patch_size is 16",
-        "runs": r"cannot write .*NotADirectoryError",
+        "runs": r"file/runs cannot be a folder: .*/file is a file",
         "tracking": "no answer from MLflow .*Connection refused.*go without where the job can",
         "resources": r"asked for 2001 CPU, this machine has \d+ CPU.* missing",
         "perceptual": "no VGG-19 weights at .*--perceptual.features off",

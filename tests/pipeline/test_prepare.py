@@ -308,6 +308,15 @@ def test_bad_images_are_left_out_with_their_reasons_and_odd_ones_are_kept(ray_se
 
 
 @pytest.mark.ray
+def test_a_set_is_not_made_among_the_photographs_or_masks_that_it_is_made_of(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for out in (tmp_path, tmp_path / "set"):
+        for act in (prepare, prepare_module.check):
+            with pytest.raises(ValueError, match=r"out .* is or lies in source .*: the set's files would be taken for"):
+                act(PrepareConfig(source=str(tmp_path), out=str(out)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_too_many_bad_images_stop_the_job_with_their_reasons(ray_session, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()

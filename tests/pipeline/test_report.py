@@ -86,7 +86,8 @@ def evaluation(model_folder: Path) -> tuple[Evaluation, list]:
             "telea": {"title": titles["telea"], "not_measured": "OpenCV is not installed", "measures": {}},
         },
         "groups": {"hole": {"10% to 20%": {"images": 2, "methods": methods}}},
-        "measures": {name: {} for name in names} | {"fid_full": {"not_measured": "no network was given"}},
+        "measures": {name: {} for name in names}
+        | {name: {"not_measured": "no network was given"} for name in ("fid_full", "kid_full")},
     }  # fmt: skip
     config = EvaluateConfig(model="runs/first", methods=("tmad", "coarse", "patchmatch"))
     manifest = Manifest({"masks_per_image": 1, "crop_size": 64}, [], 1, 1, {}, 1, row_group_rows=1)
@@ -165,7 +166,7 @@ def test_the_candidates_sheet_shows_the_first_patch_of_each_cell_and_nothing_els
 def test_the_markdown_has_the_same_figures(evaluation: tuple[Evaluation, list]) -> None:
     text = markdown(evaluation[0].summary)
     assert "| `psnr_hole`, dB, ↑ higher is better | **20.50** (20.00 to 21.00) | 19.50 (19.00 to 20.00) |" in text
-    assert "| `fid_full` | not measured: no network was given |  |" in text
+    assert "| `fid_full, kid_full` | not measured: no network was given |  |" in text
     assert "- Telea (OpenCV): not measured: OpenCV is not installed" in text
     assert "| 10% to 20% | 2 | l1_hole_pct | 5.000 (4.500 to 5.500) | **4.000** (3.500 to 4.500) |" in text
 

@@ -47,7 +47,7 @@ PHOTO = encoded(make_image(0, 64))
 class Stub:
     """In a worker's place: it fills at once, or when it is let."""
 
-    model: Any
+    inpainter: Inpainter
     let: threading.Event = field(default_factory=threading.Event)
     began: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
@@ -56,12 +56,12 @@ class Stub:
         while not self.let.wait(0.01):
             if gone():
                 raise Refused(499, "gone", "nobody waited")
-        return fill(self.model, request, max_pixels=1_000_000)
+        return fill(self.inpainter, request, max_pixels=1_000_000)
 
 
 @pytest.fixture(scope="module")
 def worker(model_folder: Path) -> Stub:
-    stub = Stub(load_model(model_folder))
+    stub = Stub(Inpainter(load_model(model_folder)))
     stub.let.set()
     return stub
 

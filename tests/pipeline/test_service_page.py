@@ -17,6 +17,7 @@ from tests.conftest import make_photo
 from tests.pipeline.browser import CHROMIUM, DRIVER, Browser, browser
 from tests.pipeline.served import served
 from tmad.checkpoint import load_model
+from tmad.inpaint import Inpainter
 
 if CHROMIUM is None or DRIVER is None:
     pytest.skip("chromium and chromedriver are not on PATH (apt: chromium chromium-driver)", allow_module_level=True)
@@ -33,10 +34,10 @@ CONTROL, SPACE, LEFT, RIGHT, DOWN = "\ue009", " ", "\ue012", "\ue014", "\ue015"
 
 class _Here:
     def __init__(self, model_folder: Path) -> None:
-        self.model = load_model(model_folder)
+        self.inpainter = Inpainter(load_model(model_folder))
 
     def fill(self, request: Request, _: object) -> Answer:
-        return fill(self.model, request, max_pixels=1_000_000)
+        return fill(self.inpainter, request, max_pixels=1_000_000)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from pipeline import tracking
+from pipeline.environment import code_tags
 from pipeline.errors import TrackingUnreachable
 from pipeline.models import find_model
 from pipeline.tracking import (
@@ -144,6 +145,27 @@ def test_a_run_names_the_sets_that_it_reads(tracking_uri: str) -> None:
         ("training", "train", "0123456789abcdef", '{"uri": "s3://bucket/places/train"}'),
         ("validation", "val", "fedcba9876543210", '{"uri": "/data/val"}'),
     ]
+
+
+def test_whoever_only_reads_makes_no_database_and_a_file_that_is_none_stays(tmp_path: Path) -> None:
+    absent, other = tmp_path / "typo" / "mlflow.db", tmp_path / "words.txt"
+    other.write_text("x")
+    with pytest.raises(TrackingUnreachable, match=r"there is no MLflow database .*typo/mlflow\.db: correct"):
+        find_model("models:/tests@champion", tracking_uri=f"sqlite:///{absent}")
+    assert not absent.parent.exists()
+    with pytest.raises(TrackingUnreachable, match=r"words.txt is no SQLite database"):
+        Tracker.create(f"sqlite:///{other}", "tests", "run")
+    assert other.read_text() == "x"
+
+
+def test_a_run_of_code_without_its_repository_has_the_commit_that_is_stated_and_no_tag_of_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pipeline.environment.ROOT", tmp_path)
+    monkeypatch.delenv("TMAD_COMMIT", raising=False)
+    assert code_tags() == {}
+    monkeypatch.setenv("TMAD_COMMIT", "0123abc")
+    assert code_tags() == {"git_commit": "0123abc"}
 
 
 def test_values_that_json_lacks_become_null_and_mlflow_still_takes_them(tracking_uri: str, tmp_path: Path) -> None:

@@ -400,6 +400,11 @@ def every_file() -> dict[str, tuple[Callable[[frozenset[str]], bytes], tuple[str
     of_jp2 = (*JP2_METADATA, "icc")
     for mode in ("L", "LA", "RGB", "RGBA", "I;16"):
         files[f"jpeg 2000 {mode}"] = (lambda wanted, mode=mode: jp2(saved(pillow(mode), "JPEG2000"), wanted), of_jp2)
+    words = {"comment": "a word"}
+    files["jpeg 2000 with words"] = (
+        lambda wanted: saved(pillow("RGB"), "JPEG2000", **(words if wanted else {})),
+        ("comment",),
+    )
     files["jpeg 2000 stream"] = (lambda wanted: saved(pillow("RGB"), "JPEG2000", no_jp2=True), ())
 
     for colours in (2, 16, 256):

@@ -84,7 +84,8 @@ def metadata(data: bytes, name: str, wanted: frozenset[str]) -> dict[str, object
         return {one: bytes(info[known]) for one, known in (("icc", "icc_profile"), ("xmp", "xmp")) if known in info} | (
             {"exif": bytes(info["exif"]).removeprefix(b"Exif\0\0")} if "exif" in info else {}
         )
-    known = {"png": kept.PNG_METADATA, "jpeg": kept.JPEG_METADATA, "jpeg 2000": kept.JP2_METADATA | {"icc": kept.ICC}}
+    known = {"png": kept.PNG_METADATA, "jpeg": kept.JPEG_METADATA, "jpeg 2000": kept.JP2_METADATA}
+    known["jpeg 2000"] = kept.JP2_METADATA | {"icc": kept.ICC, "comment": b"a word"}
     whole = (
         known["jpeg 2000" if name.startswith("jpeg 2000") else name.split()[0]]
         if name[:2] in ("pn", "jp")
@@ -156,6 +157,8 @@ def test_as_png_a_picture_keeps_its_pixels_and_what_png_can_hold(inpainter, name
     after = Image.open(io.BytesIO(filled.data))
     assert after.format == "PNG"
     said = " ".join(filled.notes)
+    if (mode := open_file(file).stored.mode) in ("CMYK", "F"):
+        assert {"CMYK": "CMYK becomes RGB", "F": "32 bits a channel were read and are written as 8"}[mode] in said
     grey_or_colour = "I;16" if after.mode == "I;16" else "RGBA"
     if open_file(file).image.mode in ("RGB", "RGBA", "L", "LA", "P", "1"):
         before = np.asarray(open_file(file).image.convert(grey_or_colour))
@@ -222,7 +225,7 @@ def test_previews_of_every_kind_go(inpainter) -> None:
     assert filled.notes == ()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "PPM"])
 def test_what_follows_the_end_of_a_file_as_a_phones_film_goes_and_is_named(inpainter, kind) -> None:
     options = {"WEBP": {"lossless": True}, "JPEG": {"progressive": True}}.get(kind, {})
     data = kept.saved(kept.pillow("P" if kind == "GIF" else "RGB"), kind, **options)
@@ -234,6 +237,17 @@ def test_what_follows_the_end_of_a_file_as_a_phones_film_goes_and_is_named(inpai
     assert plain.data == filled.data
     assert not any("behind" in note for note in plain.notes)
     assert fill_file(inpainter, open_file(data + bytes(100)), HOLE).notes == plain.notes, "padding"
+
+
+def test_a_picture_that_nobody_here_decodes_is_not_said_to_be_none() -> None:
+    jpeg, png = kept.saved(kept.pillow("RGB"), "JPEG"), kept.saved(kept.pillow("RGB"), "PNG")
+    for data, reason in (
+        (jpeg.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "unsupported: JPEG of 12 bits a sample is not"),
+        (png[:20] + b"\xff" + png[21:], "damaged: PNG that cannot be opened"),
+        (b"no picture", "not-an-image: 10 bytes"),
+    ):
+        with pytest.raises(UnreadableImage, match=reason):
+            open_file(data)
 
 
 def test_what_vouches_for_the_old_pixels_goes_and_is_named(inpainter) -> None:

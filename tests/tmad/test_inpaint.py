@@ -235,10 +235,10 @@ def test_no_window_of_the_memory_lies_in_the_padding_of_a_side_that_is_long_enou
 
 
 def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memory(model: TMAD) -> None:
-    image, mask = picture(64, 64), make_mask()
+    image, mask, inpainter = picture(64, 64), make_mask(), Inpainter(model)
 
     def pools(seed: int, image_id: str) -> bytes:
-        return Inpainter(model, seed=seed)(image, mask, image_id=image_id).candidates.tobytes()
+        return inpainter.with_options(seed=seed)(image, mask, image_id=image_id).candidates.tobytes()
 
     first = Inpainter(model)(image, mask, image_id="a")
     torch.manual_seed(99)
@@ -247,6 +247,8 @@ def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memor
     assert pools(0, "a") == pools(0, "a")
     assert pools(0, "a") != pools(1, "a")
     assert pools(0, "a") != pools(0, "b")
+    assert pools(1, "a") == Inpainter(model, seed=1)(image, mask, image_id="a").candidates.tobytes()
+    assert inpainter.with_options(seed=1).model is inpainter.model
 
 
 def test_candidates_are_exact_patches_of_the_image_where_the_memory_is_clean() -> None:

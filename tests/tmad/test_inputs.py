@@ -60,6 +60,14 @@ def test_a_tensor_gives_a_tensor_of_its_shape_and_type(inpainter: Inpainter, exp
     assert torch.equal(filled.reshape(3, 64, 64), channels_first(expected))
 
 
+def test_a_picture_without_colour_gets_a_fill_without_colour(inpainter: Inpainter) -> None:
+    grey = IMAGE[:, :, 0]
+    coloured = np.asarray(inpainter.inpaint(np.repeat(grey[:, :, None], 3, axis=2), MASK))
+    assert not np.ptp(coloured, axis=2).any()
+    assert np.array_equal(coloured[:, :, 0], np.asarray(inpainter.inpaint(grey, MASK)))
+    assert np.ptp(np.asarray(inpainter.inpaint(IMAGE, MASK))[MASK > 0], axis=-1).any()
+
+
 def test_a_grey_tensor_stays_grey(inpainter: Inpainter) -> None:
     grey = torch.from_numpy(IMAGE[:, :, 0].copy())
     assert inpainter.inpaint(grey, MASK).shape == (64, 64)
