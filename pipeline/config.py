@@ -210,6 +210,11 @@ class WorkersConfig:
         return self.min_workers or self.num_workers
 
     @property
+    def lays_channels_last(self) -> bool:
+        """`channels_last`, resolved."""
+        return self.use_gpu if self.channels_last is None else self.channels_last
+
+    @property
     def numbers(self) -> range:
         """How many workers there may be, the most first."""
         return range(self.num_workers, self.fewest - 1, -1)

@@ -104,8 +104,7 @@ def train_loop(
     """
     schedule = config.schedule
     state = TrainingState(config.training, seed=config.seed, device=context.device, perceptual=perceptual)
-    channels_last = config.workers.channels_last
-    if context.device.type == "cuda" if channels_last is None else channels_last:
+    if config.workers.lays_channels_last:
         state.use_channels_last()
     if config.workers.compile:
         state.compile()
