@@ -106,7 +106,10 @@ def parse(
         print(f"{one_line(wrong)}; --help explains the options", file=sys.stderr)
         sys.exit(2)
     _check_places(config)
-    return Command(config=config, dry_run=known.dry_run)
+    command = Command(config=config, dry_run=known.dry_run)
+    if _elsewhere:
+        raise _Parsed(command)
+    return command
 
 
 def _refused_value(end: BaseException) -> ValueError | None:
@@ -118,9 +121,33 @@ def _refused_value(end: BaseException) -> ValueError | None:
     return error
 
 
+class _Parsed(BaseException):
+    """A job has come to its configuration and is to go no further; no `except Exception` of its holds this up."""
+
+    def __init__(self, command: Command[Any]) -> None:
+        super().__init__(command)
+        self.command = command
+
+
+_elsewhere: list[bool] = []
+"""Not empty while `parse_elsewhere` works."""
+
+
+def parse_elsewhere(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> Command[Any]:
+    """What `main(argv)` would parse where it was submitted, and nothing else of it. Raises and exits as `parse`."""
+    _elsewhere.append(True)
+    try:
+        main(argv)
+    except _Parsed as parsed:
+        return parsed.command
+    finally:
+        _elsewhere.clear()
+    raise AssertionError("a job parses its command line")
+
+
 def submitted() -> bool:
-    """Whether `ray job submit` started this process."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    """Whether `ray job submit` started this process, or the command line is looked at for it."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or bool(_elsewhere)
 
 
 def _check_places(config: Any) -> None:

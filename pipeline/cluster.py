@@ -91,8 +91,8 @@ def _start_or_join(dashboard: bool, object_store_bytes: int, quiet: dict[str, An
             ray.init(runtime_env=runtime_env, **quiet)
         except (OSError, RuntimeError, ValueError) as error:
             raise ClusterUnreachable(
-                f"no Ray cluster at {address} (RAY_ADDRESS): {one_line(error)}; start it, correct RAY_ADDRESS, or "
-                "unset it for a Ray on this machine alone"
+                f"no Ray cluster at {address} (RAY_ADDRESS): {one_line(error)}; start it, correct RAY_ADDRESS, give "
+                "its token (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN), or unset it for a Ray on this machine alone"
             ) from error
         return
     os.environ["PYTHONPATH"] = _python_path()

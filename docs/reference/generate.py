@@ -24,6 +24,7 @@ from pipeline.inpaint.config import InpaintConfig
 from pipeline.presets import PRESETS
 from pipeline.promote import PromoteConfig
 from pipeline.service.config import WebConfig
+from pipeline.submit import SubmitConfig
 from pipeline.sweep.ablate import AblateConfig
 from pipeline.sweep.config import SweepConfig
 
@@ -39,6 +40,7 @@ JOBS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "inpaint": InpaintConfig,
     "web": WebConfig,
+    "submit": SubmitConfig,
     "demo": DemoConfig,
 }
 

@@ -11,7 +11,7 @@ from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import check_points, resolve, room, room_on_disk
 from pipeline.sweep.space import make_space, sample
 from pipeline.tracking import check_tracking, resolve_tracking_uri
-from pipeline.train.footprint import noise_batch
+from pipeline.train.footprint import noise_batch, untrained_features
 from pipeline.train.launch import open_training_set, resources
 from pipeline.train.loop import duration
 from tmad.step import TrainingState
@@ -83,7 +83,7 @@ def _start(config: SweepConfig, coarse: int) -> str:
 def _rate_here(run: RunConfig) -> float:
     """Images per second of joint steps in this process, with the crops of the training set."""
     manifest, _ = open_training_set(run, None)
-    state = TrainingState(run.training)
+    state = TrainingState(run.training, perceptual=untrained_features(run))
     images = max(1, run.schedule.batch_images // run.workers.num_workers)
     batch = noise_batch(run, side=manifest.crop_size, images=images, cells=run.schedule.patches_per_image)
     state.step(batch, "joint", global_batch=images, progress=0.0)

@@ -67,7 +67,7 @@ def measure(config: RunConfig, *, crop_size: int) -> Footprint:
     """
     # The penalty's second backward is the largest moment; the step that is measured must not leave it out.
     training = replace(config.training, loss=replace(config.training.loss, gp_every=1))
-    features = _features(config)
+    features = untrained_features(config)
     state = TrainingState(training, perceptual=features)
     multiple = config.model.size_multiple
     side = min(crop_size, math.ceil(MEASURED_SIDE / multiple) * multiple)
@@ -118,7 +118,7 @@ def kept_bytes(config: RunConfig, *, checkpoint: int, model: int) -> int:
 
 def run_bytes(config: RunConfig) -> int:
     """`kept_bytes` of a run of *config*, from its networks, which are made for this."""
-    state = TrainingState(config.training, perceptual=_features(config))
+    state = TrainingState(config.training, perceptual=untrained_features(config))
     model = _bytes(state.ema_model.state_dict().values())
     return kept_bytes(config, checkpoint=_bytes(state.tensors().values()) + model, model=model)
 
@@ -134,7 +134,7 @@ def measured_rates(config: RunConfig, *, crop_size: int) -> dict[Phase, float] |
         return None
     on_gpu, schedule, threads = device.type == "cuda", config.schedule, torch.get_num_threads()
     images = schedule.batch_images // config.workers.num_workers if on_gpu else 1
-    features = _features(config)
+    features = untrained_features(config)
     state = TrainingState(config.training, device=device, perceptual=features)
     if config.workers.lays_channels_last:
         state.use_channels_last()
@@ -160,7 +160,8 @@ def measured_rates(config: RunConfig, *, crop_size: int) -> dict[Phase, float] |
     return rates
 
 
-def _features(config: RunConfig) -> nn.Module | None:
+def untrained_features(config: RunConfig) -> nn.Module | None:
+    """The feature network of the run's losses, as large as the real one; none where they need none."""
     if not config.training.loss.uses_features:
         return None
     return untrained_vgg19(torch_generator("footprint"), config.perceptual.convolutions)

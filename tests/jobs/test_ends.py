@@ -271,6 +271,9 @@ def test_a_job_that_is_stopped_ends_with_the_code_and_goes_on_to_what_one_in_one
     assert asked.left() == whole.left()
 
 
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -284,7 +287,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, Job]]:
     with tempfile.TemporaryDirectory(prefix="tm", ignore_cleanup_errors=True) as folder:
         command = [BIN / "ray", "start", "--head", "--block", "--num-cpus", 4, "--port", port, "--temp-dir", folder]
         command += ["--object-store-memory", 200_000_000, "--disable-usage-stats", "--include-dashboard", "false"]
-        head = Job(tmp_path / "log-head", command)
+        head = Job(tmp_path / "log-head", command, NO_TOKEN)
         assert head.wait_for(lambda: "Ray runtime started" in head.said(), every_s=0.1), head.said()
         yield f"127.0.0.1:{port}", head
         head.kill()
@@ -296,7 +299,7 @@ def test_a_job_whose_cluster_is_lost_ends_within_a_minute_and_goes_on_elsewhere(
 ) -> None:
     address, head = cluster
     asked = JOBS[name](place, tmp_path / f"{name}-out")
-    job = Job(tmp_path / "log", asked.command, {"RAY_ADDRESS": address})
+    job = Job(tmp_path / "log", asked.command, {"RAY_ADDRESS": address, **NO_TOKEN})
     assert job.wait_for(asked.moment(), every_s=0.02), job.said()
     began = time.monotonic()
     head.kill()

@@ -12,19 +12,21 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PerceptualConfig, RunConfig
+from pipeline.config import DataConfig, PerceptualConfig, RunConfig
 from pipeline.presets import places, smoke
 from pipeline.report.page import Drawing, _templates
 from pipeline.sweep.ablate import AblateConfig, Row, as_sweep, centred_hole, scale, table
 from pipeline.sweep.config import SWEEP_PRESETS, SweepConfig
 from pipeline.sweep.figures import bars, front, parallel_coordinates
 from pipeline.sweep.launch import _Rungs, room
-from pipeline.sweep.plan import expected_images
+from pipeline.sweep.plan import _rate_here, expected_images
 from pipeline.sweep.results import Trial, importance, pareto, read_trial, winner
 from pipeline.sweep.space import DOMAINS, GROUPS, Choice, LogRange, apply, make_space, sample
 from pipeline.sweep.studies import STUDIES
 from pipeline.sweep.summary import chance
 from pipeline.sweep.trial import Job, decode, encode, trial_run
+from tests.pipeline.conftest import SetMaker
+from tests.tmad.tiny import MODEL
 from tmad.config import LossConfig
 
 TABLE_II = {
@@ -291,3 +293,14 @@ def test_an_ablation_says_where_its_coarse_network_comes_from() -> None:
     given = scale(replace(config, init_from="s3://bucket/runs/coarse"), STUDIES["blending"])
     assert "the coarse network of s3://bucket/runs/coarse, shared" in given
     assert "coarse network alone" not in given
+
+
+def test_the_rate_of_trials_is_measured_with_the_features_that_their_losses_use(make_set: SetMaker) -> None:
+    run = replace(
+        smoke(),
+        model=MODEL,
+        loss=replace(smoke().loss, weight_perceptual=0.02),
+        perceptual=PerceptualConfig(features="untrained", convolutions=(1,)),
+        data=DataConfig(train=make_set(), val=make_set(name="val")),
+    )
+    assert _rate_here(run) > 0
