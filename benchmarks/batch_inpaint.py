@@ -24,9 +24,9 @@ from PIL import Image
 
 from benchmarks.harness import Options, Report, Table, interleave, start
 from benchmarks.scenes import picture
-from pipeline.cluster import start_ray
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import inpaint_all
+from pipeline.runs.cluster import start_ray
 from tmad.checkpoint import save_model
 from tmad.config import CoarseConfig, MemoryConfig, PSNetConfig, TMADConfig
 from tmad.files import allow_pixels, fill_file, open_file

@@ -28,7 +28,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import Options, Report, Table, Timing, interleave, start
-from pipeline.cluster import start_ray
 from pipeline.data.batches import training_batches
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.onthefly import LiveSet, open_photographs, share
@@ -36,6 +35,7 @@ from pipeline.data.photograph import open_photograph
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import Record, read_records
 from pipeline.demo.photographs import write_photographs
+from pipeline.runs.cluster import start_ray
 from tmad.batch import Sample, collate, make_sample
 from tmad.config import MemoryConfig
 from tmad.images import crop_scaled, decode_image, decode_rgb, scaled_size, to_rgb

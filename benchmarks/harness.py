@@ -203,7 +203,7 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from pipeline.environment import environment
+        from pipeline.tracking.environment import environment
 
         self.environment = environment(
             cpu=cpu_model(),

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader
 
 from benchmarks.data import Samples
 from benchmarks.harness import Options, Report, Table, start
-from pipeline.cluster import start_ray
 from pipeline.config import DataConfig, RunConfig, ScheduleConfig, WorkersConfig
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_records
 from pipeline.demo.photographs import write_photographs
 from pipeline.presets import smoke
+from pipeline.runs.cluster import start_ray
 from pipeline.tracking import read_json_lines
 from pipeline.train.context import DistributedWorkers
 from pipeline.train.launch import KEEP_FREED_PAGES, train

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, rest = arguments[0], arguments[1:]
     if name == "inpaint" and _names_one_file(rest):
         sys.exit(_inpaint_one(rest))
-    from pipeline.cli import run_job
+    from pipeline.runs.cli import run_job
 
     if name == "inpaint" and rest and not rest[0].startswith("-"):
         rest = _as_options(rest)

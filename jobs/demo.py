@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cli import parse, run_job
 from pipeline.demo.run import DemoConfig, run_demo
+from pipeline.runs.cli import parse, run_job
 
 DESCRIPTION = """
 Train a small T-MAD on photographs that ship inside scikit-image and scikit-learn, and show what it does with others.

@@ -9,9 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
-from pipeline.cli import parse, run_job
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, check, evaluate, export
+from pipeline.runs.cli import parse, run_job
 
 DESCRIPTION = """
 Measure a model on a prepared set, beside classical fills and the results of other methods. Crops and masks are those

@@ -9,8 +9,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
-from pipeline.cli import parse, run_job, with_model
 from pipeline.inpaint.config import InpaintConfig
+from pipeline.runs.cli import parse, run_job, with_model
 
 SOME_FAILED = 3
 """Exit code of a job that came to its end and could not fill some inputs."""
@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
     command = parse(InpaintConfig, with_model(argv), prog="inpaint.py", description=DESCRIPTION)
     # Ray takes seconds to import; --help and a wrong option should not.
     from pipeline.inpaint.ledger import LEDGER
-    from pipeline.inpaint.run import by_reason, check, inpaint_all
+    from pipeline.inpaint.run import check, inpaint_all
+    from pipeline.runs.progress import by_reason
 
     if command.dry_run:
         print(command.resolved())

@@ -25,8 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cli import parse, run_job
 from pipeline.data.prepare import PrepareConfig, check, prepare
+from pipeline.runs.cli import parse, run_job
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,8 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
-from pipeline.cli import parse, run_job
-from pipeline.promote import Decision, PromoteConfig, check, promote, roll_back
+from pipeline.promotion.promote import Decision, PromoteConfig, check, promote, roll_back
+from pipeline.runs.cli import parse, run_job
 
 
 def main(argv: Sequence[str]) -> int:

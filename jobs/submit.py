@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cli import parse, parse_elsewhere, run_job
+from pipeline.runs.cli import parse, parse_elsewhere, run_job
 from pipeline.submit import SubmitConfig
 
 DESCRIPTION = """

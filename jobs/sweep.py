@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
-from pipeline.cli import parse, run_job
+from pipeline.runs.cli import parse, run_job
 from pipeline.sweep.config import SWEEP_PRESETS, SweepConfig
 
 

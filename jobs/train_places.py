@@ -39,9 +39,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cli import parse, run_job
 from pipeline.config import RunConfig
 from pipeline.presets import PRESETS, fitted
+from pipeline.runs.cli import parse, run_job
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def chooses_machine(argv: Sequence[str]) -> bool:
 
 def on_this_machine(config: RunConfig, argv: Sequence[str]) -> RunConfig:
     """*config* on all that is there, and a line that says so; settings named in *argv* stay."""
-    from pipeline.cluster import available, joined, shown
+    from pipeline.runs.cluster import available, joined, shown
 
     there = available()
     made = fitted(config, there)

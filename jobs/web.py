@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pipeline.cli import parse, run_job, with_model
+from pipeline.runs.cli import parse, run_job, with_model
 from pipeline.service.config import WebConfig
 
 DESCRIPTION = """

@@ -2,7 +2,7 @@
 
 The method's own settings are those of `tmad.config`; here stand the data, the lengths, the machines and the records.
 All lengths count images, so another batch size or number of workers keeps the schedule. The same tree is the command
-line (`pipeline.cli`), `runs/<name>/config.json`, the parameters in MLflow and a part of every checkpoint.
+line (`pipeline.runs.cli`), `runs/<name>/config.json`, the parameters in MLflow and a part of every checkpoint.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.cli import one_line
 from pipeline.data.collection import ImagesConfig
-from pipeline.tracking import flatten
+from pipeline.errors import one_line
+from pipeline.runs.settings import differences, flatten, matches
 from tmad.config import (
     SMALLEST_IMAGE,
     STRICT,
@@ -385,12 +385,7 @@ def digest(config: RunConfig) -> str:
 
 def difference(old: RunConfig, new: RunConfig, *, ignore: Iterable[str] = ()) -> list[str]:
     """Changed settings, one readable line each: `optim.lr: 0.0001 -> 0.0002`; *ignore* as in `FREE_TO_CHANGE`."""
-    before, after = flatten(asdict(old)), flatten(asdict(new))
-    return [
-        f"{key}: {before[key]} -> {after[key]}"
-        for key in before
-        if before[key] != after[key] and not _matches(key, ignore)
-    ]
+    return differences(asdict(old), asdict(new), free=ignore)
 
 
 def refusal(old: RunConfig, new: RunConfig) -> list[str]:
@@ -408,9 +403,5 @@ def _what_is_learned(config: RunConfig) -> dict[str, Any]:
     unused = [] if config.init_from is not None else ["init_from", "init_networks"]
     unused += [] if config.data.results is not None else ["data.results"]
     return {
-        key: value for key, value in flatten(asdict(config)).items() if not _matches(key, (*FREE_TO_CHANGE, *unused))
+        key: value for key, value in flatten(asdict(config)).items() if not matches(key, (*FREE_TO_CHANGE, *unused))
     }
-
-
-def _matches(key: str, patterns: Iterable[str]) -> bool:
-    return any(key == pattern or (pattern.endswith(".") and key.startswith(pattern)) for pattern in patterns)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 
 class TMADError(Exception):
     """Root of the errors that end a job with one clear line instead of a traceback.
@@ -35,7 +37,7 @@ class MissingInput(TMADError):
 class StorageFailed(TMADError):
     """Storage refused to read or to write: unknown scheme, missing package, permission, network.
 
-    `details["kind"]` is that of `pipeline.s3.Cause`, or `other`.
+    `details["kind"]` is that of `pipeline.storage.s3.Cause`, or `other`.
     """
 
 
@@ -86,10 +88,6 @@ class UnfitResults(TMADError):
     list the images that have none, those of another size, and files that belong to no image."""
 
 
-class RunFinished(TMADError):
-    """A run of this name is already complete; there is nothing to resume."""
-
-
 class ClusterTooSmall(TMADError):
     """The job asks for more CPUs, GPUs or memory than the Ray cluster has."""
 
@@ -133,3 +131,19 @@ class SweepFailed(TMADError):
 
 class NotPromoted(TMADError):
     """A version of a model stays without the alias; the message has the reason, `details["reasons"]` all of them."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of *error* without line breaks and without Ray's traceback around it; pydantic's are reduced to
+    `field: what is wrong`."""
+    # An error from a Ray task is a class of both kinds, whose text is the remote traceback.
+    if isinstance(cause := getattr(error, "cause", None), Exception):
+        error = cause
+    if isinstance(error, ValidationError):
+        parts = []
+        for item in error.errors(include_url=False):
+            place = ".".join(str(part) for part in item["loc"])
+            message = item["msg"].removeprefix("Value error, ")
+            parts.append(f"{place}: {message}, got {item['input']!r}" if place else message)
+        return "; ".join(parts)
+    return " ".join(str(error).split()) or type(error).__name__

@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from pipeline.cluster import ROOT
-from pipeline.environment import code_state
 from pipeline.errors import ClusterUnreachable, TMADError
+from pipeline.runs.cluster import ROOT
 from pipeline.storage import redact
+from pipeline.tracking.environment import code_state
 from tmad.config import STRICT, PositiveInt
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

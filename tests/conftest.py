@@ -79,7 +79,7 @@ def ray_session() -> Iterator[None]:
     """A Ray cluster of this machine with four logical CPUs, whatever the machine has, started once a session."""
     import ray
 
-    from pipeline.cluster import start_local
+    from pipeline.runs.cluster import start_local
 
     # Socket names are limited to some 100 characters, so the folder has to lie high up.
     with tempfile.TemporaryDirectory(prefix="tm", ignore_cleanup_errors=True) as folder:

@@ -29,8 +29,8 @@ WATCHED = """
 import logging, sys, time
 from pathlib import Path
 from pipeline import observe
-from pipeline.cli import configure_logging
-from pipeline.cluster import start_ray
+from pipeline.runs.cli import configure_logging
+from pipeline.runs.cluster import start_ray
 from pipeline.tracking import Tracker
 configure_logging("watched", 0)
 start_ray()

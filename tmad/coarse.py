@@ -78,4 +78,5 @@ class _Clip(torch.autograd.Function):
 
 def compose(fill: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """*fill* inside the hole, *image* outside: how I_s becomes I^_s, and the tiled patches I^_p (Sec. III)."""
+    # I^_s = M * I_s + (1 - M) * I, as a selection: known pixels stay exact, whatever I holds under the hole.
     return torch.where(mask > 0, fill, image.to(fill.dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -252,6 +252,22 @@ class TrainingConfig:
                 f"VGG-19 halves a patch four times: with loss.weight_perceptual or loss.weight_style above 0, "
                 f"model.patch_size must be at least 16, got {self.model.patch_size}"
             )
+
+
+def check_choice(
+    config: Any, choice: str, *, needs: Mapping[str, Sequence[str]], uses: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise `ValueError` for a setting that the value of the setting *choice* needs and that is not given, or that has
+    no effect beside it. *needs* and *uses*: settings, and the values of *choice* that each goes with."""
+    chosen = getattr(config, choice)
+    for name, kinds in {**needs, **uses}.items():
+        value = getattr(config, name)
+        given = value != type(config).__dataclass_fields__[name].default
+        if given == (chosen in kinds) or (name in uses and not given):
+            continue
+        what = f"does not use {name} (got {value!r})" if given else f"needs {name}"
+        with_ = " or ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
+        raise ValueError(f"{choice}={chosen} {what}; {name} goes with {choice} {with_}")
 
 
 def from_dict(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

@@ -73,6 +73,7 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor)
         weight = mix.float()[:, None, None, None]
         between = (weight * real.float() + (1 - weight) * fake.float()).requires_grad_()
         scores = critic(between).flatten(1).mean(dim=1)
+        # The loss differentiates this gradient again, by the weights of C.
         (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
         norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         return (norms - 1).square().mean()

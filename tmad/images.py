@@ -55,7 +55,6 @@ _JPEG = b"\xff\xd8\xff"
 _SEGMENTS = frozenset(range(0xC0, 0xFF)) - set(range(0xD0, 0xDB))
 """Second bytes of JPEG markers that a length follows, but for that of the compressed pixels, 0xDA."""
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
-_GREY_MODES = ("1", "L", "I", "F", *_GREY_16)
 DEEP_MODES = ("I", "F", *_GREY_16)
 """Pillow's modes of more than eight bits a channel: grey ones."""
 

@@ -22,6 +22,7 @@ def region_l1(result: Tensor, truth: Tensor, region: Tensor) -> Tensor:
     *result*, *truth* (B, C, H, W); *region* (B, 1, H, W) {0, 1}. An image with an empty region counts as 0. Each
     region's mean is its own, so that a weight means the same for small and large holes.
     """
+    # |I_s - I|_1 over M, or over 1 - M: one of the two terms of Eq. 1.
     difference = ((result - truth).abs() * region).flatten(1).sum(1)
     count = region.flatten(1).sum(1) * result.shape[1]
     return (difference / count.clamp(min=1)).mean()
@@ -33,6 +34,7 @@ def patch_critic_loss(real: Tensor, fake: Tensor, *, relativistic: bool, mean: M
     *real*: raw scores C(x_r) of the candidates and true patches together; *fake*: C(x_f) of the synthesized ones.
     """
     centre_fake, centre_real = _centres(real, fake, relativistic, mean)
+    # E[f1(C(x_r) - E C(x_f))] + E[f2(C(x_f) - E C(x_r))] with f1(z) = softplus(-z) and f2(z) = softplus(z).
     return F.softplus(-(real - centre_fake)).mean() + F.softplus(fake - centre_real).mean()
 
 
@@ -45,6 +47,7 @@ def patch_generator_loss(memory: Tensor, real: Tensor, fake: Tensor, *, relativi
     if not relativistic:
         return F.softplus(-fake).mean()
     centre_fake, centre_real = _centres(real, fake, relativistic, mean)
+    # E_T[g1(C(x) - E C(x_f))] + E[g2(C(x_f) - E C(x_r))] with g1(z) = softplus(z) and g2(z) = softplus(-z).
     return F.softplus(memory - centre_fake).mean() + F.softplus(-(fake - centre_real)).mean()
 
 

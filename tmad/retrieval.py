@@ -46,6 +46,7 @@ class StraightThroughGather(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         """(B, N, C, ...) -> (B, N, P)."""
         (pool,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        # Eq. 5: dL/dS_j = <sum_c dL/dp_c, T_j>.
         summed = grad.sum(dim=2).flatten(2)
         return summed @ pool.to(summed.dtype).flatten(2).transpose(1, 2), None, None
 
@@ -85,6 +86,7 @@ class Retrieval(nn.Module):
         query_BND = self.embed_query(cells.flatten(0, 1)).reshape(*cells.shape[:2], -1)
         memory_BPD = self.embed_memory(pool.flatten(0, 1)).reshape(*pool.shape[:2], -1)
         with torch.autocast(cells.device.type, enabled=False):
+            # Eq. 3. [D] The temperature keeps the softmax from saturating and changes no ranking.
             scores_BNP = similarity(query_BND.float(), memory_BPD.float()) / self.config.temperature
             weights = scores_BNP.softmax(dim=-1)
         index = scores_BNP.topk(self.config.num_candidates, dim=-1).indices
@@ -107,11 +109,13 @@ class Retrieval(nn.Module):
     def hand_out(self, weights: Tensor, held: Tensor, index: Tensor) -> Tensor:
         """The candidates (B, N, C, ...) that S *weights* (B, N, P) and *index* (B, N, C) choose of *held*."""
         if self.config.mode == "weighted_sum":
+            # W-Sum of Table IV: S (x) T, forward too.
             mean = torch.einsum("bnp,bp...->bn...", weights, held.float()).to(held.dtype)
             return mean[:, :, None].expand(-1, -1, index.shape[-1], *(-1 for _ in held.shape[2:]))
         if self.config.straight_through:
             candidates: Tensor = StraightThroughGather.apply(weights, held, index)
             return candidates
+        # No gradient reaches S: the expected distance alone teaches retrieval.
         return gather_patches(held, index)
 
 

@@ -22,7 +22,7 @@ from pipeline.demo.run import DemoConfig
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.presets import PRESETS
-from pipeline.promote import PromoteConfig
+from pipeline.promotion.promote import PromoteConfig
 from pipeline.service.config import WebConfig
 from pipeline.submit import SubmitConfig
 from pipeline.sweep.ablate import AblateConfig
@@ -51,7 +51,7 @@ VARIABLES = {
     "RAY_AUTH_MODE": "`token` or `disabled`, the same on every node and for every command",
     "RAY_AUTH_TOKEN": "the cluster's token; or `RAY_AUTH_TOKEN_PATH`, or the file `~/.ray/auth_token`",
     "TMAD_COMMIT": "commit that runs record where the code arrives without its repository",
-    "TMAD_LOG": "`json`: log lines as JSON objects with run, rank and step (`pipeline/logs.py`)",
+    "TMAD_LOG": "`json`: log lines as JSON objects with run, rank and step (`pipeline/observe/logs.py`)",
     "TMAD_STACK": "set by `make stack` in the environment of its own processes",
     "TMAD_STORAGE_ATTEMPTS": "times that a request to storage is made",
     "TMAD_STORAGE_CONNECT_S": "seconds to reach it",

@@ -19,13 +19,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.data.fetch import ROWS, draw_after, matrix, read_portion, with_draws
-from pipeline.data.onthefly import LiveSet, Tally, live_tables
+from pipeline.data.fetch import ROWS, draw_after, matrix, read_pieces, with_draws
+from pipeline.data.onthefly import WINDOWS_AHEAD, LiveSet, Tally, make_windows, windows
 from pipeline.data.order import chunks
+from pipeline.data.reader import ordered_tables
 from pipeline.data.results import Results
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
-from pipeline.data.shared import shared_tables
-from pipeline.data.tasks import run_ahead
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
 from tmad.batch import Batch, mirror
@@ -33,7 +32,8 @@ from tmad.images import UnreadableImage, decode_rgb
 
 _READS_AT_ONCE = 2
 _READS_AHEAD = 3
-"""Portions of the order, each a task of some thousand records, that wait for the reader."""
+"""Portions of a prepared set, each a task of some thousand records, that are read before they are asked for, at least;
+as many as there are workers where these are more."""
 
 
 def training_batches(
@@ -61,46 +61,41 @@ def training_batches(
 
     *train*: the prepared set at this URI, or a live one, whose records *record_tasks* tasks make at once; *tally*
     counts its unusable images. Both give the same batches if preparation leaves none of the photographs out. *reader*
-    (`shared.start_reader`), the same for all ranks, has each portion of a prepared set read once for all of them;
-    without it each rank reads for itself. The sequence of images, and the flips, masks, cells and penalty weights of
-    each, depend on (*seed*, the set) alone: ranks of any number together see the same, and a run that starts at
-    *start_images* sees what an unbroken one would have seen from there. ceil((total_images - start_images) /
+    (`reader.start_reader`), the same for all ranks, has everything read once for all of them; without it each one reads
+    for itself. The sequence of images, and the flips, masks, cells and penalty weights of each, depend on (*seed*, the
+    set) alone: ranks of any number together see the same, and a run that starts at *start_images* sees what an unbroken
+    one would have seen from there. ceil((total_images - start_images) /
     batch_images) batches, all of them full, the same number on every rank. Masks: variant epoch mod K.
 
     *num_cells* is N_ps; *results* of another method go into the batches; *pool_size* takes only the first windows of
     each image's memory (default: all): they are what a smaller memory would be; *pinned*: batches are handed over
     in memory that a GPU reads by itself. Raises `ValueError`
     if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the set was prepared for another
-    *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating, and for a live set what `live_tables`
+    *patch_size*, and what `read_manifest` raises; `CorruptSet` while iterating, and for a live set what `Tally.add`
     raises.
     """
     mine = _share(batch_images, rank, world_size)
     steps = max(0, -(-(total_images - start_images) // batch_images))
-    stop = start_images + steps * batch_images
-    place: dict[str, Any] = {
-        "start": start_images,
-        "batch": batch_images,
-        "rank": rank,
-        "world_size": world_size,
-    }
     draws: dict[str, Any] = {"seed": seed, "patch_size": patch_size, "num_cells": num_cells, "flip": flip}
+    place: dict[str, Any] = {"seed": seed, "start": start_images, "stop": start_images + steps * batch_images}
+    readers = world_size if reader else 1
     if isinstance(train, LiveSet):
         _check_patch_size(train.manifest, f"of photographs {train.config.source}", patch_size)
-        tally = tally or Tally(train.config)
-        tables = live_tables(train, draws, stop=stop, at_once=record_tasks, tally=tally, **place)
+        portions = windows(train.manifest, **place)
+        read = partial(draw_after, read=partial(make_windows, photographs=train.photographs), **draws)
+        at_once = record_tasks * readers
+        ahead = at_once * WINDOWS_AHEAD
     else:
         manifest, folder = _open_set(train, patch_size)
-        portions = (
-            {"position": position, "pieces": [vars(piece) for piece in portion]}
-            for position, portion in chunks(manifest, seed=seed, start=start_images, stop=stop)
-        )
-        if reader is None or world_size == 1:
-            read = partial(draw_after, read=partial(read_portion, folder=folder, **place), **draws)
-            tables = run_ahead(portions, read, at_once=_READS_AT_ONCE, ahead=_READS_AHEAD)
-        else:
-            whole = {**place, "rank": 0, "world_size": 1}
-            read = partial(draw_after, read=partial(read_portion, folder=folder, **whole), **draws)
-            tables = shared_tables(reader, portions, read, seed=seed, ahead=max(_READS_AHEAD, world_size), **place)
+        portions = chunks(manifest, **place)
+        read = partial(draw_after, read=partial(read_pieces, folder=folder), **draws)
+        at_once, ahead = max(_READS_AT_ONCE, readers), max(_READS_AHEAD, readers)
+    tables = ordered_tables(
+        portions, read, rank=rank, start=start_images, batch=batch_images, world_size=world_size,
+        at_once=at_once, ahead=ahead, reader=reader, seed=seed,
+    )  # fmt: skip
+    if isinstance(train, LiveSet):
+        tables = (tally or Tally(train.config)).counted(tables)
     return _decoded(_regrouped(tables, mine), decode_threads, prefetch_batches, results, pool_size, pinned)
 
 

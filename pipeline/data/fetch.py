@@ -35,36 +35,26 @@ ROWS = pa.schema(
 """What is needed of a record, with the hole and the memory of one epoch; encoded as in the set."""
 
 
-def read_portion(
-    portion: dict[str, Any], *, folder: str, start: int, batch: int, rank: int, world_size: int
-) -> pa.Table:
-    """The rows (`ROWS`) of this rank in a portion of the order, in order.
+def read_pieces(portion: dict[str, Any], *, folder: str) -> pa.Table:
+    """The rows (`ROWS`) of a portion of the order (`order.chunks`), in order; each row group is read once.
 
-    *portion*: `position` of its first row and `pieces` (as `order.Piece`). *batch* images of all ranks together make
-    a step; the first step begins at *start*. Each row group is read once. Raises `CorruptSet` naming the shard.
+    Raises `CorruptSet` naming the shard.
     """
     tables: dict[tuple[str, int], pa.Table] = {}
     parts = []
-    position = portion["position"]
     for piece in portion["pieces"]:
-        places = position + np.arange(piece["stop"] - piece["start"])
-        mine = (places - start) % batch // (batch // world_size) == rank
-        position += places.size
         sizes = [rows for _, _, rows in piece["groups"]]
-        order = shuffled(piece["seed"], sum(sizes))
-        rows = order[piece["start"] : piece["stop"]][mine]
+        rows = shuffled(piece["seed"], sum(sizes))[piece["start"] : piece["stop"]]
         # Only the row groups that hold a row of ours are read.
         owner = np.searchsorted(np.cumsum(sizes), rows, side="right")
         needed = np.unique(owner)
-        if needed.size == 0:
-            continue
         firsts = np.cumsum([0, *sizes])[:-1]
         joined = pa.concat_tables([_row_group(folder, tables, piece["groups"][number]) for number in needed])
         offsets = np.cumsum([0, *(sizes[number] for number in needed)])[:-1]
         index = rows - firsts[owner] + offsets[np.searchsorted(needed, owner)]
         taken = joined.drop_columns(["image"]).take(pa.array(index)).combine_chunks()
         parts.append(_variant(taken.append_column("image", _gathered(joined["image"], index)), piece["epoch"]))
-    return pa.concat_tables(parts) if parts else ROWS.empty_table()
+    return pa.concat_tables(parts)
 
 
 def _gathered(column: pa.ChunkedArray, index: np.ndarray) -> pa.Array:

@@ -14,9 +14,8 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,20 +24,21 @@ import ray
 
 from pipeline.data.collection import UNUSABLE, ImagesConfig, drop_of, open_collection
 from pipeline.data.contract import check_photograph
-from pipeline.data.fetch import ROWS, draw_after, shuffled
+from pipeline.data.fetch import ROWS
+from pipeline.data.fetch import shuffled as in_random_order
 from pipeline.data.order import pieces
 from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
 from pipeline.data.records import RecordConfig, make_records, open_as
 from pipeline.data.schema import Manifest, Shard
 from pipeline.data.sources.base import Source
-from pipeline.data.tasks import run_ahead
 from pipeline.errors import TooManyBadImages
+from pipeline.runs.progress import by_reason
 from pipeline.storage import redact
 from tmad.config import MemoryConfig
 
 PORTION_RECORDS = 32
 """Records of one task: a few tenths of a second of one processor."""
-PORTIONS_AHEAD = 4
+WINDOWS_AHEAD = 4
 """Portions that wait for the reader, finished or not, for each task that runs."""
 LOOKED_AT_LEAST = 100
 """Images that are looked at before their unusable share can end the run."""
@@ -151,6 +151,12 @@ class Tally:
         """Positions that another image fills."""
         return self.reasons.total()
 
+    def counted(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """The same tables, each counted, without what was counted. Raises as `add`."""
+        for table in tables:
+            self.add(table)
+            yield table.drop_columns(["hole_fraction", "drop"])
+
     def add(self, table: pa.Table) -> None:
         """Count the rows of a task, and name each unusable image once.
 
@@ -172,7 +178,7 @@ class Tally:
         if self.looked >= LOOKED_AT_LEAST and self.replaced > self.config.max_bad_fraction * self.looked:
             raise TooManyBadImages(
                 f"{self.replaced} of {self.looked} images looked at cannot be used, more than "
-                f"data.images.max_bad_fraction={self.config.max_bad_fraction:g} allows: {_by_reason(self.reasons)}; "
+                f"data.images.max_bad_fraction={self.config.max_bad_fraction:g} allows: {by_reason(self.reasons)}; "
                 "the log names each one with its reason",
                 reasons=dict(self.reasons),
             )
@@ -187,56 +193,26 @@ class Tally:
                 logger.warning("%s", warning)
 
 
-def live_tables(
-    live: LiveSet,
-    draws: dict[str, Any],
-    *,
-    start: int,
-    stop: int,
-    batch: int,
-    rank: int,
-    world_size: int,
-    at_once: int,
-    tally: Tally,
-) -> Iterator[pa.Table]:
-    """This rank's rows of positions *start* to *stop*, in order, as `fetch.draw_after` gives them with *draws*.
-
-    *batch* images of all ranks together make a step. *at_once* tasks make records, some portions ahead of the reader;
-    *tally* counts what they could not use. Raises `TooManyBadImages`, or `StorageFailed` in an outage.
-    """
-    portions = _portions(
-        live.manifest, seed=draws["seed"], start=start, stop=stop, batch=batch, rank=rank, world_size=world_size
-    )
-    make = partial(draw_after, read=partial(make_portion, photographs=live.photographs), **draws)
-    for table in run_ahead(portions, make, at_once=at_once, ahead=at_once * PORTIONS_AHEAD):
-        tally.add(table)
-        yield table.drop_columns(["hole_fraction", "drop"])
-
-
-def _portions(
-    manifest: Manifest, *, seed: int, start: int, stop: int, batch: int, rank: int, world_size: int
-) -> Iterator[dict[str, Any]]:
-    """One rank's positions, `PORTION_RECORDS` to a task: `windows` as in `order.Piece` with their `places`."""
-    windows: list[dict[str, Any]] = []
+def windows(manifest: Manifest, *, seed: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """Portions of the order, `PORTION_RECORDS` each: `position` of the first row, and `windows`, as in `order.Piece`,
+    with the `places` in each."""
+    portion: list[dict[str, Any]] = []
     position, room = start, PORTION_RECORDS
     for piece in pieces(manifest, seed=seed, start=start, stop=stop):
-        places = np.arange(piece.start, piece.stop)
-        places = places[(position + places - piece.start - start) % batch // (batch // world_size) == rank]
-        position += piece.stop - piece.start
-        while places.size:
+        places = range(piece.start, piece.stop)
+        while places:
             taken, places = places[:room], places[room:]
-            window = {"epoch": piece.epoch, "seed": piece.seed, "groups": piece.groups}
-            windows.append({**window, "places": taken.tolist()})
-            room -= taken.size
+            portion.append({"epoch": piece.epoch, "seed": piece.seed, "groups": piece.groups, "places": [*taken]})
+            room -= len(taken)
             if room == 0:
-                yield {"windows": windows}
-                windows, room = [], PORTION_RECORDS
-    if windows:
-        yield {"windows": windows}
+                yield {"position": position, "windows": portion}
+                position, room, portion = position + PORTION_RECORDS, PORTION_RECORDS, []
+    if portion:
+        yield {"position": position, "windows": portion}
 
 
-def make_portion(portion: dict[str, Any], *, photographs: ray.ObjectRef[Photographs]) -> pa.Table:
-    """The rows (`_ROWS`) of a portion of one rank's order, made here and now.
+def make_windows(portion: dict[str, Any], *, photographs: ray.ObjectRef[Photographs]) -> pa.Table:
+    """The rows (`_ROWS`) of a portion of the order (`windows`), made here and now.
 
     Raises `TooManyBadImages` if a whole window is unusable, `StorageFailed` in an outage.
     """
@@ -250,12 +226,12 @@ def make_portion(portion: dict[str, Any], *, photographs: ray.ObjectRef[Photogra
             known[one] = images.record(*one, reader)
         return known[one]
 
-    windows = [(window, _shuffled_records(window["seed"], window["groups"], images)) for window in portion["windows"]]
+    shuffled = [(window, _shuffled_records(window["seed"], window["groups"], images)) for window in portion["windows"]]
     # In the order of the source, which a Parquet table is read in.
-    for record, epoch in sorted({(int(order[at]), one["epoch"]) for one, order in windows for at in one["places"]}):
+    for record, epoch in sorted({(int(order[at]), one["epoch"]) for one, order in shuffled for at in one["places"]}):
         made(record, epoch)
     rows = []
-    for window, order in windows:
+    for window, order in shuffled:
         for place in window["places"]:
             drops: Counter[str] = Counter()
             own = made(int(order[place]), window["epoch"])
@@ -266,7 +242,7 @@ def make_portion(portion: dict[str, Any], *, photographs: ray.ObjectRef[Photogra
                 drops[row["reason"]] += 1
             else:
                 raise TooManyBadImages(
-                    f"none of the {len(order)} images that are shuffled together can be used: {_by_reason(drops)}; "
+                    f"none of the {len(order)} images that are shuffled together can be used: {by_reason(drops)}; "
                     f"the first of them is {own['key']}: {redact(own['detail'])}",
                     reasons=dict(drops),
                 )
@@ -278,8 +254,4 @@ def _shuffled_records(seed: int, groups: list[tuple[str, int, int]], images: Pho
     """Numbers of the records of a window, in their shuffled order."""
     firsts = [int(file) + number * images.config.row_group_rows for file, number, _ in groups]
     records = np.concatenate([first + np.arange(rows) for first, (_, _, rows) in zip(firsts, groups, strict=True)])
-    return records[shuffled(seed, len(records))]
-
-
-def _by_reason(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    return records[in_random_order(seed, len(records))]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -69,15 +70,15 @@ def pieces(manifest: Manifest, *, seed: int, start: int, stop: int) -> Iterator[
             position, number, window = position + rows, number + 1, []
 
 
-def chunks(manifest: Manifest, *, seed: int, start: int, stop: int) -> Iterator[tuple[int, list[Piece]]]:
-    """`pieces` joined into portions worth a task, each with its first position."""
-    portion: list[Piece] = []
+def chunks(manifest: Manifest, *, seed: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """`pieces` joined into portions worth a task: `position` of the first row, and `pieces` as dictionaries."""
+    portion: list[dict[str, Any]] = []
     position, size = start, 0
     for piece in pieces(manifest, seed=seed, start=start, stop=stop):
-        portion.append(piece)
+        portion.append(vars(piece))
         size += piece.stop - piece.start
         if size >= CHUNK_RECORDS:
-            yield position, portion
+            yield {"position": position, "pieces": portion}
             position, size, portion = position + size, 0, []
     if portion:
-        yield position, portion
+        yield {"position": position, "pieces": portion}

@@ -35,48 +35,6 @@ SPARE_DRAWS = 32
 _SHOWN = 3
 
 
-def check_mask_settings(
-    mask_from: MaskFrom,
-    *,
-    family: str | None,
-    rule: MaskRule,
-    scaled: bool,
-    masks: str | None,
-    mask_column: str | None,
-    masks_per_image: int,
-) -> None:
-    """Refuse settings that have no effect on, or are needed by, *mask_from*; *family* is one chosen by the user.
-
-    Raises `ValueError`.
-    """
-    if (masks is not None) != (mask_from in ("paired", "random")):
-        lacks = "needs masks, the place where they lie" if masks is None else "does not use masks"
-        raise ValueError(f"mask_from={mask_from} {lacks}; masks goes with mask_from paired or random")
-    if (mask_column is not None) != (mask_from == "column"):
-        lacks = "needs mask_column, its name" if mask_column is None else "does not use mask_column"
-        raise ValueError(f"mask_from={mask_from} {lacks}; mask_column goes with mask_from column")
-    if rule.hole != "white" and mask_from in ("family", "alpha"):
-        what = "the transparent part is the hole" if mask_from == "alpha" else "generated masks have no colour"
-        raise ValueError(
-            f"mask_hole cannot be {rule.hole} with mask_from={mask_from}: {what}; it goes with mask_from paired, "
-            "random or column"
-        )
-    if replace(rule, hole="white") != PLAIN_MASK and mask_from in ("family", "alpha"):
-        raise ValueError(
-            f"mask_value and mask_threshold do not go with mask_from={mask_from}; they go with masks that are "
-            "pictures: mask_from paired, random or column"
-        )
-    if scaled and mask_from not in ("paired", "column"):
-        raise ValueError(f"scale_masks does not go with mask_from={mask_from}; it goes with mask_from paired or column")
-    if family is not None and mask_from != "family":
-        raise ValueError(f"mask_from={mask_from} does not use mask (got {family!r}); mask goes with mask_from family")
-    if masks_per_image > 1 and mask_from in ("alpha", "column"):
-        raise ValueError(
-            f"mask_from={mask_from} gives one mask an image, so masks_per_image must be 1, got {masks_per_image}; "
-            "several go with mask_from family, paired or random"
-        )
-
-
 @dataclass(frozen=True)
 class OwnMasks:
     """Where masks lie and which of their colours is the hole; picklable, because workers read from it.

@@ -11,12 +11,11 @@ import dataclasses
 import json
 import logging
 import math
-import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from pipeline import observe
 from pipeline.claim import Claim, claim_folder, holder_of
 from pipeline.data.collection import UNUSABLE, Collection, drop_of, open_collection
 from pipeline.data.contract_report import write_report
@@ -26,7 +25,6 @@ from pipeline.data.own_masks import MaskReader, join_counts, mask_warnings
 from pipeline.data.plan import PLAN_NAME, ShardPlan, extend_plan, read_plan
 from pipeline.data.prepare_config import PrepareConfig as PrepareConfig
 from pipeline.data.receipts import (
-    by_reason,
     count_drops,
     make_manifest,
     read_receipts,
@@ -38,8 +36,10 @@ from pipeline.data.schema import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_m
 from pipeline.data.shards import ShardMaker, leave_out_copies, make_shards
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
-from pipeline.errors import ConfigMismatch, FolderInUse, MissingInput, TooManyBadImages, WrongCount
-from pipeline.storage import absolute, check_room, exists, file_sizes, is_remote, join, read_bytes, redact
+from pipeline.errors import FolderInUse, MissingInput, TooManyBadImages, WrongCount
+from pipeline.runs.progress import Progress, by_reason
+from pipeline.runs.settings import compare_settings, settle
+from pipeline.storage import absolute, check_room, file_sizes, is_remote, join, read_bytes, redact
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ CHECKED = 256
 """Photographs that are read before a job."""
 SAMPLED = 8
 """Photographs whose crops tell how much room the set takes."""
-PROGRESS_S = 5.0
-"""Seconds between two progress lines."""
 
 
 def prepare(config: PrepareConfig) -> Manifest:
@@ -77,7 +75,7 @@ def check(config: PrepareConfig) -> list[str]:
     if (theirs := holder_of(out)) is not None:
         raise FolderInUse(f"another job writes to {redact(out)}: {theirs}")
     collection = open_collection(config.source, config, config, label_column=config.label_column)
-    _compare_settings(out, config)
+    compare_settings(**_settings(out, config))
     there = read_plan(out)
     plan = extend_plan(there, collection.keys, config)
     lines = [f"{len(plan)} images in {len(plan.shards())} shards, {len(there) if there else 0} of them planned before"]
@@ -155,12 +153,14 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
         _check_drops(receipts, len(plan), source, claim, config)
         _tell(manifest, receipts, config)
         return manifest
-    progress = _Progress(len(plan), receipts.values(), redact(out))
-    for receipt in make_shards(source, plan, todo, maker):
-        receipts[receipt["index"]] = receipt
-        progress.add(receipt)
-        if progress.dropped > config.max_bad_fraction * len(plan):
-            _check_drops(receipts, len(plan), source, claim, config)
+    done = sum(receipt["images"] for receipt in receipts.values())
+    with Progress(len(plan), done=done, exported_as=(redact(out), "prepare")) as progress:
+        progress.reasons.update(count_drops(list(receipts.values())))
+        for receipt in make_shards(source, plan, todo, maker):
+            receipts[receipt["index"]] = receipt
+            progress.add(receipt["images"], reasons=count_drops([receipt]))
+            if progress.reasons.total() > config.max_bad_fraction * len(plan):
+                _check_drops(receipts, len(plan), source, claim, config)
     facts = read_facts(out, list(inputs))
     copies = find_copies(facts, other, config)
     planned = {
@@ -219,28 +219,17 @@ def _tell(manifest: Manifest, receipts: Mapping[int, dict[str, Any]], config: Pr
 
 def _settle_settings(claim: Claim, config: PrepareConfig) -> None:
     """Write `settings.json`, or compare with the one that is there."""
-    if not _compare_settings(claim.folder, config):
-        claim.write("settings.json", (json.dumps(_identity(config), indent=2, sort_keys=True) + "\n").encode())
+    settle(**_settings(claim.folder, config), write=partial(claim.write, "settings.json"))
 
 
-def _identity(config: PrepareConfig) -> dict[str, Any]:
-    return {"schema_version": SCHEMA_VERSION, **config.settings()}
-
-
-def _compare_settings(out: str, config: PrepareConfig) -> bool:
-    """Whether a set with these settings was begun there. Raises `ConfigMismatch` for one with others."""
-    uri, mine = join(out, "settings.json"), _identity(config)
-    if not exists(uri):
-        return False
-    theirs = json.loads(read_bytes(uri))
-    names = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
-    if names:
-        shown = "; ".join(f"{name} was {theirs.get(name)!r}, now {mine.get(name)!r}" for name in names)
-        raise ConfigMismatch(
-            f"{redact(out)} holds a set prepared with other settings ({shown}); choose another out or remove it",
-            differences={name: (theirs.get(name), mine.get(name)) for name in names},
-        )
-    return True
+def _settings(out: str, config: PrepareConfig) -> dict[str, Any]:
+    """Arguments of `compare_settings` and `settle`."""
+    return {
+        "uri": join(out, "settings.json"),
+        "settings": {"schema_version": SCHEMA_VERSION, **config.settings()},
+        "what": f"the set in {redact(out)}",
+        "remedy": "choose another out or remove it",
+    }
 
 
 def _settle_plan(claim: Claim, keys: Sequence[str], config: PrepareConfig) -> ShardPlan:
@@ -330,37 +319,4 @@ def _check_drops(
             f"{by_reason(drops)}; each one's reason is in {redact(out)}/quarantine.jsonl, pictures are in "
             f"{redact(report)}",
             reasons=drops,
-        )
-
-
-class _Progress:
-    """A line with rate and remaining time, and metrics for Prometheus, at most every `PROGRESS_S` seconds."""
-
-    def __init__(self, total: int, finished: Iterable[dict[str, Any]], out: str) -> None:
-        self.total, self.done, self.dropped, self.out = total, 0, 0, out
-        for receipt in finished:
-            self._count(receipt)
-        self.first = self.done
-        self.start = self.last = time.monotonic()
-
-    def _count(self, receipt: dict[str, Any]) -> None:
-        self.done += receipt["images"]
-        self.dropped += len(receipt["drops"])
-
-    def add(self, receipt: dict[str, Any]) -> None:
-        self._count(receipt)
-        now = time.monotonic()
-        if now - self.last < PROGRESS_S and self.done < self.total:
-            return
-        self.last = now
-        rate = (self.done - self.first) / max(now - self.start, 1e-9)
-        shown = {"images": self.done, "of": self.total, "left_out": self.dropped, "images_per_s": rate}
-        observe.export(self.out, {f"prepare/{name}": value for name, value in shown.items()})
-        logger.info(
-            "%d/%d images, %.0f images/s, %d left out, %.0f s to go",
-            self.done,
-            self.total,
-            rate,
-            self.dropped,
-            (self.total - self.done) / max(rate, 1e-9),
         )

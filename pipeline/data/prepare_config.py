@@ -17,7 +17,7 @@ from pipeline.data.records import RecordConfig
 from pipeline.data.schema import record_schema, set_folder
 from pipeline.data.sources.partitions import PartitionName
 from pipeline.storage import absolute, redact
-from tmad.config import STRICT, PositiveFloat
+from tmad.config import STRICT, PositiveFloat, check_choice
 from tmad.masks import MASKS
 from tmad.rng import seed_of
 
@@ -57,8 +57,7 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
         super().__post_init__()
         if unknown := sorted(set(self.families) - set(MASKS)):
             raise ValueError(f"families must be of {', '.join(sorted(MASKS))}, got {', '.join(unknown)}")
-        if self.families and self.mask_from != "family":
-            raise ValueError(f"mask_from={self.mask_from} does not use families; they go with mask_from family")
+        check_choice(self, "mask_from", needs={}, uses={"families": ("family",)})
         if self.families and self.masks_per_image % len(self.families):
             raise ValueError(
                 f"masks_per_image must be a multiple of the {len(self.families)} families, so that every crop gets "

@@ -73,8 +73,3 @@ def make_manifest(receipts: Sequence[dict[str, Any]], listed: int, config: Prepa
 def count_drops(receipts: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Images left out, by reason."""
     return dict(sorted(Counter(drop["reason"] for receipt in receipts for drop in receipt["drops"]).items()))
-
-
-def by_reason(drops: dict[str, int]) -> str:
-    """The counts of `count_drops` for a message."""
-    return ", ".join(f"{count} {reason}" for reason, count in drops.items())

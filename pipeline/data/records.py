@@ -17,10 +17,10 @@ from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.data.own_masks import MaskFrom, MaskReader, check_hole, check_mask_settings
+from pipeline.data.own_masks import MaskFrom, MaskReader, check_hole
 from pipeline.data.photograph import Photograph, open_photograph
 from pipeline.data.schema import pack_mask
-from tmad.config import STRICT, MemoryConfig, PositiveInt
+from tmad.config import STRICT, MemoryConfig, PositiveInt, check_choice
 from tmad.holes import MASK_THRESHOLD, Colour, MaskRule, MaskValue
 from tmad.images import MAX_PIXELS, crop_scaled, scaled_size
 from tmad.masks import MASKS, draw_mask
@@ -81,15 +81,17 @@ class CropConfig:
             raise ValueError(f"short_side must rise from at least crop_size ({self.crop_size}), got {low} to {high}")
         if self.mask not in MASKS:
             raise ValueError(f"mask must be one of {', '.join(sorted(MASKS))}, got {self.mask!r}")
-        check_mask_settings(
-            self.mask_from,
-            family=None if self.mask == _FAMILY else self.mask,
-            rule=self.mask_rule,
-            scaled=self.scale_masks,
-            masks=self.masks,
-            mask_column=self.mask_column,
-            masks_per_image=self.masks_per_image,
+        drawn, pictures = ("family", "paired", "random"), ("paired", "random", "column")
+        check_choice(
+            self,
+            "mask_from",
+            needs={"masks": ("paired", "random"), "mask_column": ("column",)},
+            uses={
+                **dict.fromkeys(("mask_hole", "mask_value", "mask_threshold"), pictures),
+                **{"mask": ("family",), "scale_masks": ("paired", "column"), "masks_per_image": drawn},
+            },
         )
+        self.mask_rule  # noqa: B018 - refuses what contradicts itself
 
     @property
     def mask_rule(self) -> MaskRule:

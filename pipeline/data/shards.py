@@ -25,7 +25,6 @@ import ray.data
 from ray.data.block import BlockMetadata
 
 from pipeline.claim import Claim
-from pipeline.cluster import start_ray
 from pipeline.data.collection import UNUSABLE, drop_of
 from pipeline.data.contract import FACTS_SCHEMA, examine, summarise_holes
 from pipeline.data.copies import encode_facts, facts_file
@@ -39,6 +38,7 @@ from pipeline.data.schema import PATCHES_FIELD, open_shard
 from pipeline.data.sources.ahead import read_ahead
 from pipeline.data.sources.base import Source
 from pipeline.data.tasks import iterate, quiet, run_tasks
+from pipeline.runs.cluster import start_ray
 
 BLOCK_BYTES = 2**20
 """Small, so that the next files are on their way while these are decoded."""

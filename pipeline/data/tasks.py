@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 import ray.data
 from ray.exceptions import RayTaskError
 
@@ -22,8 +20,6 @@ from pipeline.errors import TMADError
 
 BLOCK_BYTES = 8 * 2**20
 """Rows are handed on in blocks of about this size."""
-TASK_RETRIES = 3
-"""Runs of a task whose process was lost, after the first."""
 
 
 def run_tasks(
@@ -97,41 +93,6 @@ def quiet(dataset: ray.data.Dataset, *, in_order: bool = False) -> ray.data.Data
     return dataset
 
 
-def run_ahead(
-    tasks: Iterable[dict[str, Any]], function: Callable[[dict[str, Any]], pa.Table], *, at_once: int, ahead: int
-) -> Iterator[pa.Table]:
-    """The tables that *function* makes of each task, in order, *at_once* tasks at a time, at most *ahead* tables early.
-
-    For work of tenths of a second a task that a training step reads. Ray Data's executor needs about as long again
-    between two such tasks, and behind a slow reader it turns without a pause in the reader's process: 40 % of a core,
-    and the interpreter lock (docs/log.md). The tasks ask for no processor, so they cannot starve where training holds
-    them all; each waits for the one *at_once* places before it. A task whose process is lost is run again. What a task
-    raised comes out as itself.
-    """
-    # One a slot, as in a relay: whoever has it may run.
-    batons: list[Any] = [None] * at_once
-    pending: deque[Any] = deque()
-    with own_errors():
-        for number, task in enumerate(tasks):
-            table, batons[number % at_once] = _make.remote(function, task, batons[number % at_once])
-            pending.append(table)
-            if len(pending) > ahead:
-                yield ray.get(pending.popleft())
-        while pending:
-            yield ray.get(pending.popleft())
-
-
-def _make_and_hand_over(
-    function: Callable[[dict[str, Any]], pa.Table], task: dict[str, Any], baton: None
-) -> tuple[pa.Table, None]:
-    return function(task), None
-
-
-_make: Any = ray.remote(num_cpus=0, num_returns=2, scheduling_strategy="SPREAD", max_retries=TASK_RETRIES)(
-    _make_and_hand_over
-)
-
-
 @contextmanager
 def own_errors() -> Iterator[None]:
     """What a task raised comes out as itself instead of Ray's report about it."""
@@ -143,7 +104,7 @@ def own_errors() -> Iterator[None]:
         raise
 
 
-def iterate(dataset: ray.data.Dataset, **options: Any) -> Iterator[Any]:
+def iterate(dataset: ray.data.Dataset | ray.data.DataIterator, **options: Any) -> Iterator[Any]:
     """`dataset.iter_batches(**options)`; what a task raised comes out as itself instead of Ray's report about it."""
     with own_errors():
         yield from dataset.iter_batches(**options)

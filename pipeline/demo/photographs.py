@@ -10,16 +10,13 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageOps
 
 from pipeline.errors import MissingInput
-
-FROM_SKIMAGE = "scikit-image, docstring of skimage.data.{}"
-FROM_SKLEARN = "scikit-learn, sklearn/datasets/images/README.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,120 +37,10 @@ class Photograph:
     """The text that states both."""
 
 
-def _skimage(split: Literal["train", "val"], file: str, function: str, licence: str, source: str) -> Photograph:
-    return Photograph(
-        file=file,
-        package="skimage",
-        split=split,
-        licence=licence,
-        source=source,
-        stated_in=FROM_SKIMAGE.format(function),
-    )
+STATEMENT = Path(__file__).with_suffix(".json")
+"""The photographs, each as a `Photograph`."""
 
-
-PHOTOGRAPHS: tuple[Photograph, ...] = (
-    _skimage(
-        "train",
-        "astronaut.png",
-        "astronaut",
-        "No known copyright restrictions, released into the public domain",
-        "Eileen Collins, NASA Great Images database, https://flic.kr/p/r9qvLn",
-    ),
-    _skimage(
-        "train",
-        "coffee.png",
-        "coffee",
-        "No copyright restrictions. CC0 by the photographer (Rachel Michetti)",
-        "Coffee cup, courtesy of Pikolo Espresso Bar",
-    ),
-    _skimage(
-        "train",
-        "rocket.jpg",
-        "rocket",
-        "Released in the public domain by SpaceX",
-        "Launch of DSCOVR, SpaceX Photos, https://www.flickr.com/photos/spacexphotos/16511594820/in/photostream/",
-    ),
-    _skimage(
-        "train",
-        "ihc.png",
-        "immunohistochemistry",
-        "No known copyright restrictions",
-        "Colonic glands, Center for Microscopy And Molecular Imaging (CMMI)",
-    ),
-    _skimage(
-        "train",
-        "retina.jpg",
-        "retina",
-        "Creative Commons CC0 1.0 Universal Public Domain Dedication",
-        "Mikael Häggström, https://commons.wikimedia.org/wiki/File:Fundus_photograph_of_normal_left_eye.jpg",
-    ),
-    _skimage(
-        "train",
-        "hubble_deep_field.jpg",
-        "hubble_deep_field",
-        "Captured by NASA, may be freely used in the public domain",
-        "HubbleSite, http://hubblesite.org/newscenter/archive/releases/2012/37/image/a/",
-    ),
-    _skimage(
-        "train",
-        "camera.png",
-        "camera",
-        "No copyright restrictions. CC0 by the photographer (Lav Varshney)",
-        "Lav Varshney",
-    ),
-    _skimage(
-        "train",
-        "brick.png",
-        "brick",
-        "Creative Commons CC0 License",
-        "Brick wall, CC0Textures, https://cc0textures.com/view.php?tex=Bricks25",
-    ),
-    _skimage(
-        "train",
-        "grass.png",
-        "grass",
-        "Creative Commons CC0 License",
-        "DeviantArt, https://www.deviantart.com/linolafett/art/Grass-01-434853879",
-    ),
-    _skimage(
-        "train",
-        "gravel.png",
-        "gravel",
-        "Creative Commons CC0 License",
-        "CC0Textures, https://cc0textures.com/view.php?tex=Gravel04",
-    ),
-    _skimage(
-        "train",
-        "coins.png",
-        "coins",
-        "No known copyright restrictions",
-        "Greek coins from Pompeii, Brooklyn Museum, https://www.brooklynmuseum.org/opencollection/archives/image/51611",
-    ),
-    _skimage(
-        "val",
-        "chelsea.png",
-        "chelsea",
-        "No copyright restrictions. CC0 by the photographer (Stefan van der Walt)",
-        "Chelsea the cat, Stefan van der Walt",
-    ),
-    Photograph(
-        file="china.jpg",
-        package="sklearn",
-        split="val",
-        licence="Creative Commons Attribution 2.0, https://creativecommons.org/licenses/by/2.0/",
-        source="danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035/sizes/z/in/photostream/",
-        stated_in=FROM_SKLEARN,
-    ),
-    Photograph(
-        file="flower.jpg",
-        package="sklearn",
-        split="val",
-        licence="Creative Commons Attribution 2.0, https://creativecommons.org/licenses/by/2.0/",
-        source="vultilion (the text names danielbuechele and links vultilion), "
-        "https://www.flickr.com/photos/vultilion/6056698931/sizes/z/in/photostream/",
-        stated_in=FROM_SKLEARN,
-    ),
-)
+PHOTOGRAPHS = tuple(Photograph(**one) for one in json.loads(STATEMENT.read_text(encoding="utf-8")))
 
 
 def installed_file(photograph: Photograph) -> Path:
@@ -198,8 +85,7 @@ def write_photographs(out: Path) -> dict[str, int]:
         if photograph.split == "train":
             _write_recoloured(target)
     (out / "PHOTOGRAPHS.md").write_text("\n".join(_credits()) + "\n", encoding="utf-8")
-    statement = json.dumps([asdict(photograph) for photograph in PHOTOGRAPHS], indent=2, ensure_ascii=False)
-    (out / "photographs.json").write_text(statement + "\n", encoding="utf-8")
+    shutil.copyfile(STATEMENT, out / "photographs.json")
     return counts
 
 

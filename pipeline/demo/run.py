@@ -26,7 +26,6 @@ from pipeline.config import DataConfig, RunConfig
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import Manifest
 from pipeline.demo.photographs import PHOTOGRAPHS, write_photographs
-from pipeline.environment import environment
 from pipeline.errors import ConfigMismatch
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
@@ -36,6 +35,7 @@ from pipeline.presets import PRESETS
 from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row
 from pipeline.tracking import resolve_tracking_uri
+from pipeline.tracking.environment import environment
 from pipeline.train.launch import train
 from tmad.config import STRICT, PositiveInt
 from tmad.images import to_rgb

@@ -12,8 +12,6 @@ import hashlib
 import io
 import json
 import logging
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +22,6 @@ import ray
 import torch
 
 from pipeline.claim import Claim
-from pipeline.cluster import joined, require, start_ray
 from pipeline.data.schema import Manifest, read_manifest, set_folder
 from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import MissingInput
@@ -45,6 +42,8 @@ from pipeline.evaluation.parts import (
 from pipeline.evaluation.sets import measure_sets
 from pipeline.evaluation.summary import Table, rows_of_images
 from pipeline.models import ARTIFACT_FILES, find_model
+from pipeline.runs.cluster import joined, models_side_by_side, require, start_ray
+from pipeline.runs.progress import Progress
 from pipeline.storage import absolute, file_sizes, join, list_files, read_bytes, redact
 from tmad.checkpoint import model_digest
 from tmad.metrics import MEASURES
@@ -53,7 +52,6 @@ from tmad.swd import SMALLEST_LEVEL, VARIANTS
 
 FORMAT = 2
 """Of report.json; also part of what decides whether parts of an earlier version are kept."""
-PROGRESS_INTERVAL_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -221,17 +219,11 @@ def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], claim
         partial(measure_part, files=shared, job=job, claim=claim),
         **resources(job.config, workers),
     )
-    done, began = before, time.monotonic()
-    last = began
-    for rows in iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0):
-        (receipt,) = map(json.loads, rows["receipt"])
-        receipts[receipt["index"]] = receipt
-        done += receipt["images"]
-        now = time.monotonic()
-        if now - last >= PROGRESS_INTERVAL_S or done == total:
-            rate = (done - before) / (now - began)
-            log.info("%d of %d images, %.2f images/s, %.0f s to go", done, total, rate, (total - done) / rate)
-            last = now
+    with Progress(total, done=before) as progress:
+        for rows in iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0):
+            (receipt,) = map(json.loads, rows["receipt"])
+            receipts[receipt["index"]] = receipt
+            progress.add(receipt["images"])
     return receipts
 
 
@@ -242,15 +234,7 @@ def resources(config: EvaluateConfig, workers: int) -> dict[str, Any]:
 
 def num_workers(config: EvaluateConfig, num_parts: int) -> int:
     """How many actors work side by side."""
-    if config.num_workers is not None:
-        return min(config.num_workers, num_parts)
-    there = ray.cluster_resources()
-    if config.use_gpu:
-        return max(1, min(int(there.get("GPU", 0)), num_parts))
-    cpus = there.get("CPU", 1)
-    # An embedded Ray counts more CPUs than this machine may have; the model needs real ones.
-    cpus = cpus if joined() else min(cpus, os.cpu_count() or 1)
-    return max(1, min(int(cpus), num_parts))
+    return min(config.num_workers or models_side_by_side(use_gpu=config.use_gpu), num_parts)
 
 
 def _summed_up(

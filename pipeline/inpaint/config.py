@@ -12,14 +12,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.storage import absolute
-from tmad.config import STRICT, PositiveFloat, PositiveInt
+from tmad.config import STRICT, PositiveFloat, PositiveInt, check_choice
 from tmad.files import Kind
 from tmad.holes import MASK_THRESHOLD, Colour, MaskRule, MaskValue
 from tmad.images import MAX_PIXELS
 from tmad.inpaint import CONTEXT, LIMIT, Policy, Precision
 
 MaskFrom = Literal["paired", "alpha", "colour", "column", "boxes", "one"]
-_OF_PICTURES = ("mask_value", "mask_threshold", "scale_masks")
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
 
@@ -62,29 +61,19 @@ class HolesConfig:
     """Refuse masks that look inverted (most of the image and of its border is hole) instead of noting it."""
 
     def __post_init__(self) -> None:
-        needs = {"masks": ("paired", "boxes", "one"), "mask_column": ("column",), "mask_colour": ("colour",)}
-        for name, kinds in needs.items():
-            given = getattr(self, name) is not None
-            if given != (self.mask_from in kinds):
-                what = "does not use" if given else "needs"
-                raise ValueError(f"mask_from={self.mask_from} {what} {name}; it goes with {' or '.join(kinds)}")
-        named = [name for name in ("mask_suffix", "mask_pattern") if getattr(self, name)]
-        if len(named) == 2 or (named and self.mask_from != "paired"):
-            raise ValueError("mask_suffix or mask_pattern, one of them, goes with mask_from=paired")
-        if self.mask_hole != "white" and self.mask_from in ("alpha", "colour", "boxes"):
-            raise ValueError(
-                f"mask_hole does not go with mask_from={self.mask_from}, which says itself what the hole is"
-            )
-        changed = [
-            name for name in _OF_PICTURES if getattr(self, name) != type(self).__dataclass_fields__[name].default
-        ]
-        if changed and self.mask_from not in ("paired", "one", "column"):
-            raise ValueError(
-                f"{' and '.join(changed)} go with masks that are pictures: mask_from paired, one or column"
-            )
+        pictures = ("paired", "one", "column")
+        check_choice(
+            self,
+            "mask_from",
+            needs={"masks": ("paired", "boxes", "one"), "mask_column": ("column",), "mask_colour": ("colour",)},
+            uses={
+                **dict.fromkeys(("mask_hole", "mask_value", "mask_threshold", "scale_masks"), pictures),
+                **{"mask_suffix": ("paired",), "mask_pattern": ("paired",), "mask_tolerance": ("colour",)},
+            },
+        )
+        if self.mask_suffix and self.mask_pattern:
+            raise ValueError("mask_suffix and mask_pattern both say how masks are paired; give one of them")
         self.mask_rule  # noqa: B018 - refuses what contradicts itself
-        if self.mask_tolerance and self.mask_from != "colour":
-            raise ValueError("mask_tolerance goes with mask_from=colour")
         if self.mask_pattern is not None:
             try:
                 groups = re.compile(self.mask_pattern).groups

@@ -27,7 +27,6 @@ import ray
 from PIL import Image
 
 from pipeline.claim import claim_folder
-from pipeline.cluster import joined, require, start_ray
 from pipeline.data.collection import UNUSABLE, drop_of
 from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.base import Source
@@ -39,6 +38,8 @@ from pipeline.inpaint.holes import Holes, near_misses, open_holes
 from pipeline.inpaint.ledger import LEDGER, PARTS, Row, encode, join_ledger, left_behind, results, settled, to_table
 from pipeline.inpaint.worker import InpaintWorker, Job, output_key
 from pipeline.models import find_model, model_version
+from pipeline.runs.cluster import models_side_by_side, real_cpus, require, start_ray
+from pipeline.runs.progress import Progress
 from pipeline.storage import UnsafeName, check_room, file_sizes, is_remote, join, read_bytes, redact
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, model_digest
@@ -46,8 +47,6 @@ from tmad.files import open_file
 from tmad.images import UnreadableImage, decode_image, to_rgb
 
 EXPERIMENT = "tmad-inpaint"
-PROGRESS_S = 10.0
-"""Seconds between two progress lines."""
 CHECKED = 256
 """Pairs of image and mask that are read before a job."""
 SAMPLED = 16
@@ -233,17 +232,21 @@ def _inpaint(job: Job, found: _Found, began: float) -> Summary:
     shown = {name: value for name, value in asdict(config).items() if value is not None}
     run_id = Tracker.create(uri, EXPERIMENT, Path(config.output).name, shown, {"model_digest": job.model_digest})
     with Tracker(uri, run_id) as tracker:
-        progress = _Progress(len(todo))
+        done = 0
         behind = {key: (earlier[key], there[earlier[key]]) for key in todo if key in earlier}
-        for table in _fill_all(replace(job, earlier=behind), todo, found.model):
-            progress.add(table)
+        with Progress(len(todo)) as progress:
+            for table in _fill_all(replace(job, earlier=behind), todo, found.model):
+                filled = table.filter(pc.equal(table["status"], "done"))
+                done += len(filled)
+                megapixels = (pc.sum(pc.multiply(filled["height"], filled["width"])).as_py() or 0) / 1e6
+                progress.add(len(table), megapixels=megapixels, reasons=_count(table["reason"]))
         there = file_sizes(config.output)
         rows = join_ledger(claim, there)
         _tell_of_results_left(config, earlier, rows, keys, there)
         rows = rows.filter(pc.is_in(rows["input"], value_set=pa.array(keys, pa.string())))
         _tell_of_losses(rows)
         summary = Summary(
-            done=progress.done,
+            done=done,
             kept=len(keys) - len(todo) - len(known),
             skipped=pc.sum(pc.equal(rows["status"], "skipped")).as_py(),
             failed=pc.sum(pc.equal(rows["status"], "failed")).as_py(),
@@ -352,8 +355,12 @@ def _fill_all(job: Job, todo: Mapping[str, str], folder: Path) -> Iterator[pa.Ta
     keys = list(todo)
     config = job.config
     start_ray()
-    num_actors = _num_actors(config, len(keys))
-    cpus, gpus = _cpus_per_actor(config, num_actors), config.gpus_per_actor if config.use_gpu else 0
+    side_by_side = config.num_actors or models_side_by_side(
+        use_gpu=config.use_gpu, cpus_each=config.cpus_per_actor or 1, gpus_each=config.gpus_per_actor
+    )
+    num_actors = min(side_by_side, len(keys))
+    cpus = config.cpus_per_actor or (max(1, real_cpus() // num_actors) if config.use_gpu else 1)
+    gpus = config.gpus_per_actor if config.use_gpu else 0
     require({"CPU": num_actors * cpus, "GPU": num_actors * gpus})
     files = ray.put({name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)})
     # Small at the end of a small job, so that no copy waits for another's last task.
@@ -372,26 +379,6 @@ def _fill_all(job: Job, todo: Mapping[str, str], folder: Path) -> Iterator[pa.Ta
         num_gpus=gpus or None,
     )
     yield from iterate(dataset, batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-
-
-def _num_actors(config: InpaintConfig, num_keys: int) -> int:
-    if config.num_actors is not None:
-        return min(config.num_actors, num_keys)
-    if config.use_gpu:
-        return max(1, min(int(ray.cluster_resources().get("GPU", 0) / config.gpus_per_actor), num_keys))
-    return max(1, min(int(_cpus() / (config.cpus_per_actor or 1)), num_keys))
-
-
-def _cpus_per_actor(config: InpaintConfig, num_actors: int) -> float:
-    if config.cpus_per_actor is not None:
-        return config.cpus_per_actor
-    return max(1, _cpus() // num_actors) if config.use_gpu else 1
-
-
-def _cpus() -> float:
-    """An embedded Ray counts more CPUs than this machine may have; the model needs real ones."""
-    cpus = ray.cluster_resources().get("CPU", 1)
-    return cpus if joined() else min(cpus, os.cpu_count() or 1)
 
 
 def _check_places(config: InpaintConfig) -> None:
@@ -429,11 +416,6 @@ def _named_tracking(config: InpaintConfig) -> str | None:
     return uri and resolve_tracking_uri(uri, config.output)
 
 
-def by_reason(reasons: Mapping[str, int]) -> str:
-    """`3 no-mask, 1 truncated`."""
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-
-
 def _track(tracker: Tracker, summary: Summary, rows: pa.Table, job: Job) -> None:
     """The summary, the ledger and some pictures before and after, for MLflow."""
     values = {name: value for name, value in asdict(summary).items() if isinstance(value, int | float)}
@@ -460,41 +442,3 @@ def _small(image: Image.Image) -> np.ndarray:
     picture = Image.fromarray(to_rgb(image))
     picture.thumbnail((_SAMPLE_SIDE, _SAMPLE_SIDE))
     return np.asarray(picture)
-
-
-class _Progress:
-    """A line with rates, remaining time and failures by reason, at most every `PROGRESS_S` seconds."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.count, self.done, self.megapixels = total, 0, 0, 0.0
-        self.reasons: Counter[str] = Counter()
-        self.began = self.last = time.monotonic()
-        self.first: tuple[float, int, float] | None = None
-        """When the first images were there, how many, and their megapixels: before them models are loaded."""
-
-    def add(self, rows: pa.Table) -> None:
-        """Count the inputs of a task."""
-        done = rows.filter(pc.equal(rows["status"], "done"))
-        self.count += len(rows)
-        self.done += len(done)
-        self.megapixels += (pc.sum(pc.multiply(done["height"], done["width"])).as_py() or 0) / 1e6
-        self.reasons.update(_count(rows["reason"]))
-        now = time.monotonic()
-        self.first = self.first or (now, self.count, self.megapixels)
-        if now - self.last < PROGRESS_S and self.count < self.total:
-            return
-        self.last = now
-        loaded = self.count > self.first[1]
-        since, before, pixels = self.first if loaded else (self.began, 0, 0.0)
-        spent = max(now - since, 1e-9)
-        rate = (self.count - before) / spent
-        log.info(
-            "%d of %d images, %.2f images/s, %.2f megapixels/s, %s to go%s",
-            self.count,
-            self.total,
-            rate,
-            (self.megapixels - pixels) / spent,
-            # Of the first task nothing is known of the time that it took beside loading.
-            f"{(self.total - self.count) / rate:.0f} s" if loaded or self.count == self.total else "?",
-            f"; not filled: {by_reason(self.reasons)}" if self.reasons else "",
-        )

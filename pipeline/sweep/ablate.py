@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from pipeline import cluster, storage
+from pipeline import storage
 from pipeline.claim import claim_folder
 from pipeline.config import RunConfig
 from pipeline.data.schema import read_records
@@ -24,6 +24,7 @@ from pipeline.models import load_any_model
 from pipeline.presets import PRESETS
 from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row as Strip
+from pipeline.runs import cluster
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import (
     Finished,

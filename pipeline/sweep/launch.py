@@ -21,18 +21,18 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import storage
 from pipeline.claim import claim_folder
-from pipeline.cli import one_line
-from pipeline.cluster import require, shortage, shown, start_ray
 from pipeline.config import to_json
 from pipeline.data.schema import read_manifest
-from pipeline.errors import ClusterTooSmall, ConfigMismatch, Interrupted, SweepFailed
+from pipeline.errors import ClusterTooSmall, ConfigMismatch, Interrupted, SweepFailed, one_line
 from pipeline.models import absolute_model, locate_model
+from pipeline.runs.cluster import require, shortage, shown, start_ray
+from pipeline.runs.settings import settle
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_trial, winner
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
 from pipeline.sweep.summary import REPORT_FILE, write_summary
 from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, as_job, encode, run_trial, trial_folder
-from pipeline.tracking import Tracker, check_tracking, flatten, mlflow_client, read_json_lines, resolve_tracking_uri
+from pipeline.tracking import Tracker, check_tracking, mlflow_client, read_json_lines, resolve_tracking_uri
 from pipeline.train.footprint import run_bytes
 from pipeline.train.launch import (
     CPUS_FOR_DATA,
@@ -122,8 +122,16 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
     """Run every one of *points*, or as many as Optuna is to find in *space*. The result has no summary yet, unless all
     was done before. The caller holds the claim on the folder."""
     folder = sweep_folder(config)
-    _claim(folder, config)
-    if (summary := _json(storage.join(folder, SUMMARY_FILE))) is not None:
+    if storage.exists(storage.join(folder, "config.json")) and not storage.exists(storage.join(folder, SWEEP_FILE)):
+        raise ConfigMismatch(f"{storage.redact(folder)} holds a run, not a sweep: take another --name")
+    settle(
+        storage.join(folder, SWEEP_FILE),
+        asdict(config),
+        what=f"{config.name} in {storage.redact(config.run.runs)}",
+        remedy="take another --name, or the old settings to continue",
+        free=FREE_TO_CHANGE,
+    )
+    if (summary := storage.read_json(storage.join(folder, SUMMARY_FILE))) is not None:
         return Finished(folder, _read_trials(folder), summary)
     check_points(config, space, points)
     room_on_disk(config)
@@ -149,7 +157,7 @@ def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None
 def finish(config: SweepConfig, trials: Finished, summary: dict[str, Any], files: Sequence[str]) -> None:
     """Hand summary and *files* to the parent run in MLflow, and write the summary, which says that all is done."""
     tracking_uri = resolve_tracking_uri(config.run.tracking.uri, config.run.runs)
-    tracker = Tracker(tracking_uri, (_json(storage.join(trials.folder, TRACKING_FILE)) or {}).get("run_id"))
+    tracker = Tracker(tracking_uri, (storage.read_json(storage.join(trials.folder, TRACKING_FILE)) or {}).get("run_id"))
     text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
     for file in files:
         tracker.artifact(storage.read_bytes(storage.join(trials.folder, file)), file)
@@ -242,7 +250,7 @@ class _Watch(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Raises `SweepFailed`, which Tune hands through, with its records of the other trials as they are."""
-        note = _json(storage.join(trial_folder(self._folder, trial.trial_id), ERROR_FILE)) or {}
+        note = storage.read_json(storage.join(trial_folder(self._folder, trial.trial_id), ERROR_FILE)) or {}
         text = f"{self._label(trials, trial)} ({trial.trial_id}) failed: {note.get('error', 'its process was lost')}"
         if self._stop_on_failure:
             raise SweepFailed(f"{text}; the same command tries it again and continues the others")
@@ -362,34 +370,10 @@ def _coarse(config: SweepConfig, folder: str, tracking_uri: str | None, parent: 
     return storage.join(folder, "coarse")
 
 
-def _claim(folder: str, config: SweepConfig) -> None:
-    """Write the sweep's configuration, or check that it is the one that was begun."""
-    uri = storage.join(folder, SWEEP_FILE)
-    ours = json.loads(json.dumps(asdict(config)))
-    before = _json(uri)
-    if before is None:
-        if storage.exists(storage.join(folder, "config.json")):
-            raise ConfigMismatch(f"{storage.redact(folder)} holds a run, not a sweep: take another --name")
-        storage.write_atomic(uri, (json.dumps(ours, indent=2, ensure_ascii=False) + "\n").encode())
-        return
-    old, new = flatten(before), flatten(ours)
-    lines = [
-        f"{name}: {old.get(name)} -> {new.get(name)}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name) and name not in FREE_TO_CHANGE
-    ]
-    if lines:
-        raise ConfigMismatch(
-            f"{config.name} in {storage.redact(config.run.runs)} was begun with other settings ({'; '.join(lines)}); "
-            "take another --name, or the old settings to continue",
-            differences=lines,
-        )
-
-
 def _parent_run(folder: str, config: SweepConfig, tracking_uri: str | None, kind: str) -> str | None:
     """The MLflow run that the trials are nested in: the one there was before, or a new one."""
     uri = storage.join(folder, TRACKING_FILE)
-    before = _json(uri)
+    before = storage.read_json(uri)
     if before is not None and before["uri"] == tracking_uri:
         known: str | None = before["run_id"]
         return known
@@ -402,7 +386,7 @@ def _parent_run(folder: str, config: SweepConfig, tracking_uri: str | None, kind
 
 def _read_trials(folder: str) -> list[Trial]:
     """In the order of their points, or in which they were found."""
-    names = _json(storage.join(folder, NAMES_FILE)) or []
+    names = storage.read_json(storage.join(folder, NAMES_FILE)) or []
     # Points that are known beforehand have ids that end with their number.
     names.sort(key=lambda name: name.rpartition("_")[2] if name.rpartition("_")[2].isdigit() else "")
     return [read_trial(folder, number, name) for number, name in enumerate(names, start=1)]
@@ -421,7 +405,3 @@ def _close_runs(tracking_uri: str | None, trials: Sequence[Trial]) -> None:
         client.set_tag(trial.mlflow_run_id, "trial_status", trial.status)
         if trial.status != "finished":
             client.set_terminated(trial.mlflow_run_id, "KILLED" if trial.status == "stopped early" else "FAILED")
-
-
-def _json(uri: str) -> Any:
-    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import time
 
-from pipeline.cluster import available, joined, shown
 from pipeline.config import RunConfig
+from pipeline.runs.cluster import available, joined, shown
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import check_points, resolve, room, room_on_disk
 from pipeline.sweep.space import make_space, sample

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,8 +51,8 @@ def read_trial(folder: str, number: int, name: str) -> Trial:
     history = {
         int(row["step"]): {"images": row["step"], **found} for row in rows if (found := measures_of(row, OBJECTIVES))
     }
-    finished = _json(storage.join(place, "finished.json"))
-    notes = {file: _json(storage.join(place, file)) for file in (DIVERGED_FILE, ERROR_FILE)}
+    finished = storage.read_json(storage.join(place, "finished.json"))
+    notes = {file: storage.read_json(storage.join(place, file)) for file in (DIVERGED_FILE, ERROR_FILE)}
     status: Status = "stopped early"
     if finished is not None:
         status = "finished"
@@ -65,14 +64,14 @@ def read_trial(folder: str, number: int, name: str) -> Trial:
     return Trial(
         number=number,
         name=name,
-        point=_json(storage.join(place, POINT_FILE)) or {},
+        point=storage.read_json(storage.join(place, POINT_FILE)) or {},
         status=status,
         images=int(finished["images"] if finished else max((row["step"] for row in rows), default=0)),
         measures={measure: value for measure, value in last.items() if measure != "images"},
         history=[history[images] for images in sorted(history)],
         seconds=rows[-1]["time_s"] - rows[0]["time_s"] if rows else 0.0,
         error=next((note["error"] for note in notes.values() if note and status in ("diverged", "failed")), None),
-        mlflow_run_id=(_json(storage.join(place, "tracking.json")) or {}).get("run_id"),
+        mlflow_run_id=(storage.read_json(storage.join(place, "tracking.json")) or {}).get("run_id"),
     )
 
 
@@ -145,10 +144,6 @@ def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _sign(measure: str) -> int:
     return 1 if direction(measure) == "max" else -1
-
-
-def _json(uri: str) -> Any:
-    return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
 def as_dict(trial: Trial) -> Mapping[str, Any]:

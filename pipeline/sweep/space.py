@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from pipeline.cli import one_line
 from pipeline.config import RunConfig
-from pipeline.tracking import flatten
+from pipeline.errors import one_line
+from pipeline.runs.settings import flatten
 from tmad.config import from_dict
 from tmad.rng import numpy_generator
 

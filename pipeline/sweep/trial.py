@@ -17,9 +17,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import storage
 from pipeline.claim import EXPIRY_S
-from pipeline.cli import configure_logging, one_line
 from pipeline.config import RunConfig, from_json
-from pipeline.errors import MissingInput, TrainingFailed
+from pipeline.errors import MissingInput, TrainingFailed, one_line
+from pipeline.runs.cli import configure_logging
 from pipeline.sweep.space import Point, apply
 from pipeline.train.launch import train
 

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-from pipeline.cli import given_up, interrupt
+from pipeline.runs.cli import given_up, interrupt
 
 ASK_DRIVER_S = 1.0
 """Seconds between the questions of the first worker whether the driver was asked to stop."""

@@ -31,19 +31,19 @@ from ray.train.torch import TorchTrainer
 
 from pipeline import storage
 from pipeline.claim import Claim, claim_folder
-from pipeline.cli import one_line
-from pipeline.cluster import joined, require, start_ray
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
 from pipeline.data.onthefly import Photographs, open_photographs, share
+from pipeline.data.reader import start_reader
 from pipeline.data.schema import Manifest, read_manifest
-from pipeline.data.shared import start_reader
-from pipeline.environment import code_state, code_tags, environment
-from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed
-from pipeline.model_card import CARD_FILE, model_card
+from pipeline.errors import CheckpointsDamaged, ConfigMismatch, Interrupted, TMADError, TrainingFailed, one_line
 from pipeline.models import absolute_model
-from pipeline.pretrained import resolve_perceptual
-from pipeline.registry import reference, register_model
+from pipeline.models.card import CARD_FILE, model_card
+from pipeline.models.pretrained import resolve_perceptual
+from pipeline.models.registry import reference, register_model
+from pipeline.runs.cluster import joined, require, start_ray
+from pipeline.runs.settings import refuse
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
+from pipeline.tracking.environment import code_state, code_tags, environment
 from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
 from pipeline.train.ending import NoticingTorchConfig, Stop, signals_stop
@@ -95,7 +95,7 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: 
 
 def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[UserCallback]) -> dict[str, Any]:
     check_name(folder)
-    finished = _read_json(storage.join(folder, "finished.json"))
+    finished = storage.read_json(storage.join(folder, "finished.json"))
     train_set, photographs = open_training_set(config, folder)
     sets = {"train": train_set, "val": read_manifest(config.data.validation_set)}
     for which, manifest in sets.items():
@@ -127,7 +127,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
         "best": storage.join(folder, "best"),
         "claim": claim,
         "live": share(photographs, train_set) if photographs else None,
-        "reader": start_reader() if config.workers.num_workers > 1 and not photographs else None,
+        "reader": start_reader() if config.workers.num_workers > 1 else None,
         "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
     }
     try:
@@ -261,18 +261,17 @@ def was_begun(folder: str, config: RunConfig, manifests: Mapping[str, Manifest])
         return False
     old = from_json(storage.read_bytes(config_uri))
     lines = refusal(old, config)
-    begun_with = _read_json(storage.join(folder, SETS_FILE)) or {}
+    begun_with = storage.read_json(storage.join(folder, SETS_FILE)) or {}
     lines += [
         f"{_content_of(config, which)} {begun_with.get(which)} -> {one.digest}, {one.images_listed:,} images now"
         for which, one in manifests.items()
         if begun_with.get(which) != one.digest
     ]
-    if lines:
-        raise ConfigMismatch(
-            f"run {config.name} in {storage.redact(config.runs)} was begun with other settings ({'; '.join(lines)}); "
-            "take another --name, or the old settings to continue",
-            differences=lines,
-        )
+    refuse(
+        f"run {config.name} in {storage.redact(config.runs)}",
+        lines,
+        "take another --name, or the old settings to continue",
+    )
     return True
 
 
@@ -320,7 +319,7 @@ def _open_tracking(
 ) -> str | None:
     """The id of this run's MLflow run: the one it had before, or a new one."""
     uri = storage.join(folder, TRACKING_FILE)
-    before = _read_json(uri)
+    before = storage.read_json(uri)
     if before is not None and before["uri"] == tracking_uri:
         known: str | None = before["run_id"]
         return known
@@ -463,10 +462,3 @@ def _how_to_go_on(folder: str) -> str:
         else "no checkpoint yet"
     )
     return f"{newest}; the same command with --name {name} continues from there"
-
-
-def _read_json(uri: str) -> dict[str, Any] | None:
-    if not storage.exists(uri):
-        return None
-    content: dict[str, Any] = json.loads(storage.read_bytes(uri))
-    return content

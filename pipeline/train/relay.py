@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline import logs
+from pipeline.observe import logs
 
 INTERVAL_S = 0.5
 """Seconds between the looks of the driver for new lines."""
@@ -32,7 +32,7 @@ class Lines:
         self._stopping = False
 
     def add(self, level: int, message: str, place: dict[str, Any]) -> None:
-        """One line of a worker, and where that was (`pipeline.logs.place`)."""
+        """One line of a worker, and where that was (`pipeline.observe.logs.place`)."""
         self._lines.append((level, message, place))
 
     def take(self) -> list[tuple[int, str, dict[str, Any]]]:

@@ -12,13 +12,13 @@ import ray.data
 import torch
 
 from pipeline import observe
-from pipeline.cli import configure_logging
 from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
 from pipeline.data.onthefly import LiveSet, Tally
 from pipeline.data.results import Results
 from pipeline.errors import CheckpointNotKept, CheckpointsDamaged, Interrupted
-from pipeline.pretrained import load_perceptual
+from pipeline.models.pretrained import load_perceptual
+from pipeline.runs.cli import configure_logging
 from pipeline.tracking import Tracker
 from pipeline.train.context import RayContext, TrainContext
 from pipeline.train.loop import Feed, train_loop

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import run_job
+from pipeline.runs.cli import run_job
 from tests.pipeline.conftest import make_set as make_set
 from tests.pipeline.conftest import model_folder as model_folder
 from tests.pipeline.conftest import tracking_template as tracking_template

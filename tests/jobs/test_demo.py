@@ -80,7 +80,7 @@ def test_the_message_says_where_to_look_and_how_to_open_mlflow(first: DemoResult
 
 def test_an_older_demo_with_other_settings_is_refused_and_named(config: DemoConfig, first: DemoResult) -> None:
     other = DemoConfig(out=config.out, training="smoke", train_crops=3, val_crops=1)
-    with pytest.raises(ConfigMismatch, match=r"crops_per_image was 2, now 3.*remove .*demo and .*demo-data"):
+    with pytest.raises(ConfigMismatch, match=r"crops_per_image: 2 -> 3.*remove .*demo and .*demo-data"):
         run_demo(other)
 
 

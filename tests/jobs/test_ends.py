@@ -26,7 +26,7 @@ import pytest
 
 from pipeline.claim import CLAIM_NAME
 from pipeline.data.schema import MANIFEST_NAME
-from pipeline.registry import register_model
+from pipeline.models.registry import register_model
 from pipeline.report.pictures import png_bytes
 from pipeline.tracking import Tracker, mlflow_client
 from tests.conftest import RAY_ENVIRONMENT, ROOT

@@ -91,7 +91,7 @@ def test_a_folder_of_photographs_becomes_a_set_and_the_second_time_at_once(run, 
     code, out, shown = run(*arguments)
     assert code == 0, shown
     assert "12 records in 2 shards" in out
-    assert "12/12 images" in shown
+    assert "12 of 12 images" in shown
     assert "images/s" in shown
     assert "with pictures: " in shown
     assert "sets/train/report.html" in shown
@@ -100,7 +100,7 @@ def test_a_folder_of_photographs_becomes_a_set_and_the_second_time_at_once(run, 
     assert "2 of 2 shards are already there and are kept" in shown
     code, _, shown = run(*arguments, "--seed", 1)
     assert code == 1
-    assert "seed was 0, now 1" in shown
+    assert "seed: 0 -> 1" in shown
 
 
 @pytest.mark.ray

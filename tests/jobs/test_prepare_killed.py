@@ -42,7 +42,7 @@ SOAK_S = float(os.environ.get("TMAD_SOAK_S", 0))
 INLINE = """
 from pytest import MonkeyPatch
 from jobs.prepare import main
-from pipeline.cli import run_job
+from pipeline.runs.cli import run_job
 from tests.pipeline.test_contract import run_here
 
 run_here(MonkeyPatch())

@@ -11,9 +11,9 @@ import pytest
 
 from jobs.prepare import main
 from pipeline import storage
-from pipeline.cli import run_job
 from pipeline.data.batches import training_batches
 from pipeline.data.schema import read_manifest
+from pipeline.runs.cli import run_job
 from pipeline.tracking import Tracker, mlflow_client
 from tests.pipeline.test_batches import assert_equal
 from tests.s3 import forget_clients

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from jobs.sweep import main
-from pipeline.cli import run_job
 from pipeline.config import from_json
 from pipeline.presets import smoke
+from pipeline.runs.cli import run_job
 from pipeline.tracking import mlflow_client
 from tests.conftest import RAY_ENVIRONMENT, ROOT
 from tests.jobs.processes import Job, small_sets

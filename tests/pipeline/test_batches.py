@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 
 from pipeline.data import order
 from pipeline.data.batches import evaluation_batches, training_batches
-from pipeline.data.fetch import ROWS, read_portion, with_draws
+from pipeline.data.fetch import ROWS, read_pieces, with_draws
 from pipeline.data.order import chunks, pieces
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import Manifest, Shard, pack_mask, read_manifest, read_records
@@ -220,22 +220,15 @@ def test_a_shard_that_is_gone_is_named(prepared, tmp_path):
     folder = tmp_path / "set"
     shutil.copytree(prepared, folder)
     (folder / "shards/00001.parquet").unlink()
-    (portion,) = portions(read_manifest(str(folder)), stop=22)
+    (portion,) = chunks(read_manifest(str(folder)), seed=0, start=0, stop=22)
     with pytest.raises(CorruptSet, match=r"the shard .*shards/00001.parquet cannot be read"):
-        read_portion(portion, folder=str(folder), start=0, batch=2, rank=0, world_size=1)
+        read_pieces(portion, folder=str(folder))
     with pytest.raises(CorruptSet, match=r"the shard .*shards/00001.parquet cannot be read") as caught:
         list(training_batches(str(folder), total_images=24, **RUN))
     assert type(caught.value) is CorruptSet
 
 
 # The order itself
-
-
-def portions(manifest: Manifest, stop: int) -> list[dict]:
-    return [
-        {"position": position, "pieces": [asdict(piece) for piece in portion]}
-        for position, portion in chunks(manifest, seed=0, start=0, stop=stop)
-    ]
 
 
 def big_manifest(shards: int = 40, rows: int = 1000, crop_size: int = 256, size: int = 20_000_000) -> Manifest:
@@ -279,8 +272,8 @@ def test_a_start_in_the_middle_of_a_window_keeps_its_end():
 def test_small_sets_are_read_several_epochs_at_a_time():
     manifest = big_manifest(shards=1, rows=50)
     parts = list(chunks(manifest, seed=0, start=0, stop=5000))
-    assert [position for position, _ in parts] == list(itertools.accumulate([0, 1050, 1050, 1050, 1050]))
-    assert [len(portion) for _, portion in parts] == [21, 21, 21, 21, 16]
+    assert [part["position"] for part in parts] == list(itertools.accumulate([0, 1050, 1050, 1050, 1050]))
+    assert [len(part["pieces"]) for part in parts] == [21, 21, 21, 21, 16]
 
 
 def test_reading_does_not_import_pytorch():

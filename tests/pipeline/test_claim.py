@@ -32,7 +32,7 @@ with claim_folder(folder, expiry_s=float(expiry_s)) as claim:
     time.sleep(float(hold_s))
     claim.write(name, b"")
 """
-AS_A_JOB = f"from pipeline.cli import run_job\nrun_job(lambda _: exec({HOLD!r}))"
+AS_A_JOB = f"from pipeline.runs.cli import run_job\nrun_job(lambda _: exec({HOLD!r}))"
 
 
 @pytest.fixture(params=["here", "s3"])

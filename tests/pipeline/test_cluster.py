@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.cluster import STARTS, start_local
 from pipeline.errors import ClusterUnreachable
+from pipeline.runs.cluster import STARTS, start_local
 from tests.conftest import ROOT
 
 TOO_SLOW = Exception("The current node timed out during startup. This could happen because the GCS is overloaded.")
@@ -55,7 +55,7 @@ def test_another_error_is_not_tried_again(monkeypatch) -> None:
 
 AT_ADDRESSES = """
 import os, sys, time
-from pipeline.cluster import start_ray
+from pipeline.runs.cluster import start_ray
 from pipeline.errors import ClusterUnreachable
 for address in sys.argv[1:]:
     os.environ["RAY_ADDRESS"] = address

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 
 from jobs import train_places
-from pipeline.cli import one_line, parse, run_job
-from pipeline.cluster import shortage
 from pipeline.config import (
     DataConfig,
     PerceptualConfig,
@@ -34,9 +32,11 @@ from pipeline.config import (
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.sources.partitions import PARTITIONS, PartitionName
-from pipeline.errors import TMADError
+from pipeline.errors import TMADError, one_line
 from pipeline.presets import PRESETS, celebahq, fitted, paper, paris, places, places_rectangle, psnet, smoke
-from pipeline.promote import PromoteConfig
+from pipeline.promotion.promote import PromoteConfig
+from pipeline.runs.cli import parse, run_job
+from pipeline.runs.cluster import shortage
 from pipeline.sweep.config import SweepConfig
 from pipeline.tracking import resolve_tracking_uri
 from tmad.config import LossConfig, OptimConfig
@@ -269,7 +269,7 @@ def test_a_configuration_is_fitted_to_all_that_is_there(there: dict[str, float],
 def trained_with(argv: list[str], monkeypatch: pytest.MonkeyPatch, gpus: int) -> RunConfig:
     """What the job would train."""
     got: list[RunConfig] = []
-    monkeypatch.setattr("pipeline.cluster.available", lambda: {"CPU": 16.0, "GPU": float(gpus)})
+    monkeypatch.setattr("pipeline.runs.cluster.available", lambda: {"CPU": 16.0, "GPU": float(gpus)})
     monkeypatch.setattr("pipeline.train.launch.train", got.append)
     assert train_places.main(argv) == 0
     return got[0]

@@ -205,7 +205,7 @@ import os, sys, json
 from pipeline.evaluation import parts
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.cluster import start_ray
+from pipeline.runs.cluster import start_ray
 settings = json.loads(sys.argv[1])
 for name in ("methods",): settings[name] = tuple(settings[name])
 evaluate(EvaluateConfig(**settings))

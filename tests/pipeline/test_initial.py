@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.config import RunConfig, digest, refusal
 from pipeline.data.schema import read_manifest
 from pipeline.errors import ConfigMismatch, CorruptSource, ModelNotFound, WeightsMismatch
-from pipeline.registry import register_model
+from pipeline.models.registry import register_model
 from pipeline.tracking import Tracker
 from pipeline.train.context import LocalContext
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, find_initial, keep_initial, kept_initial

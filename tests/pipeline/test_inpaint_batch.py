@@ -23,7 +23,6 @@ from pipeline import storage
 from pipeline.errors import CorruptSource, MissingInput, ModelNotFound, StorageFailed
 from pipeline.inpaint import run
 from pipeline.inpaint.config import InpaintConfig
-from pipeline.inpaint.ledger import Row, to_table
 from pipeline.inpaint.run import Summary, inpaint_all
 from pipeline.inpaint.worker import InpaintWorker, Job
 from pipeline.report.pictures import png_bytes
@@ -460,7 +459,7 @@ def test_missing_places_and_models_are_named_before_ray_starts(job, tmp_path) ->
         ({"mask_suffix": "a", "mask_pattern": "(.*)"}, "one of them"),
         ({"mask_pattern": "("}, "no regular expression"),
         ({"mask_pattern": ".*"}, "needs a group"),
-        ({"mask_from": "boxes", "mask_hole": "black"}, "mask_hole does not go with"),
+        ({"mask_from": "boxes", "mask_hole": "black"}, "mask_from=boxes does not use mask_hole"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, said) -> None:
@@ -533,20 +532,6 @@ def test_a_summary_counts_each_input_once(here, job) -> None:
     assert summary.done + summary.kept + summary.skipped + summary.failed == len(GOOD_AND_BAD)
     assert summary.megapixels == pytest.approx(3 * 64 * 64 / 1e6)
     assert sum(summary.reasons.values()) == summary.skipped + summary.failed
-
-
-def test_the_time_to_go_does_not_count_what_loading_the_model_took(monkeypatch, caplog) -> None:
-    now = 0.0
-    monkeypatch.setattr(run.time, "monotonic", lambda: now)
-    progress = run._Progress(total=100)
-    rows = to_table([Row(input=str(n), status="done", when=0, height=10, width=10) for n in range(10)])
-    with caplog.at_level("INFO"):
-        for at in (60.0, 71.0):  # a minute of loading, then ten images in eleven seconds
-            now = at
-            progress.add(rows)
-    assert "10 of 100 images" in caplog.messages[0]
-    assert "? to go" in caplog.messages[0]
-    assert "88 s to go" in caplog.messages[1]
 
 
 # One rule for masks, identity, names, outages

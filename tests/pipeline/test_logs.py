@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from pipeline import logs
-from pipeline.cli import configure_logging
+from pipeline.observe import logs
+from pipeline.runs.cli import configure_logging
 from pipeline.tracking import Tracker
 from pipeline.train.relay import RelayHandler, relayed_logs
 

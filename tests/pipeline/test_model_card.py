@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.data.schema import read_manifest
-from pipeline.model_card import model_card
+from pipeline.models.card import model_card
 from pipeline.presets import smoke
 from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import make_image, make_mask

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import ModelNotFound
 from pipeline.models import absolute_model, find_model, load_any_model
-from pipeline.registry import register_model
+from pipeline.models.registry import register_model
 from pipeline.tracking import Tracker
 from tests.tmad.tiny import MODEL
 from tmad.builtin import builtin_model

@@ -485,7 +485,7 @@ def test_the_digest_knows_the_polarity_and_not_the_place(photos, masks, tmp_path
     moved = write(tmp_path / "elsewhere", files_of(masks))
     assert digest("1", masks) == digest("2", moved)
     assert digest("3", masks, mask_hole="black") != digest("1", masks)
-    with pytest.raises(ConfigMismatch, match="mask_hole was 'white', now 'black'"):
+    with pytest.raises(ConfigMismatch, match="mask_hole: white -> black"):
         digest("1", masks, mask_hole="black")
 
 
@@ -502,27 +502,30 @@ def test_a_set_with_generated_holes_says_nothing_of_masks(photos, tmp_path, no_r
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask_from": "paired"}, "mask_from=paired needs masks, .*; masks goes with mask_from paired or random"),
+        ({"mask_from": "paired"}, "mask_from=paired needs masks; masks goes with mask_from paired or random"),
         ({"mask_from": "random"}, "mask_from=random needs masks"),
-        ({"masks": "m"}, "mask_from=family does not use masks; masks goes with mask_from paired or random"),
+        (
+            {"masks": "m"},
+            r"=family does not use masks \(got 'm'\); masks goes with mask_from paired or random",
+        ),
         ({"mask_from": "alpha", "masks": "m"}, "mask_from=alpha does not use masks"),
-        ({"mask_from": "column"}, "mask_from=column needs mask_column, its name; .* goes with mask_from column"),
-        ({"mask_column": "m"}, "mask_from=family does not use mask_column; mask_column goes with mask_from column"),
-        ({"mask_hole": "black"}, "mask_hole cannot be black with mask_from=family: .* paired, random or column"),
-        ({"mask_from": "alpha", "mask_hole": "black"}, "mask_from=alpha: the transparent part is the hole"),
+        ({"mask_from": "column"}, "mask_from=column needs mask_column; mask_column goes with mask_from column"),
+        ({"mask_column": "m"}, "mask_from=family does not use mask_column .*; mask_column goes with mask_from column"),
+        ({"mask_hole": "black"}, "mask_from=family does not use mask_hole .* paired, random or column"),
+        ({"mask_from": "alpha", "mask_hole": "black"}, "mask_from=alpha does not use mask_hole"),
         (
             {"mask_from": "alpha", "mask": "brush"},
             r"does not use mask \(got 'brush'\); mask goes with mask_from family",
         ),
-        ({"mask_from": "alpha", "masks_per_image": 2}, "must be 1, got 2; several go with .* family, paired or random"),
+        (
+            {"mask_from": "alpha", "masks_per_image": 2},
+            "does not use masks_per_image .* family, paired or random",
+        ),
         ({"mask_from": "folder"}, "'family', 'paired', 'random', 'alpha' or 'column'"),
         ({"mask_hole": "grey"}, "'white' or 'black'"),
-        ({"mask_threshold": 90}, "mask_value and mask_threshold do not go with mask_from=family"),
-        (
-            {"mask_from": "alpha", "mask_value": "nonzero"},
-            "do not go with mask_from=alpha; they go with masks that are",
-        ),
-        ({"scale_masks": True}, "scale_masks does not go with mask_from=family; .* paired or column"),
+        ({"mask_threshold": 90}, r"mask_from=family does not use mask_threshold \(got 90\)"),
+        ({"mask_from": "alpha", "mask_value": "nonzero"}, "mask_from=alpha does not use mask_value"),
+        ({"scale_masks": True}, r"mask_from=family does not use scale_masks \(got True\); .* paired or column"),
         (
             {"mask_from": "paired", "masks": "m", "mask_value": "nonzero", "mask_threshold": 3},
             "mask_threshold does not go with mask_value=nonzero",

@@ -26,10 +26,10 @@ from pipeline.evaluation.evaluate import evaluate
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.run import check as check_inpainting
 from pipeline.inpaint.run import inpaint_all
+from pipeline.models.registry import register_model
 from pipeline.presets import smoke
-from pipeline.promote import PromoteConfig, promote
-from pipeline.promote import check as check_promotion
-from pipeline.registry import register_model
+from pipeline.promotion.promote import PromoteConfig, promote
+from pipeline.promotion.promote import check as check_promotion
 from pipeline.report.pictures import png_bytes
 from pipeline.storage import write_atomic
 from pipeline.sweep.ablate import AblateConfig, ablate
@@ -164,7 +164,7 @@ def test_a_place_that_can_be_no_folder_is_one_sentence_at_the_start_and_in_the_d
 
 REGISTERING = """
 import os, sys
-from pipeline.registry import register_model
+from pipeline.models.registry import register_model
 from pipeline.tracking import Tracker
 import mlflow.pyfunc, mlflow.store.tracking.sqlalchemy_store  # once, for all of them
 children = []

@@ -252,9 +252,9 @@ def test_new_images_extend_a_set_and_its_manifest_is_away_meanwhile(prepared, ph
 @pytest.mark.ray
 def test_other_settings_in_the_same_folder_are_refused_with_the_difference(prepared, photo_folder):
     config = settings(photo_folder, prepared, crops_per_image=3, masks_per_image=2, short_side=(64, 96), seed=7)
-    with pytest.raises(ConfigMismatch, match="crops_per_image was 2, now 3; seed was 0, now 7") as caught:
+    with pytest.raises(ConfigMismatch, match="crops_per_image: 2 -> 3; seed: 0 -> 7") as caught:
         prepare(config)
-    assert caught.value.details["differences"] == {"crops_per_image": (2, 3), "seed": (0, 7)}
+    assert caught.value.details["differences"] == ["crops_per_image: 2 -> 3", "seed: 0 -> 7"]
     prepare(
         settings(photo_folder, prepared, crops_per_image=2, masks_per_image=2, short_side=(64, 96), max_bad_fraction=1)
     )

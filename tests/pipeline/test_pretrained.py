@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import pretrained
 from pipeline.config import PerceptualConfig, RunConfig
 from pipeline.errors import MissingInput
+from pipeline.models import pretrained
+from pipeline.models.pretrained import load_perceptual, resolve_perceptual
 from pipeline.presets import smoke
-from pipeline.pretrained import load_perceptual, resolve_perceptual
 from tmad.perceptual import untrained_vgg19
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pipeline.errors import ModelNotFound, NotPromoted
-from pipeline.promote import PREVIOUS_TAG, VERDICT_TAG, PromoteConfig, promote, roll_back
-from pipeline.registry import register_model
+from pipeline.models.registry import register_model
+from pipeline.promotion.promote import PREVIOUS_TAG, VERDICT_TAG, PromoteConfig, promote, roll_back
 from pipeline.tracking import Tracker, mlflow_client
 from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import MODEL

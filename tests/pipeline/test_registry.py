@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import MissingInput
-from pipeline.registry import model_signature, reference, register_model, write_pyfunc_model
+from pipeline.models.registry import model_signature, reference, register_model, write_pyfunc_model
 from pipeline.tracking import Tracker, mlflow_client
 from tests.tmad.tiny import make_image, make_mask
 from tmad.checkpoint import model_digest

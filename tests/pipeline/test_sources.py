@@ -577,7 +577,7 @@ def test_other_labels_make_other_shards_and_another_root_is_another_setting(ray_
     changed = [one == other for one, other in zip(first.shards, second.shards, strict=True)]
     assert sorted(changed) == [False, True]
     (tmp_path / "photos").rename(tmp_path / "moved")
-    with pytest.raises(ConfigMismatch, match=r"root was .*photos', now .*moved"):
+    with pytest.raises(ConfigMismatch, match=r"root: .*photos -> .*moved"):
         prepare(settings(tmp_path / "set", **{**arguments, "root": f"{tmp_path}/moved"}))
 
 

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import s3, storage
+from pipeline import storage
 from pipeline.data.schema import open_shard
 from pipeline.errors import CorruptSet, MissingInput, StorageFailed, TMADError
+from pipeline.storage import s3
 from tests.faults import FaultyProxy
 from tests.s3 import forget_clients
 

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from pipeline import tracking
-from pipeline.environment import code_tags
 from pipeline.errors import TrackingUnreachable
 from pipeline.models import find_model
 from pipeline.tracking import (
@@ -31,6 +30,7 @@ from pipeline.tracking import (
     read_json_lines,
     resolve_tracking_uri,
 )
+from pipeline.tracking.environment import code_tags
 from tests.conftest import ROOT
 
 
@@ -161,11 +161,11 @@ def test_whoever_only_reads_makes_no_database_and_a_file_that_is_none_stays(tmp_
 def test_a_run_of_code_without_its_repository_has_the_commit_that_is_stated_and_no_tag_of_none(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("pipeline.environment.ROOT", tmp_path)
+    monkeypatch.setattr("pipeline.tracking.environment.ROOT", tmp_path)
     monkeypatch.delenv("TMAD_COMMIT", raising=False)
     assert code_tags() == {}
     monkeypatch.setenv("TMAD_COMMIT", "0123abc")
-    assert code_tags() == {"git_commit": "0123abc"}
+    assert code_tags() == {"mlflow.source.git.commit": "0123abc"}
 
 
 def test_values_that_json_lacks_become_null_and_mlflow_still_takes_them(tracking_uri: str, tmp_path: Path) -> None:

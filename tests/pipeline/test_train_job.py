@@ -23,13 +23,13 @@ from PIL import Image
 
 from jobs.train_places import main
 from pipeline.claim import CLAIM_NAME
-from pipeline.cluster import require
 from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.schema import read_manifest
 from pipeline.errors import CheckpointsDamaged, ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
 from pipeline.models import load_any_model
 from pipeline.presets import smoke
+from pipeline.runs.cluster import require
 from pipeline.storage import write_atomic
 from pipeline.tracking import mlflow_client, read_json_lines
 from pipeline.train.launch import train

@@ -6,9 +6,10 @@ lies or in which order it is listed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,43 +19,43 @@ from pipeline.errors import MissingInput
 from pipeline.storage import join, redact, version
 
 
-class Source(Protocol):
+class Source(ABC):
     """A collection of images; picklable, because workers read from it."""
 
+    @abstractmethod
     def keys(self) -> list[str]:
         """Keys of all images in an order that depends on the content alone: by code point, or as storage is read
         without jumping. Raises `MissingInput` if there are none, `CorruptSource` if it cannot be listed."""
-        ...
 
+    @abstractmethod
     def read(self, key: str) -> bytes:
         """The file of one image. Raises `MissingInput` or `StorageFailed`."""
-        ...
 
     def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
         """*keys*, in their order, as runs that `read_run` reads by one request each; none where requests for several
         at once gain nothing: on local disks, or where reading one brings the next."""
-        ...
+        return None
 
     def read_run(self, keys: Sequence[str]) -> list[bytes]:
         """The files of one of `runs`. Raises as `read` does."""
-        ...
+        return [self.read(key) for key in keys]
 
     def beside(self) -> Mapping[str, str]:
         """What else lies where the images do and is not read: keys, and a short reason for each."""
-        ...
+        return {}
 
+    @abstractmethod
     def versions(self, keys: Sequence[str]) -> list[str]:
         """A text for each of *keys* that changes when its file is replaced, without reading it; empty for one that is
         not there."""
-        ...
 
     def label(self, key: str) -> int | None:
         """The class that the collection gives the image, none if it gives none."""
-        ...
+        return None
 
     def labels(self, keys: pa.Array) -> pa.Array:
         """The classes of many images, int64, null where there is none."""
-        ...
+        return pa.nulls(len(keys), pa.int64())
 
 
 class Index:
@@ -105,7 +106,7 @@ class Index:
         return np.flatnonzero(same.to_numpy()) + 1
 
 
-class Indexed:
+class Indexed(Source):
     """What sources have in common whose images lie in files that an `Index` tells the places of."""
 
     uri: str

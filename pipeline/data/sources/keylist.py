@@ -26,7 +26,7 @@ _LINE = re.compile(r"/*(.+?)(?:\s+(-?\d{1,18}))?")
 
 
 @dataclass(frozen=True)
-class KeyList:
+class KeyList(Source):
     """The images that a text file lists, one a line, read from *root*.
 
     A slash or `./` before the key is dropped (the training lists of Places365 have a slash, those for validation have
@@ -82,10 +82,6 @@ class KeyList:
     def read_run(self, keys: Sequence[str]) -> list[bytes]:
         """As *root* reads them."""
         return self.root.read_run(keys)
-
-    def beside(self) -> dict[str, str]:
-        """Nothing: a list says all that it means."""
-        return {}
 
     def versions(self, keys: Sequence[str]) -> list[str]:
         """Those of *root*."""

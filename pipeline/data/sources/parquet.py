@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -70,14 +69,6 @@ class ParquetTable(Indexed):
         if not self._held or self._held[0][0] != group:
             self._held[:] = [(group, self._images(*group))]
         return self._held[0][1][place["row"]].as_py() or b""
-
-    def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
-        """None: a row group is read at once."""
-        return None
-
-    def read_run(self, keys: Sequence[str]) -> list[bytes]:
-        """One after the other."""
-        return [self.read(key) for key in keys]
 
     def _images(self, file: int, group: int) -> pa.ChunkedArray:
         with open_file(self._uris[file]) as opened:

@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-
+from pipeline.data.sources.base import Source
 from pipeline.errors import MissingInput
 from pipeline.storage import Listed, UnsafeName, is_remote, join, listing, read_bytes, redact, version
 from tmad.images import PICTURES, SUFFIXES
 
 
 @dataclass(frozen=True)
-class ImageTree:
+class ImageTree(Source):
     """A folder with images at any depth, by URI. The key is the path below it; hidden files are not looked at.
 
-    Pictures in formats that are not decoded are among the images: whoever reads them says so.
+    Pictures in formats that are not decoded are among the images: whoever reads them says so. Folders are not taken
+    for classes.
     """
 
     uri: str
@@ -63,18 +63,6 @@ class ImageTree:
     def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
         """Each file by itself."""
         return [[key] for key in keys] if is_remote(self.uri) else None
-
-    def read_run(self, keys: Sequence[str]) -> list[bytes]:
-        """The one file."""
-        return [self.read(key) for key in keys]
-
-    def label(self, key: str) -> int | None:
-        """None: folders are not taken for classes."""
-        return None
-
-    def labels(self, keys: pa.Array) -> pa.Array:
-        """None of any."""
-        return pa.nulls(len(keys), pa.int64())
 
 
 def is_image(key: str, file: Listed) -> bool:

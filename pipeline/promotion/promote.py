@@ -24,15 +24,14 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
 from pipeline.claim import Claim, claim_folder, holder_of
-from pipeline.cli import one_line
 from pipeline.config import check_registered
 from pipeline.data.schema import read_manifest
-from pipeline.errors import ModelNotFound, NotPromoted, TMADError
+from pipeline.errors import ModelNotFound, NotPromoted, TMADError, one_line
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
 from pipeline.evaluation.side_by_side import side_by_side
 from pipeline.models import find_model
-from pipeline.promotion_rule import Comparison, Requirement, compare, parse_requirement, shortfall
+from pipeline.promotion.rule import Comparison, Requirement, compare, parse_requirement, shortfall
 from pipeline.report.page import Table, measures_table, render
 from pipeline.report.pictures import picture_grid, png_bytes
 from pipeline.tracking import mlflow_client, resolve_tracking_uri

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from pipeline import logs, observe, storage
-from pipeline.cli import one_line, submitted
-from pipeline.errors import TrackingUnreachable
+from pipeline import observe, storage
+from pipeline.errors import TrackingUnreachable, one_line
+from pipeline.observe import logs
+from pipeline.runs.settings import flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -92,7 +93,7 @@ def resolve_tracking_uri(uri: str | None, storage_root: str) -> str | None:
     if uri.lower() == NO_TRACKING:
         return None
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        if submitted():
+        if storage.submitted():
             raise ValueError(
                 "a submitted job runs in Ray's copy of the uploaded folder, where nothing lasts: the tracking URI must "
                 f"be a server or an absolute sqlite:////folder/mlflow.db, not the relative {uri}; set "
@@ -515,17 +516,6 @@ def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, Any]) ->
     flat = [Param(name, _shown(name, value)[:MAX_PARAM_CHARACTERS]) for name, value in sorted(flatten(params).items())]
     for start in range(0, len(flat), PARAMS_PER_CALL):
         client.log_batch(run_id, params=flat[start : start + PARAMS_PER_CALL], synchronous=True)
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted names: `{"optim": {"lr": 1}}` gives `{"optim.lr": 1}`."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def _shown(name: str, value: Any) -> str:

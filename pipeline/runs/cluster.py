@@ -18,10 +18,11 @@ import grpc
 import ray
 import torch
 
-from pipeline.cli import give_up, one_line, silence_libraries, submitted
-from pipeline.errors import ClusterTooSmall, ClusterUnreachable
+from pipeline.errors import ClusterTooSmall, ClusterUnreachable, one_line
+from pipeline.runs.cli import give_up, silence_libraries
+from pipeline.storage import submitted
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 """Folder that holds the packages: the checkout, an uploaded working directory, or site-packages."""
 
 MIN_EMBEDDED_CPUS = 4
@@ -229,3 +230,15 @@ def _embedded_cpus() -> int:
 def _python_path() -> str:
     there = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     return os.pathsep.join([str(ROOT), *(part for part in there if part != str(ROOT))])
+
+
+def models_side_by_side(*, use_gpu: bool, cpus_each: float = 1, gpus_each: float = 1) -> int:
+    """Copies of a model that the cluster has room for, at least one."""
+    copies = ray.cluster_resources().get("GPU", 0) / gpus_each if use_gpu else real_cpus() / cpus_each
+    return max(1, int(copies))
+
+
+def real_cpus() -> float:
+    """Processors of the cluster; an embedded Ray counts more than this machine may have."""
+    cpus = float(ray.cluster_resources().get("CPU", 1))
+    return cpus if joined() else min(cpus, os.cpu_count() or 1)

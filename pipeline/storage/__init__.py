@@ -2,7 +2,7 @@
 
 A *uri* is a local path, `file://...` or any scheme that fsspec knows (`s3://`, `gs://`, `memory://`, ...). Keys are
 relative paths with forward slashes and can never leave the folder they are relative to. A file written here is there
-wholly or not at all, and one read here is whole. What passes is waited for, within bounds (`pipeline/s3.py`); what ends
+wholly or not at all, and one read here is whole. What passes is waited for, within bounds (`storage/s3.py`); what ends
 a job names the place and the cause and never shows credentials.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import errno
 import io
+import json
 import logging
 import os
 import random
@@ -30,8 +31,9 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline import observe, s3
+from pipeline import observe
 from pipeline.errors import MissingInput, StorageFailed, TMADError
+from pipeline.storage import s3
 
 Result = TypeVar("Result")
 
@@ -81,6 +83,16 @@ def redact(text: str) -> str:
 def is_remote(uri: str) -> bool:
     """True if *uri* is not on a local file system of this machine."""
     return "://" in uri and not uri.startswith(("file://", "local://"))
+
+
+elsewhere: list[bool] = []
+"""Not empty while a command line is looked at for where it will be submitted to (`runs.cli.parse_elsewhere`)."""
+
+
+def submitted() -> bool:
+    """Whether `ray job submit` started this process, in a copy of the uploaded folder, where nothing lasts, or a
+    command line is looked at for it."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or bool(elsewhere)
 
 
 def absolute(uri: str) -> str:
@@ -190,6 +202,11 @@ def read_bytes(uri: str) -> bytes:
         return begin + b"".join(read_range(uri, *part) for part in parts)
     with ThreadPoolExecutor(_PART_READERS, thread_name_prefix="read") as pool:
         return begin + b"".join(pool.map(lambda part: read_range(uri, *part), parts))
+
+
+def read_json(uri: str) -> Any:
+    """The value of the JSON file at *uri*, none if there is no such file."""
+    return json.loads(read_bytes(uri)) if exists(uri) else None
 
 
 def _read_local(uri: str) -> bytes:

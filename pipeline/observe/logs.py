@@ -1,6 +1,6 @@
 """How a log line looks: for people, or with `TMAD_LOG=json` one JSON object a line with run, rank and step.
 
-`pipeline.cli.configure_logging` sets it up. Ray's workers take the variable from their node, or from the job's
+`pipeline.runs.cli.configure_logging` sets it up. Ray's workers take the variable from their node, or from the job's
 `env_vars`.
 """
 

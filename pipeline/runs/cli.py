@@ -26,8 +26,9 @@ from typing import Any, Generic, NoReturn, TextIO, TypeVar
 from pydantic import ValidationError
 
 from pipeline import storage
-from pipeline.errors import Interrupted, TMADError
-from pipeline.logs import formatter
+from pipeline.errors import Interrupted, TMADError, one_line
+from pipeline.observe.logs import formatter
+from pipeline.runs.progress import LogHandler
 from tmad.config import from_dict
 
 ConfigT = TypeVar("ConfigT")
@@ -107,7 +108,7 @@ def parse(
         sys.exit(2)
     _check_places(config)
     command = Command(config=config, dry_run=known.dry_run)
-    if _elsewhere:
+    if storage.elsewhere:
         raise _Parsed(command)
     return command
 
@@ -129,25 +130,16 @@ class _Parsed(BaseException):
         self.command = command
 
 
-_elsewhere: list[bool] = []
-"""Not empty while `parse_elsewhere` works."""
-
-
 def parse_elsewhere(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> Command[Any]:
     """What `main(argv)` would parse where it was submitted, and nothing else of it. Raises and exits as `parse`."""
-    _elsewhere.append(True)
+    storage.elsewhere.append(True)
     try:
         main(argv)
     except _Parsed as parsed:
         return parsed.command
     finally:
-        _elsewhere.clear()
+        storage.elsewhere.clear()
     raise AssertionError("a job parses its command line")
-
-
-def submitted() -> bool:
-    """Whether `ray job submit` started this process, or the command line is looked at for it."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or bool(_elsewhere)
 
 
 def _check_places(config: Any) -> None:
@@ -158,7 +150,7 @@ def _check_places(config: Any) -> None:
         for name, place in _places(config)
         if not storage.is_remote(place) and not place.startswith(("/", "file://"))
     ]
-    if submitted() and relative:
+    if storage.submitted() and relative:
         raise ValueError(
             "a submitted job runs in Ray's copy of the uploaded folder, where nothing lasts: each place must be a URI "
             f"(s3://bucket/...) or an absolute folder that all machines see, got {', '.join(relative)}"
@@ -327,9 +319,9 @@ def _of_a_library(error: Exception) -> bool:
 
 
 def configure_logging(run: str = "", rank: int | None = None) -> None:
-    """Send log lines to stderr with time, level, run name and rank where given (`pipeline.logs` says how they look);
-    libraries only from warnings up."""
-    handler = logging.StreamHandler()
+    """Send log lines to stderr with time, level, run name and rank where given (`pipeline.observe.logs` says how they
+    look); libraries only from warnings up."""
+    handler = LogHandler()
     handler.setFormatter(formatter(run, rank))
     root = logging.getLogger()
     for old in [one for one in root.handlers if isinstance(one, logging.StreamHandler)]:
@@ -341,19 +333,3 @@ def configure_logging(run: str = "", rank: int | None = None) -> None:
     # Ray Data shows what a task raised with all of its own frames, before whoever called it says it in a line.
     for twice in ("exceptions", "_internal.execution.streaming_executor_state"):
         logging.getLogger(f"ray.data.{twice}").setLevel(logging.CRITICAL)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of *error* without line breaks and without Ray's traceback around it; pydantic's are reduced to
-    `field: what is wrong`."""
-    # An error from a Ray task is a class of both kinds, whose text is the remote traceback.
-    if isinstance(cause := getattr(error, "cause", None), Exception):
-        error = cause
-    if isinstance(error, ValidationError):
-        parts = []
-        for item in error.errors(include_url=False):
-            place = ".".join(str(part) for part in item["loc"])
-            message = item["msg"].removeprefix("Value error, ")
-            parts.append(f"{place}: {message}, got {item['input']!r}" if place else message)
-        return "; ".join(parts)
-    return " ".join(str(error).split()) or type(error).__name__

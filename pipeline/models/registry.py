@@ -44,7 +44,7 @@ def register_model(
     *card* (`model_card`) becomes the version's description.
 
     *alias* is given to it if no version has it yet: once there is a champion, a newer version has to be measurably
-    better (`pipeline.promote`).
+    better (`pipeline.promotion.promote`).
 
     The stored model runs through `mlflow.pyfunc.load_model("models:/<name>@<alias>")` wherever this package is
     installed; signature: `image` (-1, -1, -1, 3) and `mask` (-1, -1, -1), both uint8, to (-1, -1, -1, 3) uint8. The

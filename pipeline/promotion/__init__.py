@@ -1,0 +1,1 @@
+"""Which registered version has the alias, and by which rule."""
