@@ -138,10 +138,11 @@ def folded(model: TMAD) -> TMAD:
     weights need no gradient."""
     model = copy.deepcopy(model).eval()
     # Not `remove_parametrizations`: a copied layer shares its class, and the property in it, with the original.
-    for parent in [*model.modules()]:
-        for name, layer in parent.named_children():
-            if is_parametrized(layer):
-                setattr(parent, name, _plain(layer))
+    with torch.random.fork_rng(devices=[]):  # new layers draw weights
+        for parent in [*model.modules()]:
+            for name, layer in parent.named_children():
+                if is_parametrized(layer):
+                    setattr(parent, name, _plain(layer))
     return model.requires_grad_(False)
 
 
@@ -149,6 +150,8 @@ def _plain(layer: nn.Module) -> nn.Conv2d:
     assert isinstance(layer, nn.Conv2d), "convolutions alone are normalised"
     sizes: Any = (layer.in_channels, layer.out_channels, layer.kernel_size)
     more: dict[str, Any] = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
-    plain = nn.utils.skip_init(nn.Conv2d, *sizes, **more, device=layer.weight.device, dtype=layer.weight.dtype)
-    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    weight = layer.weight
+    # Not `skip_init`, which imports SymPy: seconds.
+    plain = nn.Conv2d(*sizes, **more).to(weight)
+    plain.load_state_dict({"weight": weight, "bias": layer.bias})
     return plain.eval()

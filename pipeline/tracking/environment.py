@@ -43,8 +43,10 @@ def code_state() -> dict[str, Any]:
 
 
 def code_tags() -> dict[str, str]:
-    """`code_state` as tags of an MLflow run; what is not known is none."""
-    return {f"git_{name}": str(value) for name, value in code_state().items() if value is not None}
+    """`code_state` as tags of an MLflow run, the commit under the name that MLflow's pages show; what is not known is
+    none."""
+    names = {"commit": "mlflow.source.git.commit", "dirty": "git_dirty"}
+    return {names[name]: str(value) for name, value in code_state().items() if value is not None}
 
 
 def _git(*arguments: str) -> str | None:

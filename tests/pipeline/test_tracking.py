@@ -165,7 +165,7 @@ def test_a_run_of_code_without_its_repository_has_the_commit_that_is_stated_and_
     monkeypatch.delenv("TMAD_COMMIT", raising=False)
     assert code_tags() == {}
     monkeypatch.setenv("TMAD_COMMIT", "0123abc")
-    assert code_tags() == {"git_commit": "0123abc"}
+    assert code_tags() == {"mlflow.source.git.commit": "0123abc"}
 
 
 def test_values_that_json_lacks_become_null_and_mlflow_still_takes_them(tracking_uri: str, tmp_path: Path) -> None:
