@@ -185,9 +185,9 @@ class WorkersConfig:
     compile: bool = False
     """Have PyTorch compile the coarse network, PSNet and VGG-19 when a worker starts, which takes a minute or more and
     wants a C++ compiler (CPU) or Triton (GPU). Results differ in the last bits."""
-    channels_last: bool = False
-    """Keep the colours of a pixel beside each other in the networks' weights and activations. Results differ in the
-    last bits."""
+    channels_last: bool | None = None
+    """Keep the colours of a pixel beside each other in the networks' weights and activations; none = on GPUs. Results
+    differ in the last bits."""
     tf32: bool = True
     """On GPUs, let convolutions and matrix products that stay in float32 round their factors to TF32."""
     max_failures: NonNegativeInt = 8
@@ -208,6 +208,11 @@ class WorkersConfig:
     def fewest(self) -> int:
         """`min_workers`, resolved."""
         return self.min_workers or self.num_workers
+
+    @property
+    def lays_channels_last(self) -> bool:
+        """`channels_last`, resolved."""
+        return self.use_gpu if self.channels_last is None else self.channels_last
 
     @property
     def numbers(self) -> range:

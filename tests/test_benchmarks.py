@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import carafe, carafe_forms, data, harness, inference, retrieval, training_step
+from benchmarks import carafe, carafe_forms, data, gpu, harness, inference, retrieval, training_step
 from benchmarks.harness import Options, Report, Table, Timing
 from tmad.carafe import reassemble
 from tmad.config import LossConfig, TMADConfig
@@ -193,7 +192,7 @@ def test_the_data_plane_is_measured_from_every_source_and_beside_both_rivals(ray
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif("TMAD_SOAK_S" not in os.environ, reason="takes minutes; set TMAD_SOAK_S to run it")
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_quick_run_of_the_inpainting_job_fills_the_same_on_both_sides(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "batch_inpaint.py"
@@ -211,7 +210,7 @@ def test_a_quick_run_of_the_inpainting_job_fills_the_same_on_both_sides(tmp_path
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif("TMAD_SOAK_S" not in os.environ, reason="takes minutes; set TMAD_SOAK_S to run it")
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_quick_run_of_the_training_job_compares_both_sides_on_one_and_two_workers(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "training_job.py"
@@ -226,3 +225,42 @@ def test_a_quick_run_of_the_training_job_compares_both_sides_on_one_and_two_work
     checkpoint = found["A checkpoint, smallest networks"]
     assert checkpoint["bytes"] > 0
     assert min(checkpoint["seconds"]) > 0
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_measures_every_row_and_goes_on_when_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(machine: gpu.Machine) -> gpu.Row:
+        raise RuntimeError("broken on purpose")
+
+    monkeypatch.setattr(gpu, "launches", broken)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--limit-s", "1000"]) == 1
+    page, figures = sorted(tmp_path.iterdir(), key=lambda path: path.suffix, reverse=True)
+    rows = json.loads(figures.read_text())["rows"]
+    failed = {row["what"]: row["note"] for row in rows if row["failed"]}
+    assert failed == {"launches in a joint step, batch 4": "failed: RuntimeError: broken on purpose"}
+    for row in rows:
+        assert f"| {row['what']} | " in page.read_text()
+        assert row["failed"] or row["figures"]
+    with_floors = [row["what"] for row in rows if row["floor"]]
+    for part in ("CARAFE forward", "CARAFE backward", "coarse step", "joint step", "one picture", "pictures of 512"):
+        assert any(what.startswith(part) for what in with_floors), part
+    behind = ["first step after start, empty cache", "joint step, batch 64, compiled"]
+    assert [row["what"] for row in rows[-2:]] == behind, "what stands behind the broken row was measured"
+    goals = {row["goal"] for row in rows}
+    assert goals >= {"50 %", "2,500/s", "400/s", "350/s", "150/s", "1,000/s", "20 s", "2 GB"}
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_needs_no_ray_no_pydantic_and_nothing_of_pipeline() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(['ray', 'pydantic', 'simplejpeg', 'mlflow', 'pipeline'])\n"
+        "from benchmarks import gpu\n"
+        "machine = gpu.Machine(gpu.torch.device('cpu'), True, True, 1e9, 1e9)\n"
+        "print(gpu.pictures(machine, 1, 'fp32', '').measured, gpu.step_row(machine, 'joint', 4, 4, 1, '').measured)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("/s") == 2

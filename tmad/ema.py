@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 RAMP = 0.1
 """The half-life is never longer than this share of the images seen so far, so that the start is forgotten [D]."""
@@ -16,9 +16,18 @@ def decay(images: int, images_seen: int, halflife_images: float) -> float:
 
 
 @torch.no_grad()
-def update(average: nn.Module, model: nn.Module, keep: float) -> None:
-    """average = keep * average + (1 - keep) * model, in place; buffers are copied."""
-    for old, new in zip(average.parameters(), model.parameters(), strict=True):
-        old.lerp_(new, 1 - keep)
-    for target, source in zip(average.buffers(), model.buffers(), strict=True):
-        target.copy_(source)
+def update(average: nn.Module, model: nn.Module, keep: float, finite: Tensor) -> None:
+    """average = keep * average + (1 - keep) * model, in place; buffers are copied.
+
+    *finite*, 0-dim on the same device: if it is false, the step left the model as it was, and so stays the average.
+    """
+    old: list[Tensor] = list(average.parameters())
+    new: list[Tensor] = list(model.parameters())
+    if keep == 0:
+        torch._foreach_copy_(old, new)
+    else:
+        change = torch._foreach_sub(new, old)
+        torch._foreach_mul_(change, (1 - keep) * finite)
+        torch._foreach_add_(old, change)
+    if buffers := list(average.buffers()):
+        torch._foreach_copy_(buffers, list(model.buffers()))

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tmad import ema, losses
 from tmad.batch import Batch
@@ -59,6 +62,42 @@ class NonFiniteLoss(ArithmeticError):
         self.terms = tuple(terms)
 
 
+@dataclass(frozen=True)
+class BadStep:
+    """A step that changed nothing, since a loss or gradient of it was not finite."""
+
+    images_seen: int
+    """Images of the run before it."""
+    terms: list[str]
+    """What was not finite in it on this worker."""
+    image_id: list[str]
+    """The images of this worker's batch."""
+
+
+@dataclass
+class _Step:
+    """A step that the device may still be working on."""
+
+    images_seen: int
+    metrics: dict[str, Tensor]
+    image_id: list[str]
+    finite: Tensor
+    done: torch.cuda.Event | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.finite.is_cuda:
+            here = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.finite = here.copy_(self.finite, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def was_finite(self) -> bool:
+        """Waits until the device has done the step."""
+        if self.done is not None:
+            self.done.synchronize()
+        return bool(self.finite)
+
+
 class TrainingState:
     """Networks, averaged generator, optimizers and counters: all that a run carries from step to step.
 
@@ -93,6 +132,9 @@ class TrainingState:
         self.steps = 0
         self.bad_steps = 0
         self.bad_steps_in_row = 0
+        self.bad_step: BadStep | None = None
+        self._unread: deque[_Step] = deque()
+        self._late = 1 if self.device.type == "cuda" else 0
         optim = config.optim
         self.optimizers = {
             "generator": torch.optim.Adam(
@@ -103,11 +145,13 @@ class TrainingState:
                 ],
                 lr=optim.lr,
                 betas=optim.betas,
+                fused=True,
             ),
             "critics": torch.optim.Adam(
                 [*self.patch_critic.parameters(), *self.global_critic.parameters()],
                 lr=optim.lr_critics or optim.lr,
                 betas=optim.betas,
+                fused=True,
             ),
         }
 
@@ -138,9 +182,12 @@ class TrainingState:
 
         *global_batch*: images of this step over all workers; *progress*: share of the phase done, in [0, 1), which
         drives the learning rate. Returns this worker's losses, gradient norms and rates as 0-dim tensors by name.
-        A gradient that is not finite changes no weight it belongs to, ends the step and is counted; if it is the
-        critics', the generator is not updated either. Gradients are averaged first, so all workers skip alike. Raises
-        `NonFiniteLoss` after `optim.max_bad_steps` of them in a row.
+        A gradient that is not finite changes no weight it belongs to and is counted; if it is the critics', the
+        generator is not updated either. Gradients are averaged first, so all workers skip alike. Raises `NonFiniteLoss`
+        after `optim.max_bad_steps` of them in a row.
+
+        On a GPU the step is queued and not waited for: the counters of bad steps, and the error, are one step behind
+        (`settle` waits). What a bad step leaves untouched does not depend on that.
         """
         workers = workers or OneWorker()
         batch = batch.to(self.device)
@@ -149,27 +196,40 @@ class TrainingState:
             lowest = min(lr, self.config.optim.min_lr)
             group["lr"] = lowest + factor * (lr - lowest)
         train = self._coarse_step if phase == "coarse" else self._joint_step
+        before = self.images_seen
         metrics, finite = train(batch, workers)
         self.steps += 1
         self.images_seen += global_batch
-        if finite:
-            self.bad_steps_in_row = 0
-            keep = ema.decay(global_batch, self.images_seen, self.config.optim.ema_halflife_images)
-            ema.update(self.ema_model, self.model, keep)
-        else:
-            self.bad_steps += 1
-            self.bad_steps_in_row += 1
-            if self.bad_steps_in_row >= self.config.optim.max_bad_steps:
-                first = self.images_seen - self.bad_steps_in_row * global_batch
-                terms = not_finite(metrics)
-                raise NonFiniteLoss(
-                    f"{self.bad_steps_in_row} steps in a row were not finite (images {first} to {self.images_seen} of "
-                    f"the run); not finite in the last one: {', '.join(terms)}; see optim.max_bad_steps, optim.lr",
-                    terms,
-                )
+        keep = ema.decay(global_batch, self.images_seen, self.config.optim.ema_halflife_images)
+        ema.update(self.ema_model, self.model, keep, finite)
+        self._unread.append(_Step(before, metrics, batch.image_id, finite))
+        self._read(self._late)
+        if self.bad_step is not None and self.bad_steps_in_row >= self.config.optim.max_bad_steps:
+            end = self.bad_step.images_seen + global_batch
+            raise NonFiniteLoss(
+                f"{self.bad_steps_in_row} steps in a row were not finite (images "
+                f"{end - self.bad_steps_in_row * global_batch} to {end} of the run); not finite in the last one: "
+                f"{', '.join(self.bad_step.terms)}; see optim.max_bad_steps, optim.lr",
+                self.bad_step.terms,
+            )
         metrics["lr"] = torch.tensor(self.optimizers["generator"].param_groups[-1]["lr"])
         metrics["bad_steps"] = torch.tensor(float(self.bad_steps))
         return metrics
+
+    def settle(self) -> None:
+        """Wait for the device, so that `bad_step` and the counters of bad steps tell of all steps so far."""
+        self._read(0)
+
+    def _read(self, left: int) -> None:
+        """Count what came out of all steps but the last *left*."""
+        while len(self._unread) > left:
+            step = self._unread.popleft()
+            if step.was_finite():
+                self.bad_steps_in_row = 0
+            else:
+                self.bad_steps += 1
+                self.bad_steps_in_row += 1
+                self.bad_step = BadStep(step.images_seen, not_finite(step.metrics), step.image_id)
 
     def _learning_rates(self, phase: Phase) -> list[tuple[dict[str, Any], float]]:
         """The optimizers' parameter groups and the rate with which each starts a cosine period."""
@@ -184,7 +244,7 @@ class TrainingState:
             (critics, optim.lr_critics or optim.lr),
         ]
 
-    def _coarse_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], bool]:
+    def _coarse_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], Tensor]:
         image, mask = to_model(batch.image), batch.mask.float()
         with self._autocast():
             coarse_raw = self.model.predict_coarse(image, mask)
@@ -193,7 +253,7 @@ class TrainingState:
             raise ValueError("the coarse phase has nothing to learn: loss.weight_hole and loss.weight_valid are both 0")
         return self._update_generator(terms, workers)
 
-    def _joint_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], bool]:
+    def _joint_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], Tensor]:
         weights = self.config.loss
         image, mask = to_model(batch.image), batch.mask.float()
         k = self.config.model.patch_size
@@ -221,11 +281,11 @@ class TrainingState:
         distances = patch_distances(out.pool, target)
 
         metrics: dict[str, Tensor] = {}
-        critics_finite = True
+        critics_finite: Tensor | None = None
         if weights.weight_gan_patch or weights.weight_gan_global:
-            metrics, critics_finite = self._update_critics(batch, out, image, target, patches, workers)
-        if not critics_finite:
-            return metrics, False
+            # The spectral norms of its networks are those of these weights, for all calls.
+            with parametrize.cached():
+                metrics, critics_finite = self._update_critics(batch, out, image, target, patches, workers)
 
         if weights.weight_retrieval:
             terms["retrieval"] = (weights.weight_retrieval, losses.expected_distance(out.weights, distances, counted))
@@ -243,17 +303,20 @@ class TrainingState:
         if weights.weight_tv:
             terms["tv"] = (weights.weight_tv, losses.total_variation(out.output, mask))
         self._freeze_critics(True)
-        if weights.weight_gan_patch:
-            fake = self._score_patches(patches)
-            with torch.no_grad():
-                memory, real = self._score_patches(out.pool), self._score_reals(out, target)
-            loss = losses.patch_generator_loss(memory, real, fake, relativistic=weights.relativistic, mean=workers.mean)
-            terms["gan_patch"] = (weights.weight_gan_patch, loss)
-        if weights.weight_gan_global:
-            with self._autocast():
-                scores = self.global_critic(out.output)
-            terms["gan_global"] = (weights.weight_gan_global, losses.global_generator_loss(scores.float()))
-        generator_metrics, finite = self._update_generator(terms, workers)
+        with parametrize.cached():
+            if weights.weight_gan_patch:
+                (fake,) = self._score_patches(patches)
+                with torch.no_grad():
+                    memory, real = self._score_patches(out.pool, self._reals(out, target))
+                loss = losses.patch_generator_loss(
+                    memory, real, fake, relativistic=weights.relativistic, mean=workers.mean
+                )
+                terms["gan_patch"] = (weights.weight_gan_patch, loss)
+            if weights.weight_gan_global:
+                with self._autocast():
+                    scores = self.global_critic(out.output)
+                terms["gan_global"] = (weights.weight_gan_global, losses.global_generator_loss(scores.float()))
+        generator_metrics, finite = self._update_generator(terms, workers, critics_finite)
         self._freeze_critics(False)
         metrics.update(generator_metrics)
         with torch.no_grad():
@@ -278,7 +341,7 @@ class TrainingState:
 
     def _update_critics(
         self, batch: Batch, out: TMADOutput, image: Tensor, target: Tensor, patches: Tensor, workers: Workers
-    ) -> tuple[dict[str, Tensor], bool]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Eq. 6 and the discriminator of Eq. 9, each with its gradient penalty, in one backward."""
         weights = self.config.loss
         metrics: dict[str, Tensor] = {}
@@ -287,7 +350,7 @@ class TrainingState:
         penalty_weight = weights.gradient_penalty * weights.gp_every
         fake_patches, fake_image = patches.detach(), out.output.detach()
         if weights.weight_gan_patch:
-            real, fake = self._score_reals(out, target), self._score_patches(fake_patches)
+            real, fake = self._score_patches(self._reals(out, target), fake_patches)
             loss = losses.patch_critic_loss(real, fake, relativistic=weights.relativistic, mean=workers.mean)
             metrics |= {"loss/critic_patch": loss.detach(), "critic_patch/real": real.detach().mean()}
             metrics["critic_patch/fake"] = fake.detach().mean()
@@ -299,7 +362,7 @@ class TrainingState:
                 total = total + penalty_weight * penalty
         if weights.weight_gan_global:
             with self._autocast():
-                real, fake = self.global_critic(image).float(), self.global_critic(fake_image).float()
+                real, fake = self.global_critic(torch.cat([image, fake_image])).float().chunk(2)
             loss = losses.global_critic_loss(real, fake)
             metrics |= {"loss/critic_global": loss.detach(), "critic_global/real": real.detach().mean()}
             metrics["critic_global/fake"] = fake.detach().mean()
@@ -311,29 +374,33 @@ class TrainingState:
         norms, finite = self._apply(total, "critics", workers)
         return metrics | norms, finite
 
-    def _score_patches(self, patches: Tensor) -> Tensor:
-        """Raw scores of (B, N, 3, k, k), float32."""
+    def _score_patches(self, *patches: Tensor) -> tuple[Tensor, ...]:
+        """Raw scores, float32, of each of *patches* (B, N, 3, k, k), in one call: cheaper than one for each."""
+        parts = [each.flatten(0, 1) for each in patches]
         with self._autocast():
-            scores: Tensor = self.patch_critic(patches.flatten(0, 1))
-        return scores.float()
+            scores: Tensor = self.patch_critic(torch.cat(parts))
+        return scores.float().split([len(part) for part in parts])
 
-    def _score_reals(self, out: TMADOutput, target: Tensor) -> Tensor:
-        """Scores of the reals of Eq. 6-7: candidates and true patches together, both as data."""
-        return self._score_patches(torch.cat([out.candidates.detach().flatten(1, 2), target], dim=1))
+    @staticmethod
+    def _reals(out: TMADOutput, target: Tensor) -> Tensor:
+        """The reals of Eq. 6-7: candidates and true patches together, both as data."""
+        return torch.cat([out.candidates.detach().flatten(1, 2), target], dim=1)
 
     def _update_generator(
-        self, terms: dict[str, tuple[float, Tensor]], workers: Workers
-    ) -> tuple[dict[str, Tensor], bool]:
+        self, terms: dict[str, tuple[float, Tensor]], workers: Workers, critics_finite: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Eq. 10: the weighted sum of the terms, one backward, one Adam step."""
         metrics = {f"loss/{name}": value.detach() for name, (_, value) in terms.items()}
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
         metrics["loss/total"] = total.detach()
-        norms, finite = self._apply(total, "generator", workers)
+        norms, finite = self._apply(total, "generator", workers, critics_finite)
         return metrics | norms, finite
 
-    def _apply(self, loss: Tensor, name: str, workers: Workers) -> tuple[dict[str, Tensor], bool]:
+    def _apply(
+        self, loss: Tensor, name: str, workers: Workers, others_finite: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Backward, average over the workers, clip, update; gives the norms before clipping, of all gradients and of
-        each network's, and whether they are finite."""
+        each network's, and whether they, and *others_finite*, are finite, without which nothing is updated."""
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -351,9 +418,10 @@ class TrainingState:
         groups = [[p for p in network.parameters() if p.grad is not None] for network in networks]
         norms_before = [nn.utils.clip_grad_norm_(group, limit) for group in groups if group]
         norm = torch.stack(norms_before).square().sum().sqrt()
-        finite = bool(norm.isfinite())
-        if finite:
-            optimizer.step()
+        finite = norm.isfinite() if others_finite is None else norm.isfinite() & others_finite
+        # As `torch.amp.GradScaler` tells a fused optimizer: it looks on the device, which nobody waits for.
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {f"grad_norm/{name}": norm.detach(), **norms}, finite
 
@@ -399,7 +467,8 @@ class TrainingState:
         return {name: value.detach().cpu().contiguous() for name, value in named.items()}
 
     def counters(self) -> dict[str, int]:
-        """The numbers beside the tensors."""
+        """The numbers beside the tensors, of all steps so far."""
+        self.settle()
         return {
             "images_seen": self.images_seen,
             "steps": self.steps,
@@ -437,9 +506,9 @@ class TrainingState:
                 left -= {prefix + item for item in present}
                 if present:
                     moments = {item: tensors[prefix + item].clone() for item in ADAM_TENSORS}
-                    state[parameter] = {
-                        item: value if item == "step" else value.to(parameter.device) for item, value in moments.items()
-                    }
+                    state[parameter] = {item: value.to(parameter.device) for item, value in moments.items()}
+        self._unread.clear()
+        self.bad_step = None
         if left or counters.keys() != self.counters().keys():
             odd = sorted(left | (counters.keys() ^ self.counters().keys()))
             raise ValueError(f"the saved state has other parts than this configuration: {', '.join(odd)}")

@@ -136,7 +136,7 @@ def measured_rates(config: RunConfig, *, crop_size: int) -> dict[Phase, float] |
     images = schedule.batch_images // config.workers.num_workers if on_gpu else 1
     features = untrained_features(config)
     state = TrainingState(config.training, device=device, perceptual=features)
-    if config.workers.channels_last:
+    if config.workers.lays_channels_last:
         state.use_channels_last()
     batch = noise_batch(config, side=crop_size, images=images, cells=schedule.patches_per_image).to(device)
     lengths: dict[Phase, int] = {"coarse": schedule.coarse_images, "joint": schedule.joint_images}

@@ -32,7 +32,7 @@ from pipeline.train.initial import KeptWeights
 from pipeline.train.validate import validate
 from tmad.batch import Batch
 from tmad.checkpoint import load_state, save_state
-from tmad.step import NonFiniteLoss, Phase, TrainingState, not_finite
+from tmad.step import BadStep, NonFiniteLoss, Phase, TrainingState
 
 LAST_VALUES = ("lr", "bad_steps")
 """Terms of the step that are reported as they stand, not as the interval's mean."""
@@ -104,7 +104,7 @@ def train_loop(
     """
     schedule = config.schedule
     state = TrainingState(config.training, seed=config.seed, device=context.device, perceptual=perceptual)
-    if config.workers.channels_last:
+    if config.workers.lays_channels_last:
         state.use_channels_last()
     if config.workers.compile:
         state.compile()
@@ -117,6 +117,7 @@ def train_loop(
     batches: Iterator[Batch] | None = None
     meter = Meter()
     save_due = rolled_back = False
+    told: BadStep | None = None
     while state.images_seen < schedule.total_images and not course.stopped(schedule):
         if batches is None:
             batches = feed.training(state.images_seen)
@@ -133,16 +134,18 @@ def train_loop(
                 workers=context.workers,
             )
         except NonFiniteLoss as error:
-            cause = _told(error, batch, context)
+            cause = _told(error, state.bad_step, context)
             if checkpoint is None or rolled_back:
                 raise NonFiniteLoss(f"{cause}; {_no_way_back(checkpoint)}") from error
             checkpoint, course = _roll_back(state, context, tracker, course, cause)
             healthy, rolled_back = False, True
         else:
+            healthy = True
             meter.add(terms, schedule.batch_images)
-            healthy = state.bad_steps_in_row == 0
-            if state.bad_steps_in_row == 1:
-                _warn(terms, batch, before, context)
+            bad = state.bad_step
+            if bad is not None and bad is not told and state.bad_steps_in_row == 1:
+                told = bad
+                _warn(bad, context)
         images = state.images_seen
         phase_over = images >= stretch.end
         if phase_over or due(before, images, schedule.log_every_images):
@@ -163,10 +166,12 @@ def train_loop(
         # In a row of bad steps it waits: one of those steps may have found weights that no longer give finite losses.
         over = images >= schedule.total_images or course.stopped(schedule) is not None
         notice = context.notice()
-        if over or (healthy and (save_due or notice is not None)):
-            tracker.flush()
-            checkpoint = _save(state, config, context, course, tracker)
-            save_due = rolled_back = False
+        if over or save_due or notice is not None:
+            state.settle()
+            if over or (healthy and state.bad_steps_in_row == 0):
+                tracker.flush()
+                checkpoint = _save(state, config, context, course, tracker)
+                save_due = rolled_back = False
         if notice is not None and not over:
             _obey(notice, checkpoint, images, context)
         meter.resume()
@@ -352,10 +357,10 @@ def _obey(notice: Notice, checkpoint: str | None, images: int, context: TrainCon
         raise Interrupted(told, restart=notice.kind == "restart")
 
 
-def _told(error: NonFiniteLoss, batch: Batch, context: TrainContext) -> str:
+def _told(error: NonFiniteLoss, bad: BadStep | None, context: TrainContext) -> str:
     """The error with the images of the workers whose own losses were not finite, or with all of the step if it was the
     averaged gradients alone, which are everyone's."""
-    everyones = context.everyones((_own(error.terms), batch.image_id))
+    everyones = context.everyones((_own(error.terms), bad.image_id if bad else []))
     told = [
         f"{', '.join(names)} on worker {rank} with images {_listed(images)}"
         for rank, (names, images) in enumerate(everyones)
@@ -364,12 +369,11 @@ def _told(error: NonFiniteLoss, batch: Batch, context: TrainContext) -> str:
     return "; ".join([str(error), *(told or [f"images {_listed([one for _, ids in everyones for one in ids])}"])])
 
 
-def _warn(terms: Mapping[str, Tensor], batch: Batch, images: int, context: TrainContext) -> None:
+def _warn(bad: BadStep, context: TrainContext) -> None:
     """Of the first step of a bad row, from the workers where it began, and the first one in any case."""
-    names = not_finite(terms)
-    if context.rank == 0 or _own(names):
-        where = f"after {images:,} images, with {_listed(batch.image_id)}"
-        log.warning("step skipped, not finite: %s (%s)", ", ".join(names), where)
+    if context.rank == 0 or _own(bad.terms):
+        where = f"after {bad.images_seen:,} images, with {_listed(bad.image_id)}"
+        log.warning("step skipped, not finite: %s (%s)", ", ".join(bad.terms), where)
 
 
 def _own(names: Iterable[str]) -> list[str]:

@@ -64,6 +64,23 @@ def _joint_step(batch: Batch, workers: Workers) -> dict[str, Any]:
     return {"metrics": metrics, "gradients": recorder.gradients, "weights": checksums([state.model])}
 
 
+def _messages(batch: Batch) -> dict[str, Any]:
+    """Bytes of each all-reduce of a joint step, in order, and of the weights that it trains."""
+    state, sent, send = make_state(CONFIG), [], dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any, **more: Any) -> Any:
+        sent.append(tensor.nbytes)
+        return send(tensor, *args, **more)
+
+    dist.all_reduce = counted
+    try:
+        state.step(batch, "joint", global_batch=GLOBAL_BATCH, progress=0.0, workers=DistributedWorkers())
+    finally:
+        dist.all_reduce = send
+    weights = [[p.nbytes for group in one.param_groups for p in group["params"]] for one in state.optimizers.values()]
+    return {"sent": sent, "weights": [sum(sizes) for sizes in weights]}
+
+
 def _coarse_steps(batches: list[Batch], workers: Workers) -> Tensor:
     state = make_state(replace(CONFIG, optim=replace(CONFIG.optim, lr=1e-3)))
     for batch in batches:
@@ -95,6 +112,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
         "local means": _joint_step(shares[0], LocalMeans()),
         "coarse": _coarse_steps(shares, DistributedWorkers()),
         "mean": _derivatives_of_a_mean(rank),
+        "messages": _messages(shares[0]),
     }
     torch.save(result, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -132,6 +150,13 @@ def test_several_workers_have_the_gradients_of_one(
 ) -> None:
     for rank in ranks:
         assert _relative(rank["right"]["gradients"][which], alone["gradients"][which]) < 2e-5
+
+
+def test_a_joint_step_sends_each_gradient_once_in_two_messages_and_seven_scalars(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        sent, (generator, critics) = rank["messages"]["sent"], rank["messages"]["weights"]
+        # Both expectations of the discriminators' loss and back, those of the generator's and back through one.
+        assert sent == [4] * 4 + [critics] + [4] * 3 + [generator]
 
 
 def test_relativistic_means_of_one_share_would_be_another_gradient(

@@ -32,7 +32,7 @@ def test_the_half_life_is_never_longer_than_a_tenth_of_the_run() -> None:
 def test_no_half_life_keeps_nothing_of_the_old() -> None:
     assert ema.decay(4, 400, 0) == 0
     average, model = Small(1.0), Small(3.0)
-    ema.update(average, model, 0.0)
+    ema.update(average, model, 0.0, torch.tensor(True))
     assert all(
         torch.equal(a, b) for a, b in zip(average.state_dict().values(), model.state_dict().values(), strict=True)
     )
@@ -40,10 +40,16 @@ def test_no_half_life_keeps_nothing_of_the_old() -> None:
 
 def test_the_average_is_the_written_out_sum_and_buffers_are_copied() -> None:
     average, model = Small(1.0), Small(3.0)
-    ema.update(average, model, 0.75)
+    ema.update(average, model, 0.75, torch.tensor(True))
     torch.testing.assert_close(average.weight.detach(), torch.tensor([0.75 * 1 + 0.25 * 3, 0.75 * 2 + 0.25 * 6]))
     assert (average.vector, average.count) == (3, 3)
     assert model.weight.tolist() == [3, 6]
+
+
+def test_a_step_that_was_not_finite_leaves_the_average_as_it_was() -> None:
+    average, model = Small(1.0), Small(3.0)
+    ema.update(average, model, 0.75, torch.tensor(False))
+    assert average.weight.tolist() == [1, 2]
 
 
 def test_training_keeps_the_average_by_hand() -> None:
