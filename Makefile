@@ -2,11 +2,13 @@
 #   PYTHON    the interpreter that makes .venv (3.11 or newer)
 #   PIP_ARGS  passed to `pip install`, e.g. an index with other builds of torch (see README.md, "CPU and GPU")
 #   TEST_WORKERS  test files at a time
+#   SOAK_S  seconds that tests of faults at random moments go on in `make soak`
 #   MLFLOW_PORT  where `make mlflow` listens
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 TEST_WORKERS ?= 2
+SOAK_S ?= 300
 MLFLOW_PORT ?= 5000
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ READY := $(VENV)/ready
 CODE := $(wildcard tmad pipeline jobs tests benchmarks infra docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack stack-demo test check format-check lint types format bench docs docs-check mlflow clean
+.PHONY: help setup demo stack stack-demo test soak check format-check lint types format bench docs docs-check mlflow clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -41,6 +43,9 @@ stack-demo: $(READY)  ## every job, small, submitted to the stack that runs (or 
 
 test: $(READY)  ## the tests, TEST_WORKERS files at a time (each of them starts a Ray of its own)
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+soak: $(READY)  ## what repeats the tests for minutes: kills at random moments, clusters that lose nodes, every job and every end
+	TMAD_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m soak
 
 check: format-check lint types test  ## what CI runs: format, lint, types, tests
 

@@ -28,15 +28,27 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A process more for each group of workers, which watches for machines that are taken away; ours stay.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray looks at the memory of the whole machine; a neighbour's must not end our workers.
     "RAY_memory_monitor_refresh_ms": "0",
+    # As urgent as the tests that wait for them: at Ray's 15, those of a file stand still while another one computes.
+    "RAY_worker_niceness": "0",
     "OMP_NUM_THREADS": "1",
 }
 
 
+SOAK_S = float(os.environ.get("TMAD_SOAK_S", 0))
+"""Soaks of faults at random moments go on for so long; without it no soak is run."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first: where several run side by side, short ones fill the end."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    """Files with the most slow tests first: where several run side by side, short ones fill the end. No soaks unless
+    `make soak` asks for them."""
+    soaks = [] if SOAK_S else [item for item in items if item.get_closest_marker("soak")]
+    for item in soaks:
+        item.add_marker(pytest.mark.skip(reason="repeats a shorter test for minutes: make soak"))
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow") and item not in soaks)
     items.sort(key=lambda item: -slow[item.path])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -193,7 +192,7 @@ def test_the_data_plane_is_measured_from_every_source_and_beside_both_rivals(ray
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif("TMAD_SOAK_S" not in os.environ, reason="takes minutes; set TMAD_SOAK_S to run it")
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_quick_run_of_the_inpainting_job_fills_the_same_on_both_sides(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "batch_inpaint.py"
@@ -211,7 +210,7 @@ def test_a_quick_run_of_the_inpainting_job_fills_the_same_on_both_sides(tmp_path
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.skipif("TMAD_SOAK_S" not in os.environ, reason="takes minutes; set TMAD_SOAK_S to run it")
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_quick_run_of_the_training_job_compares_both_sides_on_one_and_two_workers(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "training_job.py"

@@ -59,7 +59,7 @@ VARIABLES = {
     "TMAD_STORAGE_TOTAL_S": "seconds for one look-up or part of a file, attempts included",
     "TMAD_MODEL": "the model that `tmad inpaint` and `tmad web` take when none is named",
     "TMAD_WEB_TOKEN": "the token that `tmad web` asks for",
-    "TMAD_SOAK_S": "seconds that the endurance tests take, for tests alone",
+    "TMAD_SOAK_S": "has pytest run the soaks; those at random moments go on for so many seconds (`make soak`)",
 }
 
 NOTE = "<!-- Written by docs/reference/generate.py (`make docs`); changes belong into the code. -->\n\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runs.cli import run_job
+from tests.pipeline.conftest import in_this_process as in_this_process
 from tests.pipeline.conftest import make_set as make_set
 from tests.pipeline.conftest import model_folder as model_folder
 from tests.pipeline.conftest import tracking_template as tracking_template

@@ -95,8 +95,9 @@ class Job:
         return code, self.said()
 
 
-def training_workers() -> dict[int, int]:
-    """Process ids of Ray Train's workers whose raylet is a child of this process, each with that of its raylet."""
+def workers_of_ray(kind: str) -> dict[int, int]:
+    """Process ids of Ray's workers of this kind whose raylet is a child of this process, each with that of its
+    raylet."""
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
     for folder in Path("/proc").glob("[0-9]*"):
@@ -106,7 +107,12 @@ def training_workers() -> dict[int, int]:
         except OSError:
             continue
     ours = {pid: parent for pid, parent in parents.items() if parents.get(parent) == os.getpid()}
-    return {pid: ours[pid] for pid in sorted(ours) if names[pid].startswith("ray::RayTrainWorker")}
+    return {pid: ours[pid] for pid in sorted(ours) if names[pid].startswith(f"ray::{kind}")}
+
+
+def training_workers() -> dict[int, int]:
+    """`workers_of_ray`, those of Ray Train."""
+    return workers_of_ray("RayTrainWorker")
 
 
 def small_sets(folder: Path) -> Path:

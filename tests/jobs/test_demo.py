@@ -13,6 +13,7 @@ from jobs import demo
 from pipeline.demo.run import DemoConfig, DemoResult, run_demo
 from pipeline.errors import ConfigMismatch
 from pipeline.evaluation.config import METHODS
+from tests.pipeline.conftest import loop_in_this_process
 from tmad.images import to_rgb
 
 # The first test waits for the whole path, which on a busy machine takes minutes.
@@ -27,7 +28,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
 
 @pytest.fixture(scope="module")
 def first(config: DemoConfig, ray_session: None) -> DemoResult:
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, loop_in_this_process():
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         return run_demo(config)
 

@@ -2,7 +2,7 @@
 the one line of each, and what the same command then leaves.
 
 Each job is ended in the middle of its work, again and again, and leaves what one leaves that nothing has happened to.
-`TMAD_SOAK_S` has all jobs run, which takes minutes; without it the shortest ones.
+That is a soak, but for one job ended once.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from pathlib import Path
 
 import pytest
 
+from jobs.inpaint import main as inpaint_main
 from pipeline.claim import CLAIM_NAME
 from pipeline.data.schema import MANIFEST_NAME
 from pipeline.models.registry import register_model
 from pipeline.report.pictures import png_bytes
 from pipeline.tracking import Tracker, mlflow_client
 from tests.conftest import RAY_ENVIRONMENT, ROOT
+from tests.jobs.conftest import CallJob
 from tests.jobs.processes import Job, Moment, small_sets
 from tests.tmad.tiny import MODEL, make_image, make_mask
 from tmad.checkpoint import save_model
@@ -37,7 +39,6 @@ from tmad.model import TMAD
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
-SOAK = "TMAD_SOAK_S" in os.environ
 SIGNALS = {"Ctrl-C": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143), "closed terminal": (signal.SIGHUP, 129)}
 BIN = Path(sys.executable).parent
 
@@ -220,12 +221,9 @@ def demo(place: Place, out: Path) -> Asked:
 JOBS = {one.__name__: one for one in (prepare, inpaint, evaluate, train, sweep, ablate, promote, demo)}
 
 
-def jobs(*names: str, quick: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    """A test of each of these jobs; without `TMAD_SOAK_S` of the *quick* ones."""
-    soak = pytest.mark.skipif(not SOAK, reason="takes minutes: set TMAD_SOAK_S")
-    return pytest.mark.parametrize(
-        "name", [name if name in quick else pytest.param(name, marks=soak) for name in names]
-    )
+def jobs(*names: str) -> pytest.MarkDecorator:
+    """A soak of each of these jobs."""
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.soak) for name in names])
 
 
 def run_to_its_end(asked: Asked, log: Path, environment: dict[str, str] | None = None) -> str:
@@ -245,7 +243,21 @@ def check_end(job: Job, asked: Asked, code: int) -> str:
     return said.strip().splitlines()[-1]
 
 
-@jobs(*JOBS, quick=("inpaint",))
+def test_an_inpainting_job_with_its_actors_is_ended_by_sigterm_and_goes_on_to_what_one_in_one_go_leaves(
+    place: Place, tmp_path: Path, ray_session: None, call_job: CallJob
+) -> None:
+    asked, whole = inpaint(place, tmp_path / "out"), inpaint(place, tmp_path / "whole")
+    job = Job(tmp_path / "log", asked.command)
+    assert job.wait_for(asked.moment()), job.said()
+    job.process.terminate()
+    assert "the same command" in check_end(job, asked, 143)
+    for one in (asked, whole):
+        code, _, said = call_job(inpaint_main, *one.command[2:])
+        assert code == 0, said
+    assert asked.left() == whole.left()
+
+
+@jobs(*JOBS)
 def test_a_job_that_is_stopped_ends_with_the_code_and_goes_on_to_what_one_in_one_go_leaves(
     name: str, place: Place, tmp_path: Path
 ) -> None:

@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 from jobs.sweep import main
-from pipeline.config import from_json
+from pipeline.config import DataConfig, from_json
 from pipeline.presets import smoke
 from pipeline.runs.cli import run_job
+from pipeline.sweep.config import SWEEP_PRESETS
+from pipeline.sweep.launch import _coarse
 from pipeline.tracking import mlflow_client
 from tests.conftest import RAY_ENVIRONMENT, ROOT
+from tests.jobs.conftest import CallJob
 from tests.jobs.processes import Job, small_sets
 from tmad.checkpoint import save_model
 from tmad.model import TMAD
@@ -63,7 +66,7 @@ def begun(folder: Path) -> dict[str, int]:
     return newest
 
 
-@pytest.mark.skipif("TMAD_SOAK_S" not in os.environ, reason="takes minutes: set TMAD_SOAK_S")
+@pytest.mark.soak
 def test_eight_trials_killed_in_the_middle_go_on_and_end_in_a_winner_that_can_be_trained(place: Path) -> None:
     folder = place / "runs" / "killed"
     arguments = ("killed", "--trials", "8")
@@ -121,9 +124,18 @@ def test_eight_trials_killed_in_the_middle_go_on_and_end_in_a_winner_that_can_be
     assert "begun with other settings (seed: 0 -> 1)" in other.stderr
 
 
-def test_ctrl_c_ends_a_sweep_without_a_summary_and_the_same_command_does_the_rest(place: Path) -> None:
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model whose coarse network trials may start from: no coarse phase of their own."""
+    save_model(TMAD(smoke().model, seed=0), folder := tmp_path_factory.mktemp("start") / "model")
+    return str(folder)
+
+
+def test_ctrl_c_ends_a_sweep_without_a_summary_and_the_same_command_does_the_rest(
+    place: Path, model: str, ray_session: None, call_job: CallJob
+) -> None:
     folder = place / "runs" / "stopped"
-    arguments = ("stopped", "--trials", "2", "--max-concurrent", "1", "--no-stop-early")
+    arguments = ("stopped", "--trials", "2", "--max-concurrent", "1", "--no-stop-early", "--init-from", model)
     job = Job(place / "stopped.log", command(place, *arguments))
     assert job.wait_for(lambda: any(folder.glob("trials/*/finished.json")), every_s=0.1), job.said()
     # A terminal sends it to all processes of the foreground.
@@ -136,9 +148,9 @@ def test_ctrl_c_ends_a_sweep_without_a_summary_and_the_same_command_does_the_res
     (kept,) = folder.glob("trials/*/finished.json")
     before = kept.read_bytes()
 
-    ended = run(place, *arguments)
-    assert ended.returncode == 0, ended.stderr
-    assert "sweep stopped was begun before: going on with it" in ended.stderr
+    code, _, said = call_job(main, *arguments_of(place, *arguments))
+    assert code == 0, said
+    assert "sweep stopped was begun before: going on with it" in said
     summary = json.loads((folder / "summary.json").read_text())
     assert [trial["status"] for trial in summary["trials"]] == ["finished", "finished"]
     assert kept.read_bytes() == before
@@ -147,13 +159,26 @@ def test_ctrl_c_ends_a_sweep_without_a_summary_and_the_same_command_does_the_res
     assert names == {"trial 1", "trial 2"}
 
 
-def test_a_trial_that_always_fails_ends_the_sweep_with_its_error(place: Path, tmp_path: Path) -> None:
-    save_model(TMAD(smoke().model, seed=0), tmp_path / "model")
+def test_the_coarse_phase_is_a_run_that_trains_the_coarse_network_alone(
+    place: Path, in_this_process: None, tmp_path: Path
+) -> None:
+    config = replace(SWEEP_PRESETS["smoke"](), name="coarse-phase")
+    data = DataConfig(train=str(place / "train"), val=str(place / "val"))
+    config = replace(config, run=replace(config.run, runs=str(tmp_path), data=data))
+    assert _coarse(config, str(tmp_path / "sweep"), None, None) == str(tmp_path / "sweep" / "coarse")
+    finished = json.loads((tmp_path / "sweep" / "coarse" / "finished.json").read_text())
+    assert (finished["images"], finished["registered"]) == (smoke().schedule.coarse_images, None)
+    assert finished["best"]["measure"] == "coarse_psnr_hole"
+
+
+def test_a_trial_that_always_fails_ends_the_sweep_with_its_error(
+    place: Path, model: str, ray_session: None, call_job: CallJob
+) -> None:
     # The coarse network is given, so that none of another width fits.
-    more = ("--init-from", str(tmp_path / "model"), "--space", "model.coarse.base_width=8,12")
-    ended = run(place, "failing", "--trials", "4", "--max-concurrent", "1", *more)
-    assert ended.returncode == 1
-    last = ended.stderr.strip().splitlines()[-1]
+    more = ("--init-from", model, "--space", "model.coarse.base_width=8,12")
+    code, _, said = call_job(main, *arguments_of(place, "failing", "--trials", "4", "--max-concurrent", "1", *more))
+    assert code == 1
+    last = said.strip().splitlines()[-1]
     assert "trial 1 (" in last
     assert "failed: WeightsMismatch: init_from: " in last
     assert "does not fit" in last

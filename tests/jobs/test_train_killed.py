@@ -1,8 +1,7 @@
 """A training on a cluster of three nodes that loses workers, nodes and its driver, and ends as if nothing had been.
 
-The nodes are raylets of their own on this machine; what is killed is killed with SIGKILL. This takes minutes, so it is
-run with `TMAD_SOAK_S=300` alone, which goes on for so many seconds with faults in random order at random moments, from
-`TMAD_SOAK_SEED` on, and prints what each one cost.
+The nodes are raylets of their own on this machine; what is killed is killed with SIGKILL. The last test goes on for
+`TMAD_SOAK_S` with faults in random order at random moments, from `TMAD_SOAK_SEED` on, and prints what each one cost.
 """
 
 from __future__ import annotations
@@ -23,16 +22,14 @@ from typing import Any
 import pytest
 
 from pipeline.tracking import read_json_lines
-from tests.conftest import RAY_ENVIRONMENT, ROOT
+from tests.conftest import RAY_ENVIRONMENT, ROOT, SOAK_S
 from tests.jobs.processes import Job, small_sets, training_workers
-
-SOAK_S = float(os.environ.get("TMAD_SOAK_S", 0))
 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1800 + SOAK_S),
-    pytest.mark.skipif(not SOAK_S, reason="takes minutes: set TMAD_SOAK_S"),
+    pytest.mark.soak,
 ]
 
 BATCH, CHECKPOINT = 4, 20

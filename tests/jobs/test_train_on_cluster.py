@@ -1,5 +1,5 @@
 """The way of a user with a cluster: `ray start`, `ray job submit` from another folder, everything on S3 and in MLflow,
-whose server is away for a while. It takes minutes, so it is run where `TMAD_SOAK_S` is set."""
+whose server is away for a while."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(not os.environ.get("TMAD_SOAK_S"), reason="takes minutes: set TMAD_SOAK_S"),
+    pytest.mark.soak,
 ]
 
 EVERY = 4

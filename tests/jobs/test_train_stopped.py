@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from pipeline.claim import CLAIM_NAME
 from pipeline.config import from_json
 from pipeline.errors import FolderInUse
 from pipeline.tracking import read_json_lines
+from pipeline.train.ending import signals_stop
 from pipeline.train.launch import train
+from pipeline.train.relay import relayed_logs
 from tests.conftest import ROOT
 from tests.jobs.processes import Job, small_sets
 
@@ -56,9 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_sets(tmp_path_factory.mktemp("stopped"))
 
 
-def test_ctrl_c_keeps_a_last_checkpoint_a_second_one_ends_at_once_and_a_second_job_of_the_name_is_refused(
-    place: Path,
-) -> None:
+def test_ctrl_c_keeps_a_last_checkpoint_and_a_second_job_of_the_name_is_refused(place: Path) -> None:
     training = Training(place, "stopped")
     job = training.start_and_reach(2)
 
@@ -77,6 +78,41 @@ def test_ctrl_c_keeps_a_last_checkpoint_a_second_one_ends_at_once_and_a_second_j
     assert training.checkpoints()[-1] >= 4, said
     assert not (training.folder / CLAIM_NAME).exists()
 
+
+def test_the_first_signal_asks_the_workers_for_a_checkpoint_and_a_second_one_or_the_end_of_the_grace_period_ends_all(
+    ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with relayed_logs() as relay:
+
+        def stopped_twice() -> None:
+            with signals_stop(relay, 60) as stop:
+                assert not ray.get(relay.is_stopping.remote())
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.number == signal.SIGHUP
+                assert ray.get(relay.is_stopping.remote())
+                os.kill(os.getpid(), signal.SIGTERM)
+                pytest.fail("the second signal did not end it")
+
+        def stopped_for_too_long() -> None:
+            with signals_stop(relay, 0.2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(30)
+                pytest.fail("the grace period did not end it")
+
+        for ended in (stopped_twice, stopped_for_too_long):
+            with pytest.raises(KeyboardInterrupt):
+                ended()
+    assert "closed terminal: a last checkpoint, within 60 s; a second one ends the job at once" in caplog.text
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+@pytest.mark.soak
+def test_a_training_that_goes_on_is_ended_at_once_by_a_second_signal(place: Path) -> None:
+    training = Training(place, "stopped twice")
+    job = training.start_and_reach(2)
+    os.killpg(job.process.pid, signal.SIGINT)
+    assert job.end()[0] == 130
     kept = training.checkpoints()[-1]
     job = training.start_and_reach(1)
     assert f"continuing after {kept:,} images" in job.said()

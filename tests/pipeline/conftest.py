@@ -1,11 +1,14 @@
-"""What the tests of `pipeline` share: MLflow in one SQLite file, a tiny model artifact, a small prepared set."""
+"""What the tests of `pipeline` share: MLflow in one SQLite file, a tiny model artifact, a small prepared set, and
+trainings without processes of their own."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,38 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("artifact") / "model"
     save_model(TMAD(MODEL, seed=3), folder)
     return folder
+
+
+@contextlib.contextmanager
+def loop_in_this_process() -> Iterator[None]:
+    """In this block `train` runs its loop here, as Ray Train's local mode does, in a process group of one: all that a
+    worker is, but for the processes, which take 25 s to start. Not for what Ray Train itself does when a worker fails,
+    and the checkpoints are in no list of its controller's."""
+    import torch.distributed as dist
+    from ray.train import ScalingConfig
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in group.items():
+            patch.setenv(name, value)
+        patch.setattr("pipeline.train.launch.ScalingConfig", lambda **_: ScalingConfig(num_workers=0))
+        # What it logs is logged here already, and would come back through the relay for ever.
+        patch.setattr("pipeline.train.worker._set_up_logging", lambda *_: None)
+        try:
+            yield
+        finally:
+            if dist.is_initialized():  # Ray leaves it where the loop raised
+                dist.destroy_process_group()
+
+
+@pytest.fixture
+def in_this_process(ray_session: None) -> Iterator[None]:
+    """`loop_in_this_process` for a test."""
+    with loop_in_this_process():
+        yield
 
 
 @pytest.fixture

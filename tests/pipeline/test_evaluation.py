@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from PIL import Image
 
@@ -201,14 +202,11 @@ def test_in_object_storage_that_fails_on_and_off_the_table_is_the_same(
 
 
 JOB = """
-import os, sys, json
-from pipeline.evaluation import parts
+import sys, json
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import evaluate
-from pipeline.runs.cluster import start_ray
 settings = json.loads(sys.argv[1])
-for name in ("methods",): settings[name] = tuple(settings[name])
-evaluate(EvaluateConfig(**settings))
+evaluate(EvaluateConfig(**{**settings, "methods": tuple(settings["methods"])}))
 """
 
 
@@ -218,7 +216,7 @@ def test_killed_with_other_threads_and_run_again_it_gives_the_same_table(
 ) -> None:
     data, out = make_set(6), tmp_path / "killed"
     settings = {"model": str(model_folder), "data": data, **FAST, "images_per_task": 1, "num_workers": 1}
-    environment = {**os.environ, "OMP_NUM_THREADS": "3", "RAY_memory_monitor_refresh_ms": "0", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "3", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     job = subprocess.Popen(
         [sys.executable, "-c", JOB, json.dumps({**settings, "out": str(out)})],
         env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,6 @@ from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import MODEL
 from tmad.checkpoint import load_model, save_model
 from tmad.model import TMAD
-
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -183,23 +179,21 @@ def test_two_promotions_at_once_leave_the_better_one(
 ) -> None:
     for quality in ("worst", "bad", "good"):
         register(quality)
-    command = [sys.executable, str(ROOT / "jobs" / "promote.py"), "--name", "tests", "--data", settings["data"]]
-    command += ["--tracking-uri", tracking_uri, "--out", settings["out"], "--not-worse", "ssim_full=0.9"]
-    command += ["--num-pictures", "1", "--resamples", "200", "--version"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen([*command, version], env=environment, stderr=subprocess.PIPE) for version in ("2", "3")]
-    said = [one.communicate()[1].decode() for one in both]
-    codes = [one.returncode for one in both]
+    rule = {**settings, "not_worse": ("ssim_full=0.9",), "num_pictures": 1}
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(promote, PromoteConfig(**rule, version=version)) for version in (2, 3)]
+    refused = [one.exception() for one in both]
     assert champion(tracking_uri) == 3
     client = mlflow_client(tracking_uri)
     over = {version: client.get_model_version("tests", version).tags.get(PREVIOUS_TAG) for version in ("2", "3")}
     # Whoever came second was compared with the first one's result.
-    if codes == [0, 0]:
+    if refused == [None, None]:
         assert over == {"2": "1", "3": "2"}
     else:
-        assert codes == [1, 0], said
+        assert isinstance(refused[0], NotPromoted)
+        assert refused[1] is None
         assert over == {"2": None, "3": "1"}
-        assert "not promoted over version 3" in said[0]
+        assert "not promoted over version 3" in str(refused[0])
 
 
 def test_names_that_are_not_there_and_rules_without_sense_are_refused(tracking_uri: str) -> None:

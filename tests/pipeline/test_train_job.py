@@ -1,4 +1,4 @@
-"""Training with Ray, from a prepared set to a registered model: two workers, one run a name, a worker that dies."""
+"""Training with Ray, from a prepared set to a registered model: two workers, one run a name, workers that die."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +16,12 @@ from typing import Any
 import pytest
 import ray
 import torch
-from PIL import Image
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
 
 from jobs.train_places import main
 from pipeline.claim import CLAIM_NAME
 from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
-from pipeline.data.collection import ImagesConfig
 from pipeline.data.schema import read_manifest
 from pipeline.errors import CheckpointsDamaged, ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
 from pipeline.models import load_any_model
@@ -32,14 +29,10 @@ from pipeline.presets import smoke
 from pipeline.runs.cluster import require
 from pipeline.storage import write_atomic
 from pipeline.tracking import mlflow_client, read_json_lines
-from pipeline.train.launch import train
-from tests.conftest import ROOT, make_photo
+from pipeline.train.launch import _cause, train
 from tests.jobs.processes import small_sets, training_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
-
-ALONE = replace(smoke().workers, num_workers=1)
-"""Where it is not about several: each takes seconds to start."""
 
 
 @pytest.fixture(scope="module")
@@ -154,27 +147,45 @@ def test_other_data_in_the_same_folder_is_refused(place: Path, finished: dict[st
         swapped.write_text(before)
 
 
-def test_a_worker_that_is_killed_changes_nothing_in_the_result(
-    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_workers_that_are_killed_change_nothing_in_the_result(
+    kills: int, place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = _config(place, "killed", workers=replace(smoke().workers, max_failures=1))
-    metrics = str(place / "runs" / "killed" / "metrics.jsonl")
-
-    def past_the_first_checkpoint() -> bool:
-        return any(row["step"] > 8 for row in read_json_lines(metrics))
-
+    """One behind the first checkpoint, and one of those that Ray then starts at the same place, which ends the job."""
+    name = f"killed-{kills}"
+    schedule = replace(smoke().schedule, log_every_images=4)
+    config = _config(place, name, workers=replace(smoke().workers, max_failures=1), schedule=schedule)
+    metrics = str(place / "runs" / name / "metrics.jsonl")
     killed: list[int] = []
-    killer = threading.Thread(target=_kill_a_worker_when, args=(past_the_first_checkpoint, killed), daemon=True)
+
+    def kill() -> None:
+        deadline = time.monotonic() + 300
+        while len(killed) < kills and time.monotonic() < deadline:
+            if sum(row["step"] == 12 for row in read_json_lines(metrics)) > len(killed):
+                killed.append([*training_workers()][-1])
+                os.kill(killed[-1], signal.SIGKILL)
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     with caplog.at_level(logging.INFO):
+        if kills == 2:
+            with pytest.raises(TrainingFailed, match=f"training stopped: .*same command with --name {name} continues"):
+                train(config)
         summary = train(config)
     killer.join(timeout=10)
-    assert len(killed) == 1
-    assert "continuing after" in caplog.text
+    assert len(set(killed)) == kills
+    assert caplog.text.count("continuing after 8 images") == kills
     assert summary["model_digest"] == finished["model_digest"]
 
 
-def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(place: Path) -> None:
+def test_of_several_workers_that_failed_the_one_that_says_why_is_told_without_what_is_secret() -> None:
+    why = ValueError("s3://key:secret@bucket is no place")
+    lost = {0: ConnectionError("connection closed by peer"), 1: RayTaskError("work", "a long traceback", why)}
+    assert _cause(WorkerGroupError("workers failed", lost)) == "ValueError: s3://***@bucket is no place"
+
+
+def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(place: Path, in_this_process: None) -> None:
     run = place / "runs" / "taken"
     claim = run / CLAIM_NAME
 
@@ -189,7 +200,7 @@ def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(plac
     other = threading.Thread(target=take_over, daemon=True)
     other.start()
     with pytest.raises(TrainingFailed, match=r"images_0+8 was not kept: .*runs/taken was taken over: process"):
-        train(_config(place, "taken", workers=ALONE))
+        train(_config(place, "taken"))
     other.join(timeout=10)
     assert not list((run / "checkpoints").glob("images_*"))
     assert json.loads(claim.read_text())["token"] == "another"
@@ -225,126 +236,45 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_it(
     assert kept == {"images_000000000024", "images_000000000024_2"}
 
 
-def test_checkpoints_that_are_all_damaged_stop_the_run_and_are_named(place: Path, finished: dict[str, Any]) -> None:
+def test_checkpoints_that_are_all_damaged_stop_the_run_and_are_named(
+    place: Path, finished: dict[str, Any], in_this_process: None
+) -> None:
     run = _unfinished_copy(place, "all-damaged")
     for folder in (run / "checkpoints").glob("images_*"):
         _truncate(folder / "state.safetensors")
     with pytest.raises(CheckpointsDamaged, match=r"images_000000000024: state.* images_000000000016: state") as caught:
-        train(_config(place, "all-damaged", workers=ALONE))
+        train(_config(place, "all-damaged"))
     assert caught.value.details["damaged"].keys() == {"images_000000000016", "images_000000000024"}
 
 
 def test_a_list_of_checkpoints_cut_short_and_a_deleted_checkpoint_do_not_keep_a_run_from_going_on(
-    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture
+    place: Path, finished: dict[str, Any], in_this_process: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = _unfinished_copy(place, "lost-list")
     _truncate(run / "checkpoints" / "checkpoint_manager_snapshot.json")
     shutil.rmtree(run / "checkpoints" / "images_000000000024")
     with caplog.at_level(logging.INFO):
-        summary = train(_config(place, "lost-list", workers=ALONE))
+        summary = train(_config(place, "lost-list"))
     assert "Ray's list of checkpoints" in caplog.text
     assert "continuing after 16 images" in caplog.text
     assert (summary["images"], summary["checkpoint"]) == (24, finished["checkpoint"])
 
 
-def test_training_from_photographs_stopped_and_gone_on_with_is_training_from_the_prepared_set(
-    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture, tmp_path: Path
+def test_a_dry_run_compares_the_cluster_with_what_is_asked_for(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    photos = shutil.copytree(place / "photos" / "train", tmp_path / "photos")
-    command = f"--preset smoke --data.val {place}/val --runs {place}/runs --name live --tracking.uri none".split()
-    command += f"--data.images.source {photos} --data.images.crop-size 32".split()
-    command += ["--data.images.images-per-shard", "4", "--data.images.row-group-rows", "2"]
-    metrics = str(place / "runs" / "live" / "metrics.jsonl")
-
-    def past_the_first_checkpoint() -> bool:
-        return any(row["step"] > 8 for row in read_json_lines(metrics))
-
-    killed: list[int] = []
-    killer = threading.Thread(target=_kill_a_worker_when, args=(past_the_first_checkpoint, killed), daemon=True)
-    killer.start()
-    with pytest.raises(TrainingFailed, match="the same command with --name live continues"):
-        main([*command, "--workers.max-failures", "0"])
-    killer.join(timeout=10)
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    command = f"--data.train {place}/train --data.val {place}/val --runs {place}/dry --tracking.uri none".split()
     with caplog.at_level(logging.INFO):
-        main(command)
-    assert "continuing after" in caplog.text
-    losses = [
-        {row["step"]: row for row in read_json_lines(str(place / "runs" / name / "metrics.jsonl")) if "lr" in row}
-        for name in ("whole", "live")
-    ]
-    assert losses[0].keys() == losses[1].keys() == {8, 16, 24}
-    for step, row in losses[0].items():
-        same = [name for name in row if name.startswith("loss/")]
-        assert same
-        assert {name: losses[1][step][name] for name in same} == {name: row[name] for name in same}
-        assert losses[1][step]["data/replaced"] == 0
-    summary = json.loads((place / "runs" / "live" / "finished.json").read_text())
-    assert summary["model_digest"] == finished["model_digest"]
-
-    Image.fromarray(make_photo(99, 40, 48)).save(photos / "99.png")
-    with pytest.raises(ConfigMismatch, match=r"names or sizes of the photographs.* \w+ -> \w+, 11 images now\)"):
-        main(command)
-    with pytest.raises(ConfigMismatch, match=r"data.images.mask: brush_or_rectangle -> rectangle"):
-        main([*command, "--data.images.mask", "rectangle"])
-
-
-def _kill_a_worker_when(ready: Callable[[], bool], killed: list[int]) -> None:
-    """Kill one of this session's training workers, once."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if ready() and (workers := list(training_workers())):
-            os.kill(workers[-1], signal.SIGKILL)
-            killed.append(workers[-1])
-            return
-        time.sleep(0.02)
-
-
-def test_joint_training_from_photographs_leaves_out_the_unusable_and_starts_from_a_registered_coarse_network(
-    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    photos = shutil.copytree(place / "photos" / "train", tmp_path / "photos")
-    (photos / "3.png").write_bytes(b"no picture")
-    config = _config(
-        place,
-        "joint",
-        data=DataConfig(images=ImagesConfig(source=str(photos), crop_size=32), val=str(place / "val")),
-        init_from=finished["registered"]["uri"],
-        init_networks="coarse",
-        schedule=replace(smoke().schedule, coarse_images=0, joint_images=24),
-        optim=replace(smoke().optim, lr=1e-9, min_lr=0.0),
-        tracking=TrackingConfig(experiment="smoke", registered_name="tmad-joint"),
-    )
-    with caplog.at_level(logging.INFO):
-        summary = train(config)
-    run = place / "runs" / "joint"
-    assert "3.png cannot be used, another image takes its place: not-an-image" in caplog.text
-    assert "2 images replaced since the start" in caplog.text
-    rows = read_json_lines(str(run / "metrics.jsonl"))
-    assert [row["data/replaced"] for row in rows if "data/replaced" in row][-1] == 2
-
-    report = json.loads((run / "init_report.json").read_text())
-    assert (report["networks"], report["model_digest"]) == (["coarse"], finished["model_digest"])
-    ours, source = (load_any_model(str(place / "runs" / name)).coarse.state_dict() for name in ("joint", "whole"))
-    assert all(torch.allclose(value, source[name], atol=1e-6) for name, value in ours.items())
-    client = mlflow_client(summary["tracking_uri"])
-    tags = client.get_run(summary["mlflow_run_id"]).data.tags
-    assert (tags["init_digest"], tags["init_model"]) == (report["digest"], finished["model_digest"])
-    assert "init_report.json" in {one.path for one in client.list_artifacts(summary["mlflow_run_id"])}
-
-
-def test_a_dry_run_joins_the_cluster_and_compares_what_is_asked_for(place: Path) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / "train_places.py"), "--preset", "smoke", "--dry-run"]
-    command += f"--data.train {place}/train --data.val {place}/val --runs {place}/dry --tracking.uri none".split()
-    command += ["--workers.cpus-per-worker", "100"]
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 1, done.stderr
-    assert "asked for 201 CPU, the cluster has 4 CPU: 197 CPU missing; a run would wait 600 s" in done.stderr
-    assert done.stderr.endswith("1 of 7 checks failed\n")
+        assert main(["--preset", "smoke", "--dry-run", *command, "--workers.cpus-per-worker", "100"]) == 1
+    assert "asked for 201 CPU, the cluster has 4 CPU: 197 CPU missing; a run would wait 600 s" in caplog.text
+    assert "1 of 7 checks failed" in caplog.text
     assert not (place / "dry").exists()
 
 
-def test_losses_that_are_not_finite_stop_without_a_retry(place: Path) -> None:
+def test_losses_that_are_not_finite_are_the_end_and_not_a_failure_that_is_tried_again(
+    place: Path, in_this_process: None
+) -> None:
     config = _config(place, "nan", optim=replace(smoke().optim, lr=1e30, max_bad_steps=2))
     with pytest.raises(TrainingFailed, match=r"steps in a row were not finite .*with --name nan continues"):
         train(config)

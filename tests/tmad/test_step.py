@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partialmethod
 
 import pytest
 import torch
@@ -678,28 +679,36 @@ def test_bfloat16_keeps_losses_in_single_precision_and_near_those_of_it() -> Non
     "change",
     [
         "use_channels_last",
+        # As it is compiled, forward and backward, but not translated to C++, which takes most of a minute.
+        pytest.param("aot_eager", marks=pytest.mark.slow),
         pytest.param(
-            "compile",
+            "inductor",
             marks=[
-                pytest.mark.slow,
+                pytest.mark.soak,
                 pytest.mark.timeout(600),
                 pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
             ],
         ),
     ],
 )
-def test_compiled_networks_and_another_layout_compute_the_same_but_for_rounding(change: str) -> None:
+def test_compiled_networks_and_another_layout_compute_the_same_but_for_rounding(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, other = make_state(), make_state()
     names = other.tensors().keys()
     torch._dynamo.reset()
-    getattr(other, change)()
+    if change == "use_channels_last":
+        other.use_channels_last()
+    else:
+        monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=change))
+        other.compile()
     for phase in ("coarse", "joint", "joint"):
         expected, found = step(plain, phase), step(other, phase)
         assert found.keys() == expected.keys()
         for name, value in found.items():
             assert float(value) == pytest.approx(float(expected[name]), rel=2e-3, abs=1e-4), name
     assert {name for name in other.tensors() if not name.startswith("adam/")} == names
-    if change == "compile":
+    if change != "use_channels_last":
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3, "coarse network, PSNet, features"
         torch._dynamo.reset()
     else:
