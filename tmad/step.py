@@ -287,8 +287,10 @@ class TrainingState:
             with parametrize.cached():
                 metrics, critics_finite = self._update_critics(batch, out, image, target, patches, workers)
 
+        # [D] The expected distance, beside Eq. 8.
         if weights.weight_retrieval:
             terms["retrieval"] = (weights.weight_retrieval, losses.expected_distance(out.weights, distances, counted))
+        # Eq. 8: the losses of synthesized patches; its first term follows below.
         if weights.weight_l1:
             terms["l1"] = (weights.weight_l1, (patches - target).abs().mean())
         if self.perceptual is not None:
@@ -300,8 +302,10 @@ class TrainingState:
                 terms["perceptual"] = (weights.weight_perceptual, perceptual_loss(made, wanted))
             if weights.weight_style:
                 terms["style"] = (weights.weight_style, style_loss(made, wanted))
+        # Eq. 9: the losses of the tiled result.
         if weights.weight_tv:
             terms["tv"] = (weights.weight_tv, losses.total_variation(out.output, mask))
+        # The gradient goes through the discriminators, not into their weights.
         self._freeze_critics(True)
         with parametrize.cached():
             if weights.weight_gan_patch:
@@ -347,7 +351,9 @@ class TrainingState:
         metrics: dict[str, Tensor] = {}
         total = image.new_zeros(())
         penalised = weights.gradient_penalty > 0 and self.steps % weights.gp_every == 0
+        # Computed on every gp_every-th step, with that many times the weight.
         penalty_weight = weights.gradient_penalty * weights.gp_every
+        # Eq. 6 trains the discriminators alone: what they judge is data.
         fake_patches, fake_image = patches.detach(), out.output.detach()
         if weights.weight_gan_patch:
             real, fake = self._score_patches(self._reals(out, target), fake_patches)
@@ -384,6 +390,7 @@ class TrainingState:
     @staticmethod
     def _reals(out: TMADOutput, target: Tensor) -> Tensor:
         """The reals of Eq. 6-7: candidates and true patches together, both as data."""
+        # Detached: candidates carry the straight-through gradient (Eq. 5), and these scores must not train retrieval.
         return torch.cat([out.candidates.detach().flatten(1, 2), target], dim=1)
 
     def _update_generator(

@@ -252,7 +252,7 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         if "--debug" in arguments:
             log.exception("failed")
         else:
-            log.error("%s", storage.redact(one_line(error)))
+            log.error("%s", storage.redact(_loss_of_ray(error) or one_line(error)))
         sys.exit(1)
     finally:
         for number, handler in before.items():
@@ -310,6 +310,15 @@ def give_up(reason: str, *, within_s: float) -> None:
 def given_up() -> bool:
     """Whether the job is being ended by `give_up`."""
     return bool(_gone)
+
+
+def _loss_of_ray(error: Exception) -> str | None:
+    """That the cluster is gone, where this is what *error* of Ray's came from: Ray names an actor and a socket."""
+    if not type(error).__module__.startswith("ray."):
+        return None
+    from pipeline.runs.cluster import loss
+
+    return loss()
 
 
 def _of_a_library(error: Exception) -> bool:

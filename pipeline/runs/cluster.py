@@ -167,23 +167,31 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
     return (place.hostname, port) if place.hostname and port else None
 
 
+def loss() -> str | None:
+    """Why the cluster of this job no longer answers, in a sentence; `None` while it does, or if there was none."""
+    if not joined() and not ray.is_initialized():
+        return None
+    address = os.environ["RAY_ADDRESS"] if joined() else ray.get_runtime_context().gcs_address
+    if (place := _host_and_port(address)) is None:
+        return None
+    try:
+        socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        whose = f"the Ray cluster at {address}" if joined() else "the Ray of this job"
+        where = "on one that is there the same command" if joined() else "the same command"
+        return f"{whose} is gone ({one_line(error)}); {where} continues where it stopped"
+    return None
+
+
 def _watch() -> None:
     """End the job when nobody takes connections where Ray's head is any more; one that is slow still does."""
-    address = os.environ["RAY_ADDRESS"] if joined() else ray.get_runtime_context().gcs_address
-    whose = f"the Ray cluster at {address}" if joined() else "the Ray of this job"
-    place, last = _host_and_port(address), time.monotonic()
-    while place is not None and ray.is_initialized():
+    last = time.monotonic()
+    while ray.is_initialized():
         time.sleep(KNOCK_S)
-        try:
-            socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
+        if (reason := loss()) is None:
             last = time.monotonic()
-        except OSError as error:
-            if time.monotonic() - last > LOST_AFTER_S and ray.is_initialized():
-                where = "on one that is there the same command" if joined() else "the same command"
-                give_up(
-                    f"{whose} is gone ({one_line(error)}); {where} continues where it stopped",
-                    within_s=LOST_AFTER_S / 3,
-                )
+        elif time.monotonic() - last > LOST_AFTER_S and ray.is_initialized():
+            give_up(reason, within_s=LOST_AFTER_S / 3)
 
 
 def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from pipeline.errors import ClusterUnreachable
+from pipeline.runs.cli import run_job
 from pipeline.runs.cluster import STARTS, start_local
 from tests.conftest import ROOT
 
@@ -51,6 +53,24 @@ def test_another_error_is_not_tried_again(monkeypatch) -> None:
     with pytest.raises(ValueError, match="num_cpus"):
         start_local(num_cpus=-1)
     assert len(calls) == 1
+
+
+def test_an_error_of_ray_whose_cluster_is_gone_says_that_it_is(monkeypatch, capfd) -> None:
+    def job(_: object) -> None:
+        raise ActorUnavailableError("The actor is unavailable: RpcError: Socket closed", None)
+
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(SystemExit, match="1"):
+            run_job(job, [])
+        assert "is unavailable" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        run_job(job, [])
+    said = capfd.readouterr().err
+    assert f"the Ray cluster at {address} is gone" in said
+    assert "the same command continues where it stopped" in said
+    assert "is unavailable" not in said
 
 
 AT_ADDRESSES = """
