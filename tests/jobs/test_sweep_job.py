@@ -168,7 +168,7 @@ def test_the_coarse_phase_is_a_run_that_trains_the_coarse_network_alone(
     assert _coarse(config, str(tmp_path / "sweep"), None, None) == str(tmp_path / "sweep" / "coarse")
     finished = json.loads((tmp_path / "sweep" / "coarse" / "finished.json").read_text())
     assert (finished["images"], finished["registered"]) == (smoke().schedule.coarse_images, None)
-    assert finished["best"]["measure"] == "coarse_psnr_hole"
+    assert finished["best"]["measure"] == "val/coarse_psnr_hole"
 
 
 def test_a_trial_that_always_fails_ends_the_sweep_with_its_error(

@@ -408,5 +408,5 @@ def test_a_dry_run_prints_configuration_and_plan_from_any_folder_and_fails_where
     assert from_json(done.stdout) == replace(smoke(), seed=5)
     assert "6: 2 coarse (8 images), then 4 jointly (16 images)" in done.stderr
     assert f"no Ray cluster at {cluster} (RAY_ADDRESS): [Errno 111]" in done.stderr
-    assert done.stderr.endswith("3 of 7 checks failed\n")
+    assert done.stderr.endswith("3 of 8 checks failed\n")
     assert list(tmp_path.iterdir()) == []

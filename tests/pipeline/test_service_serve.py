@@ -161,7 +161,7 @@ def test_what_cannot_be_answered_is_one_sentence(service: Service) -> None:
 def test_more_than_may_wait_are_asked_to_come_again(service: Service) -> None:
     with stopped(replicas()), ThreadPoolExecutor(20) as clients:
         asked = [clients.submit(service.ask) for _ in range(20)]
-        while sum(one.done() for one in asked) < 20 - MAX_WAITING - 4:  # two replicas, two pictures each at once
+        while sum(one.done() for one in asked) < 20 - MAX_WAITING - 8:  # two replicas, two batches of two in hand
             time.sleep(0.05)
         refused = [one.result() for one in asked if one.done()]
         assert {(one.status_code, one.json()["reason"]) for one in refused} == {(503, "too-many")}

@@ -269,7 +269,7 @@ def test_a_dry_run_compares_the_cluster_with_what_is_asked_for(
     with caplog.at_level(logging.INFO):
         assert main(["--preset", "smoke", "--dry-run", *command, "--workers.cpus-per-worker", "100"]) == 1
     assert "asked for 201 CPU, the cluster has 4 CPU: 197 CPU missing; a run would wait 600 s" in caplog.text
-    assert "1 of 7 checks failed" in caplog.text
+    assert "1 of 8 checks failed" in caplog.text
     assert not (place / "dry").exists()
 
 
