@@ -82,7 +82,8 @@ def test_ctrl_c_keeps_a_last_checkpoint_and_a_second_job_of_the_name_is_refused(
 def test_the_first_signal_asks_the_workers_for_a_checkpoint_and_a_second_one_or_the_end_of_the_grace_period_ends_all(
     ray_session: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = signal.getsignal(signal.SIGHUP)
+    # Under `nohup` the tests' own is ignored, and then a job's is.
+    outside = signal.signal(signal.SIGHUP, before := signal.default_int_handler)
     with relayed_logs() as relay:
 
         def stopped_twice() -> None:
@@ -104,7 +105,7 @@ def test_the_first_signal_asks_the_workers_for_a_checkpoint_and_a_second_one_or_
             with pytest.raises(KeyboardInterrupt):
                 ended()
     assert "closed terminal: a last checkpoint, within 60 s; a second one ends the job at once" in caplog.text
-    assert signal.getsignal(signal.SIGHUP) == before
+    assert signal.signal(signal.SIGHUP, outside) == before
 
 
 @pytest.mark.soak

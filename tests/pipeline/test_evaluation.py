@@ -344,13 +344,6 @@ def test_a_network_that_cannot_be_had_is_a_row_that_says_why_and_the_run_goes_on
     text = (tmp_path / "out" / "report.html").read_text()
     assert "not measured: the network cannot be read" in text
     assert "not measured: the network cannot be read" in (tmp_path / "out" / "report.md").read_text()
-    from pipeline.evaluation.config import NetworkConfig
-    from pipeline.evaluation.networks import NotMeasured, read_network
-
-    with pytest.raises(NotMeasured, match="another file"):
-        read_network(NetworkConfig(network=str(scripts / "means.pt"), sha256="1" * 64), "fid")
-    with pytest.raises(NotMeasured, match="no network was given"):
-        read_network(NetworkConfig(), "fid")
 
 
 def test_wrong_settings_are_refused_by_name(model_folder: Path, make_set: SetMaker, tmp_path: Path) -> None:
