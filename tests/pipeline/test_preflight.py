@@ -191,7 +191,7 @@ def test_a_server_that_says_nothing_is_not_waited_for(monkeypatch: pytest.Monkey
 def test_a_database_that_is_there_is_asked_and_another_file_is_refused(tracking_uri: str, tmp_path: Path) -> None:
     assert tracking.check_tracking(tracking_uri).endswith("mlflow.db answers")
     (tmp_path / "other.db").write_bytes(b"no database" * 100)
-    with pytest.raises(TrackingUnreachable, match="file is not a database"):
+    with pytest.raises(TrackingUnreachable, match="is no SQLite database: correct the tracking URI"):
         tracking.check_tracking(f"sqlite:///{tmp_path}/other.db")
 
 
