@@ -44,7 +44,7 @@ LOOKED_AT_LEAST = 100
 """Images that are looked at before their unusable share can end the run."""
 
 _ROWS = ROWS.append(pa.field("hole_fraction", pa.float32())).append(pa.field("drop", pa.string()))
-"""What a task gives: the columns of `fetch.read_portion`, and what `Tally` counts. `drop`, JSON: why the record that
+"""What a task gives: the columns of `fetch.read_pieces`, and what `Tally` counts. `drop`, JSON: why the record that
 belongs to the position cannot be used and another one stands here; else null."""
 
 logger = logging.getLogger(__name__)

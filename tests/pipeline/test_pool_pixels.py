@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.data.batches import training_batches
-from pipeline.data.fetch import read_portion
+from pipeline.data.fetch import read_pieces
 from pipeline.data.order import chunks
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import RECORD_SCHEMA, read_manifest, read_records
@@ -82,9 +82,8 @@ def test_training_reads_the_same_from_both_and_not_this_column(sets):
     batches = [list(training_batches(one, total_images=24, **RUN)) for one in sets]
     for one, other in zip(*batches, strict=True):
         assert_equal(one, other)
-    ((position, pieces),) = chunks(read_manifest(sets[1]), seed=0, start=0, stop=12)
-    portion = {"position": position, "pieces": [vars(piece) for piece in pieces]}
-    table = read_portion(portion, folder=sets[1], start=0, batch=1, rank=0, world_size=1)
+    (portion,) = chunks(read_manifest(sets[1]), seed=0, start=0, stop=12)
+    table = read_pieces(portion, folder=sets[1])
     assert "pool_patches" not in table.column_names
 
 

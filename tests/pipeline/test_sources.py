@@ -431,6 +431,11 @@ def test_an_image_that_a_list_names_twice_is_taken_once_and_one_of_two_classes_i
         listed(f"{first} 1\n{second}\n/{first} 2\n").keys()
 
 
+def test_a_list_in_another_encoding_is_no_list(listed) -> None:
+    with pytest.raises(CorruptSource, match="no text in UTF-8: it has zero bytes, as UTF-16 has"):
+        listed("a.jpg\nb.jpg\n".encode("utf-16"))
+
+
 def test_an_odd_name_in_a_list_is_one_image_that_cannot_be_read(listed):
     first = next(iter(PHOTOS))
     odd = ["../../secret.jpg", "a/../b.jpg", "c\\d.jpg", "nul\0.jpg"]

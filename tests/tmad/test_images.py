@@ -60,7 +60,7 @@ UNREADABLE = {
     "a text": (b"no image at all", "not-an-image: 15 bytes that begin with b'no image'"),
     "a truncated JPEG": (PHOTO[: len(PHOTO) // 2], "truncated: OSError: image file is truncated"),
     "a truncated PNG": (encoded(Image.fromarray(noise(64, 64, 3)))[:3000], "truncated: OSError"),
-    "a PNG with a broken header": (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "not-an-image"),
+    "a PNG with a broken header": (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "damaged: PNG that cannot be opened"),
     "a corrupt GIF": (encoded(Image.fromarray(noise(9, 9)), "gif")[:-40], "truncated: OSError"),
     "a bomb": (bomb_png(9_000, 9_950), "too-large: "),
     "a bomb beyond Pillow's limit": (bomb_png(60_000, 60_000), "too-large: Image size (3600000000 pixels) exceeds"),
