@@ -262,14 +262,14 @@ def test_a_list_of_checkpoints_cut_short_and_a_deleted_checkpoint_do_not_keep_a_
 
 
 def test_a_dry_run_compares_the_cluster_with_what_is_asked_for(
-    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     command = f"--data.train {place}/train --data.val {place}/val --runs {place}/dry --tracking.uri none".split()
-    with caplog.at_level(logging.INFO):
-        assert main(["--preset", "smoke", "--dry-run", *command, "--workers.cpus-per-worker", "100"]) == 1
-    assert "asked for 201 CPU, the cluster has 4 CPU: 197 CPU missing; a run would wait 600 s" in caplog.text
-    assert "1 of 8 checks failed" in caplog.text
+    assert main(["--preset", "smoke", "--dry-run", *command, "--workers.cpus-per-worker", "100"]) == 1
+    said = capsys.readouterr().err
+    assert "asked for 201 CPU, the cluster has 4 CPU: 197 CPU missing; a run would wait 600 s" in said
+    assert "1 of 8 checks failed" in said
     assert not (place / "dry").exists()
 
 
