@@ -123,7 +123,7 @@ class Machine:
         return 64 if self.small else 256
 
     def batch(self, images: int) -> int:
-        """So many images, or two where only the program is tried."""
+        """This many images, or two where only the program is tried."""
         return min(images, 2) if self.small else images
 
     @property
@@ -189,9 +189,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--channels-first", action="store_true", help="weights and inputs with channels first")
     parser.add_argument(
-        "--limit-s", type=float, default=230.0, help="seconds after which no row begins or process goes on"
+        "--limit-s", type=float, default=230.0, help="seconds after which no row starts and running processes end"
     )
-    parser.add_argument("--out", type=Path, help="folder of the report; none = benchmarks/reports or runs/benchmarks")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the report; default: benchmarks/reports, with --small runs/benchmarks"
+    )
     parser.add_argument("--alone", choices=list(ALONE), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     device = torch.device(options.device)
@@ -591,7 +593,7 @@ def compiled_row(machine: Machine, limit_s: float) -> Row:
     )
 
 
-# What is told
+# Table and JSON
 
 
 def percent(share: float) -> str:

@@ -252,11 +252,10 @@ class Report:
             "Versions": f"torch {packages['torch']}, numpy {packages['numpy']}, Python {env['python']}",
             "System": env["platform"],
             "Threads": f"{env['threads']}; freed pages {'kept' if settings['keep_pages'] else 'left to glibc'}",
-            "Rounds": " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) if counts else "0",
-            "Contention": f"wall / processor time {wall / cpu:.2f}, load at start {env['load_at_start']}"
-            if cpu
-            else "nothing was timed",
         }
+        if cpu:
+            lines["Rounds"] = " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
+            lines["Contention"] = f"wall / processor time {wall / cpu:.2f}, load at start {env['load_at_start']}"
         head = "\n".join(f"- **{name}:** {value}" for name, value in lines.items())
         if self.options.quick:
             head += "\n\nA quick run: sizes are tiny and times mean nothing."

@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> int:
     photo = io.BytesIO()
     Image.fromarray(picture(side, "serve")).save(photo, "JPEG", quality=90)
     request = Request(photo.getvalue(), "a.jpg", boxes=((side // 4,) * 4,))
+    # Processes that fill begin with it; replicas have one thread a CPU by themselves.
+    os.environ["OMP_NUM_THREADS"] = "1"
     rows = [_direct(request, clients, replicas, seconds) for clients in options.clients]
     address = _start(replicas, max(options.clients))
 
@@ -125,7 +127,7 @@ def _start(replicas: int, clients: int) -> str:
 
 
 def _load(call: Callable[[], str], clients: int, seconds: float) -> list[_Answer]:
-    """What *clients* get that each call again once they have an answer, for so many *seconds*."""
+    """The answers to *clients* that each ask again as soon as they have one, for *seconds*."""
     for _ in range(2):
         call()
     end = time.monotonic() + seconds

@@ -186,7 +186,7 @@ class WorkersConfig:
     """Have PyTorch compile the coarse network, PSNet and VGG-19 when a worker starts, which takes a minute or more and
     wants a C++ compiler (CPU) or Triton (GPU). Results differ in the last bits."""
     channels_last: bool | None = None
-    """Keep the colours of a pixel beside each other in the networks' weights and activations; none = on GPUs. Results
+    """Keep the colours of a pixel beside each other in the networks' weights and activations; default: on GPUs. Results
     differ in the last bits."""
     tf32: bool = True
     """On GPUs, let convolutions and matrix products that stay in float32 round their factors to TF32."""

@@ -40,7 +40,7 @@ RAY_ENVIRONMENT = {
 
 
 SOAK_S = float(os.environ.get("TMAD_SOAK_S", 0))
-"""Soaks of faults at random moments go on for so long; without it no soak is run."""
+"""Seconds that soaks of faults at random moments last; without it no soak is run."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -81,7 +81,7 @@ def read_state(folder: Path | str) -> dict[str, torch.Tensor]:
 
 
 def model_digest(folder: Path | str) -> str:
-    """What a model is told apart by: 16 hexadecimal digits of the sha256 of its configuration and weights."""
+    """What tells models apart: 16 hexadecimal digits of the sha256 of its configuration and weights."""
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         digest.update((Path(folder) / name).read_bytes())

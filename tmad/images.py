@@ -335,7 +335,7 @@ def crop_scaled(
 ) -> np.ndarray:
     """The (size, size, 3) square at (top, left) of *image* (H, W, 3), uint8, scaled to *scaled* (height, width).
 
-    *original* (height, width): that of the file, where `decode_jpeg` made it smaller; none = (H, W). One antialiased
+    *original* (height, width): that of the file, where `decode_jpeg` made it smaller; default: (H, W). One antialiased
     Lanczos step in integers, the same on every processor; none where the image has that size. A mask (H, W) gives
     (size, size) and keeps its values (nearest neighbour). Raises `ValueError` if the square leaves the scaled image.
     """

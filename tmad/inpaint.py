@@ -110,7 +110,7 @@ class Inpainter:
         the texture memory.
 
         *precision* of coarse network and PSNet, retrieval being float32 always; default: `bf16` on a GPU, `fp32` on a
-        CPU. *pixels_at_once*: so many pixels of pictures of one size go through the networks together; default:
+        CPU. *pixels_at_once*: pixels of pictures of one size that go through the networks together; default:
         `GPU_PIXELS` on a GPU and one picture on a CPU, where a result is thus the same to the last bit whatever else is
         in the batch. On a GPU, in another precision or in company, a value may differ by rounding.
         """

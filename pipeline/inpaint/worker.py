@@ -150,7 +150,7 @@ class InpaintWorker:
         ):
 
             def settle(unencoded: int, unwritten: int) -> None:
-                """Let no more than so many results be under way: they hold pixels, then files."""
+                """Bound the results under way: they hold pixels, then files."""
                 while len(encoded) > unencoded:
                     written.append(writing.submit(self._write, *encoded.popleft().result()))
                 while len(written) > unwritten:
@@ -315,7 +315,7 @@ class InpaintWorker:
 
 
 def _ahead(coming: Iterator[Future[_Image]], number: int) -> Iterator[_Image]:
-    """What is *coming*, in order, with so many more under way behind the one that is waited for."""
+    """What is *coming*, in order, with a number of others under way behind the one that is waited for."""
     pending: deque[Future[_Image]] = deque()
     for one in coming:
         pending.append(one)

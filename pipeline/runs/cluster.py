@@ -167,12 +167,18 @@ def _host_and_port(address: str) -> tuple[str, int] | None:
     return (place.hostname, port) if place.hostname and port else None
 
 
-def loss() -> str | None:
-    """Why the cluster of this job no longer answers, in a sentence; `None` while it does, or if there was none."""
-    if not joined() and not ray.is_initialized():
-        return None
-    address = os.environ["RAY_ADDRESS"] if joined() else ray.get_runtime_context().gcs_address
-    if (place := _host_and_port(address)) is None:
+def _head() -> str | None:
+    """Address of the cluster of this job; `None` without one."""
+    if joined():
+        return os.environ["RAY_ADDRESS"]
+    return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
+
+
+def loss(address: str | None = None) -> str | None:
+    """Why the cluster at *address* (default: that of this job) no longer answers, in a sentence; `None` while it does,
+    or if there was none."""
+    address = address or _head()
+    if address is None or (place := _host_and_port(address)) is None:
         return None
     try:
         socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
@@ -185,10 +191,11 @@ def loss() -> str | None:
 
 def _watch() -> None:
     """End the job when nobody takes connections where Ray's head is any more; one that is slow still does."""
-    last = time.monotonic()
+    # Asked once: when Ray is shut down it no longer says.
+    address, last = _head(), time.monotonic()
     while ray.is_initialized():
         time.sleep(KNOCK_S)
-        if (reason := loss()) is None:
+        if (reason := loss(address)) is None:
             last = time.monotonic()
         elif time.monotonic() - last > LOST_AFTER_S and ray.is_initialized():
             give_up(reason, within_s=LOST_AFTER_S / 3)

@@ -2,7 +2,7 @@
 
 `runs/<name>/` holds `sweep.json`, `coarse/` (the run that all trials start from), `trials/<id>/` (a run each), `tune/`
 (Ray Tune's own records), and at the end `report.html`, `winner.json` and `summary.json`, the last of all. The same
-command with the same name goes on: trials that ended are kept, others continue from their checkpoints.
+command with the same name continues it: trials that ended are kept, others continue from their checkpoints.
 """
 
 from __future__ import annotations

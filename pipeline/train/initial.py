@@ -2,7 +2,7 @@
 
 The driver finds the model once, compares it with the run's networks tensor by tensor, and keeps what is taken in the
 run's own folder: `init.safetensors`, and `init_report.json` that says what came from where. Workers read that copy, and
-only where there is no checkpoint yet. So a run that is stopped goes on with the weights it was begun with, even if
+only where there is no checkpoint yet. So a run that is stopped continues with the weights it was started with, even if
 `models:/tmad@champion` is another model by then, this very run's perhaps.
 """
 

@@ -57,7 +57,7 @@ SWEEP_FILE = "sweep.json"
 """The configuration of a sweep or an ablation, in its folder."""
 
 TRACKING_FILE = "tracking.json"
-"""In the folder of a run or a sweep: its run in MLflow. It goes on without a server that answered once."""
+"""In the folder of a run or a sweep: its run in MLflow. It continues without a server that answered once."""
 
 SETS_FILE = "data.json"
 """In the run's folder: digests of the sets that it was begun with."""

@@ -35,7 +35,7 @@ class ParquetTable(Indexed):
     uri: str
     """A Parquet file, or the folder of *files*."""
     files: tuple[str, ...] = ()
-    """Parquet files below the folder; none = *uri* is the file."""
+    """Parquet files below the folder; empty if *uri* is the file."""
     image_column: str | None = None
     """Column of encoded images: bytes, or Hugging Face's struct of bytes and path; default: the first of
     `IMAGE_COLUMNS` that is there."""

@@ -62,7 +62,7 @@ class TarShards(Indexed):
     uri: str
     """A tar file, or the folder of *files*."""
     files: tuple[str, ...] = ()
-    """Tar files below the folder; none = *uri* is the file."""
+    """Tar files below the folder; empty if *uri* is the file."""
     below: str = ""
     """A folder in the archive: only what lies below it, with keys relative to it."""
     cache: str | None = None
