@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline import storage
@@ -104,23 +105,35 @@ def picture_rows(config: SweepConfig, folder: str, trials: Sequence[Trial]) -> l
 
 def measured(model: str, config: SweepConfig, out: str, *, limit: int | None) -> Evaluated:
     """The evaluation of *model* on the first *limit* images of the validation set, or on all of them."""
-    # It tells its progress, and that a stopped trial's newest checkpoint is taken, which is what is wanted here.
-    for name in ("pipeline.evaluation", "pipeline.models"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return evaluate(
-        EvaluateConfig(
-            model=model,
-            data=config.run.data.validation_set,
-            out=out,
-            methods=("tmad",),
-            limit=limit,
-            mask_variant=0,
-            num_pictures=config.num_pictures,
-            num_extremes=0,
-            keep=(),
-            use_gpu=False,
-        )
+    settings = EvaluateConfig(
+        model=model,
+        data=config.run.data.validation_set,
+        out=out,
+        methods=("tmad",),
+        limit=limit,
+        mask_variant=0,
+        num_pictures=config.num_pictures,
+        num_extremes=0,
+        keep=(),
+        use_gpu=False,
     )
+    # It tells its progress, and that a stopped trial's newest checkpoint is taken, which is what is wanted here.
+    with _only_errors("pipeline.evaluation", "pipeline.models"):
+        return evaluate(settings)
+
+
+@contextmanager
+def _only_errors(*names: str) -> Iterator[None]:
+    """Of these loggers, inside the block."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [one.level for one in loggers]
+    for one in loggers:
+        one.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for one, level in zip(loggers, before, strict=True):
+            one.setLevel(level)
 
 
 def _best_first(trials: Sequence[Trial], objective: str) -> list[Trial]:

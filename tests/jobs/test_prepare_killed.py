@@ -226,6 +226,7 @@ def test_a_job_that_was_stopped_for_too_long_ends_without_harm_to_the_one_that_t
     assert first.wait_for(lambda: "shards/00000.json" in storage.file_sizes(out))
     first.send(signal.SIGSTOP)
     whole = in_one_go(arguments, f"{place}/whole")
+    time.sleep(2)  # with a younger sign of life, the second job would be refused at once
     assert in_one_go(arguments, out) == whole
     assert "it is taken over if it gives none within" in caplog.text
     first.send(signal.SIGCONT)
