@@ -87,6 +87,8 @@ def parse(
     first.add_argument("--dry-run", action="store_true")
     first.add_argument("--debug", action="store_true")
     known, rest = first.parse_known_args(arguments)
+    if "" in (known.preset, known.config):
+        raise ValueError(f"--{'preset' if known.preset == '' else 'config'} is empty; give a value, or leave it out")
     if known.preset and known.config:
         raise ValueError("--preset and --config exclude each other: a configuration file is complete by itself")
     start: dict[str, Any] = {}
@@ -191,7 +193,7 @@ def _from_file(kind: type[ConfigT], uri: str) -> ConfigT:
         raise ValueError(f"--config: there is no {storage.redact(uri)}; runs keep theirs in runs/<name>/config.json")
     try:
         values = json.loads(storage.read_bytes(uri))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config: {storage.redact(uri)} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config: {storage.redact(uri)} must hold a JSON object, got {type(values).__name__}")

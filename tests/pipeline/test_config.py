@@ -331,6 +331,8 @@ def test_the_file_of_an_earlier_run_repeats_it(tmp_path: Path) -> None:
         (["--preset", "smok"], "unknown preset 'smok'; did you mean smoke?"),
         (["--preset", "smoke", "--config", "x.json"], "exclude each other"),
         (["--config", "nowhere.json"], "there is no nowhere.json"),
+        (["--config", ""], "--config is empty"),
+        (["--preset", ""], "--preset is empty"),
         (["--preset", "smoke", "--runs", ""], "--runs is empty; give a value, or leave the option out"),
         (["--preset", "smoke", "--data.train", "", "--data.val", "x"], "--data.train is empty"),
     ],
@@ -354,6 +356,13 @@ def test_out_of_range_on_the_command_line_names_field_and_value(capsys: pytest.C
         "schedule.batch_images must be a multiple of workers.num_workers (2), got 5: every worker takes an equal share "
         "of each batch; --help explains the options\n"
     )
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 100_000, '{"seed": ' + "9" * 5000 + "}", "\0"], ids=["deep", "long", "nul"])
+def test_a_configuration_file_that_cannot_be_read_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^--config: .*config\.json is not JSON: "):
+        parse(RunConfig, ["--config", str(tmp_path / "config.json")], PRESETS)
 
 
 @pytest.mark.parametrize("number", ["inf", "nan"])
