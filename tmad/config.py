@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid")
-"""Unknown names are refused; shared by every settings class of the project."""
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Unknown names, infinity and NaN are refused; shared by every settings class of the project."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

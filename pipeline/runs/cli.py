@@ -106,6 +106,7 @@ def parse(
             raise
         print(f"{one_line(wrong)}; --help explains the options", file=sys.stderr)
         sys.exit(2)
+    _check_filled(config)
     _check_places(config)
     command = Command(config=config, dry_run=known.dry_run)
     if storage.elsewhere:
@@ -140,6 +141,17 @@ def parse_elsewhere(main: Callable[[Sequence[str]], int | None], argv: Sequence[
     finally:
         storage.elsewhere.clear()
     raise AssertionError("a job parses its command line")
+
+
+def _check_filled(config: Any, prefix: str = "") -> None:
+    """Raise `ValueError` for an option that is empty, as one from an unset variable of a shell is: as a place it would
+    be the current folder."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            _check_filled(value, f"{name}.")
+        elif value == "" and field.default != "":
+            raise ValueError(f"--{name} is empty; give a value, or leave the option out")
 
 
 def _check_places(config: Any) -> None:

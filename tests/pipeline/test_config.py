@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -330,6 +331,8 @@ def test_the_file_of_an_earlier_run_repeats_it(tmp_path: Path) -> None:
         (["--preset", "smok"], "unknown preset 'smok'; did you mean smoke?"),
         (["--preset", "smoke", "--config", "x.json"], "exclude each other"),
         (["--config", "nowhere.json"], "there is no nowhere.json"),
+        (["--preset", "smoke", "--runs", ""], "--runs is empty; give a value, or leave the option out"),
+        (["--preset", "smoke", "--data.train", "", "--data.val", "x"], "--data.train is empty"),
     ],
 )
 def test_a_wrong_start_is_one_clear_error(argv: list[str], message: str) -> None:
@@ -351,6 +354,15 @@ def test_out_of_range_on_the_command_line_names_field_and_value(capsys: pytest.C
         "schedule.batch_images must be a multiple of workers.num_workers (2), got 5: every worker takes an equal share "
         "of each batch; --help explains the options\n"
     )
+
+
+@pytest.mark.parametrize("number", ["inf", "nan"])
+@pytest.mark.parametrize("option", ["optim.lr", "workers.stop-grace-s", "tracking.wait-s", "data.images.max-aspect"])
+def test_what_is_no_finite_number_is_refused(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(RunConfig, ["--preset", "smoke", f"--{option}", number], PRESETS)
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"{option.split('.')[-1].replace('-', '_')}: .*, got {number}; --help .*\n", told)
 
 
 def _fail(error: Exception) -> None:
