@@ -24,7 +24,7 @@ from pipeline.runs.settings import differences, flatten, matches
 from tmad.config import (
     SMALLEST_IMAGE,
     STRICT,
-    CriticsConfig,
+    DiscriminatorsConfig,
     LossConfig,
     OptimConfig,
     PositiveFloat,
@@ -299,7 +299,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: networks under autocast, losses and gradient penalty in fp32; `fp32` everywhere."""
     model: TMADConfig = TMADConfig()
-    critics: CriticsConfig = CriticsConfig()
+    discriminators: DiscriminatorsConfig = DiscriminatorsConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
@@ -352,7 +352,7 @@ class RunConfig:
             else replace(self.loss, weight_perceptual=0.0, weight_style=0.0)
         )
         return TrainingConfig(
-            model=self.model, critics=self.critics, loss=loss, optim=self.optim, precision=self.precision
+            model=self.model, discriminators=self.discriminators, loss=loss, optim=self.optim, precision=self.precision
         )
 
     @property

@@ -14,7 +14,7 @@ from pipeline.config import DataConfig, PerceptualConfig, RunConfig, ScheduleCon
 from tmad.config import (
     CarafeConfig,
     CoarseConfig,
-    CriticsConfig,
+    DiscriminatorsConfig,
     LossConfig,
     MemoryConfig,
     OptimConfig,
@@ -74,7 +74,7 @@ def with_batch(config: RunConfig, images: int) -> RunConfig:
     optim = config.optim
     rates: dict[str, Any] = {
         name: float(f"{factor * rate:.2g}")
-        for name in ("lr", "lr_critics", "lr_retrieval", "lr_coarse_joint")
+        for name in ("lr", "lr_discriminators", "lr_retrieval", "lr_coarse_joint")
         if (rate := getattr(optim, name)) is not None
     }
     return replace(config, schedule=replace(config.schedule, batch_images=images), optim=replace(optim, **rates))
@@ -168,7 +168,7 @@ def photographs() -> RunConfig:
     """
     return RunConfig(
         model=TMADConfig(coarse=CoarseConfig(base_width=32)),
-        critics=CriticsConfig(global_base_width=24),
+        discriminators=DiscriminatorsConfig(global_base_width=24),
         loss=LossConfig(
             weight_l1=0.5,
             weight_perceptual=0.05,
@@ -252,7 +252,7 @@ def smoke() -> RunConfig:
             retrieval=RetrievalConfig(num_candidates=2, hidden_channels=4, embed_channels=2),
             psnet=PSNetConfig(base_width=4, num_res_blocks=1, num_texture_res_blocks=1),
         ),
-        critics=CriticsConfig(patch_base_width=4, global_base_width=4),
+        discriminators=DiscriminatorsConfig(patch_base_width=4, global_base_width=4),
         optim=OptimConfig(ema_halflife_images=8),
         schedule=ScheduleConfig(
             coarse_images=8,

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from pipeline.claim import Claim
 from pipeline.data.schema import Manifest, read_manifest, set_folder
 from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import MissingInput
@@ -43,6 +42,7 @@ from pipeline.evaluation.sets import measure_sets
 from pipeline.evaluation.summary import Table, rows_of_images
 from pipeline.models import ARTIFACT_FILES, find_model
 from pipeline.runs.cluster import joined, models_side_by_side, require, start_ray
+from pipeline.runs.lease import Lease
 from pipeline.runs.progress import Progress
 from pipeline.storage import absolute, file_sizes, join, list_files, read_bytes, redact
 from tmad.checkpoint import model_digest
@@ -124,21 +124,21 @@ def open_inputs(config: EvaluateConfig) -> Opened:
     return Opened(_job(config, manifest, variants, externals, model, reasons), files, reasons, model)
 
 
-def measure_set(opened: Opened, claim: Claim) -> Evaluation:
+def measure_set(opened: Opened, lease: Lease) -> Evaluation:
     """Measure everything that is asked for and write per_image/; pages and report.json are the caller's.
 
     Images that cannot be filled (nothing but hole) are left out and listed in the summary. Raises `ClusterTooSmall`.
     """
     job = opened.job
     parts = plan_parts(job.manifest, job.config)
-    receipts = _measure_parts(job, parts, opened.files, claim)
-    _remove_other_parts(len(parts), claim)
-    table, failed = _summed_up(job, len(parts), receipts, claim.folder)
+    receipts = _measure_parts(job, parts, opened.files, lease)
+    _remove_other_parts(len(parts), lease)
+    table, failed = _summed_up(job, len(parts), receipts, lease.folder)
     start_ray()
-    sets = measure_sets(job, len(parts), claim.folder)
+    sets = measure_sets(job, len(parts), lease.folder)
     summary = _summary(job, table, sets, failed, opened.reasons, opened.model)
-    claim.write("timing.json", _timing(job, receipts).encode())
-    return Evaluation(summary, job, parts, claim.folder, opened.files)
+    lease.write("timing.json", _timing(job, receipts).encode())
+    return Evaluation(summary, job, parts, lease.folder, opened.files)
 
 
 def read_rows(out: str, num_parts: int | None = None) -> Iterator[dict[str, Any]]:
@@ -201,9 +201,9 @@ def _job(
     return Job(resolved, manifest, rows, measures, variants, externals, digest)
 
 
-def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], claim: Claim) -> dict[int, dict[str, Any]]:
+def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], lease: Lease) -> dict[int, dict[str, Any]]:
     """Receipts of all parts by number; those that are not there yet are measured by tasks of Ray Data."""
-    receipts = finished_parts(job, parts, claim.folder)
+    receipts = finished_parts(job, parts, lease.folder)
     todo = [part for part in parts if part.index not in receipts]
     total, before = sum(part.records for part in parts), sum(receipt["images"] for receipt in receipts.values())
     if receipts:
@@ -216,7 +216,7 @@ def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], claim
     require({"CPU": workers, "GPU": workers if job.config.use_gpu else 0})
     dataset = run_tasks(
         [dataclasses.asdict(part) for part in todo],
-        partial(measure_part, files=shared, job=job, claim=claim),
+        partial(measure_part, files=shared, job=job, lease=lease),
         **resources(job.config, workers),
     )
     with Progress(total, done=before) as progress:
@@ -249,12 +249,12 @@ def _summed_up(
     return table, failed
 
 
-def _remove_other_parts(num_parts: int, claim: Claim) -> None:
+def _remove_other_parts(num_parts: int, lease: Lease) -> None:
     """Remove what an evaluation with more, smaller parts left."""
-    for file in file_sizes(claim.folder):
+    for file in file_sizes(lease.folder):
         number = file.rpartition("/")[2].split(".")[0]
         if file.startswith(("parts/", "per_image/")) and (not number.isdigit() or int(number) >= num_parts):
-            claim.remove(file)
+            lease.remove(file)
 
 
 def _summary(

@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from pipeline.claim import Claim
 from pipeline.data.schema import Manifest, Record, open_shard, set_folder
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.external import Results, result_name
 from pipeline.evaluation.methods import Filler, Row
 from pipeline.evaluation.networks import ScriptedNetwork
 from pipeline.report.pictures import png_bytes
+from pipeline.runs.lease import Lease
 from pipeline.storage import file_sizes, join, read_bytes
 from tmad.inpaint import Inpainter, UnusableInput
 from tmad.metrics import MEASURES, measure
@@ -152,14 +152,14 @@ def inputs_of(job: Job, part: Part) -> str:
     return hashlib.sha256(json.dumps([job.digest, asdict(part)]).encode()).hexdigest()[:16]
 
 
-def measure_part(task: dict[str, Any], *, files: Any, job: Job, claim: Claim) -> pa.Table:
+def measure_part(task: dict[str, Any], *, files: Any, job: Job, lease: Lease) -> pa.Table:
     """A task of Ray: measure `Part` *task* and write its files; the receipt as JSON. *files*: see `opened`."""
     filler, networks = opened(files, job)
-    return pa.table({"receipt": [json.dumps(_measure(Part(**task), filler, networks, job, claim))]})
+    return pa.table({"receipt": [json.dumps(_measure(Part(**task), filler, networks, job, lease))]})
 
 
 def _measure(
-    part: Part, filler: Filler, networks: Mapping[str, ScriptedNetwork], job: Job, claim: Claim
+    part: Part, filler: Filler, networks: Mapping[str, ScriptedNetwork], job: Job, lease: Lease
 ) -> dict[str, Any]:
     """Write the part's files, the receipt last; doing it twice writes the same twice."""
     rows: list[dict[str, Any]] = []
@@ -198,7 +198,7 @@ def _measure(
                 if name in job.config.keep:
                     key = f"results/{name}/{result_name(record.image_id, variant, manifest=job.manifest)}.png"
                     data = png_bytes(output)
-                    claim.write(key, data)
+                    lease.write(key, data)
                     files[key] = len(data)
     contents = {"rows": table_bytes(rows, job)}
     for name, texture in textures.items():
@@ -207,13 +207,13 @@ def _measure(
     if "fid" in networks:
         contents["features.npz"] = _npz({name or "truth": np.stack(vectors) for name, vectors in features.items()})
     for kind, data in contents.items():
-        claim.write(part_file(part.index, kind), data)
+        lease.write(part_file(part.index, kind), data)
         files[part_file(part.index, kind)] = len(data)
     receipt = {
         **{"index": part.index, "inputs": inputs_of(job, part), "files": files, "failed": failed},
         **{"images": part.records, "seconds": seconds},
     }
-    claim.write(part_file(part.index, "json"), json.dumps(receipt).encode())
+    lease.write(part_file(part.index, "json"), json.dumps(receipt).encode())
     return receipt
 
 

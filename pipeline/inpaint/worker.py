@@ -26,7 +26,6 @@ import ray
 import torch
 from PIL import Image
 
-from pipeline.claim import Claim
 from pipeline.data.collection import OUTAGES
 from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.ahead import read_ahead
@@ -36,6 +35,7 @@ from pipeline.errors import MissingInput, StorageFailed
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.holes import NO_HOLE, Holes
 from pipeline.inpaint.ledger import PARTS, Row, encode, left_behind, to_table
+from pipeline.runs.lease import Lease
 from pipeline.storage import UnsafeName, absolute, is_remote, join, write_atomic
 from tmad.checkpoint import load_model
 from tmad.files import ENDINGS, ImageFile, allow_pixels, encode_filled, open_file
@@ -61,7 +61,7 @@ class Job:
     """Results of another method."""
     coarse_names: dict[str, str]
     """Their keys by stem."""
-    claim: Claim
+    lease: Lease
     token: str
     """Tells the files of this run's tasks from those of earlier ones."""
     model: str
@@ -166,7 +166,7 @@ class InpaintWorker:
                 settle(self.threads, max(WRITERS, self.threads))
             settle(0, 0)
         table = to_table(rows)
-        self.job.claim.write(f"{PARTS}/{self.job.token}-{task['number']:07d}.parquet", encode(table))
+        self.job.lease.write(f"{PARTS}/{self.job.token}-{task['number']:07d}.parquet", encode(table))
         return table
 
     def _together(self, coming: Iterator[_Image]) -> Iterator[list[_Image]]:

@@ -3,7 +3,7 @@
 Both fill the same holes of the same images. The rule (`promotion_rule`) names measures: some the candidate has to be
 better in, some it must not be worse in. A version that is equal, or better by luck, stays without the alias.
 
-MLflow has no "set this alias if it still points there". Promotions of one name take turns by a claim in the folder of
+MLflow has no "set this alias if it still points there". Promotions of one name take turns by a lease in the folder of
 comparisons, which therefore has to be one that all of them see, and look again at the alias before they move it.
 """
 
@@ -23,7 +23,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
-from pipeline.claim import Claim, claim_folder, holder_of
 from pipeline.config import check_registered
 from pipeline.data.schema import read_manifest
 from pipeline.errors import ModelNotFound, NotPromoted, TMADError, one_line
@@ -34,6 +33,7 @@ from pipeline.models import find_model
 from pipeline.promotion.rule import Comparison, Requirement, compare, parse_requirement, shortfall
 from pipeline.report.page import Table, measures_table, render
 from pipeline.report.pictures import picture_grid, png_bytes
+from pipeline.runs.lease import Lease, holder_of, lease_folder
 from pipeline.tracking import mlflow_client, resolve_tracking_uri
 from tmad.checkpoint import model_digest, read_model
 from tmad.config import STRICT, PositiveFloat, PositiveInt
@@ -347,6 +347,6 @@ def _holder(client: Any, config: PromoteConfig) -> int | None:
     return int(held) if held is not None else None
 
 
-def _turn(config: PromoteConfig) -> AbstractContextManager[Claim]:
+def _turn(config: PromoteConfig) -> AbstractContextManager[Lease]:
     """One promotion of a name at a time."""
-    return claim_folder(storage.join(storage.absolute(config.out), config.name), wait_s=config.wait_s)
+    return lease_folder(storage.join(storage.absolute(config.out), config.name), wait_s=config.wait_s)

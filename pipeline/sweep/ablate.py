@@ -15,7 +15,6 @@ import numpy as np
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
-from pipeline.claim import claim_folder
 from pipeline.config import RunConfig
 from pipeline.data.schema import read_records
 from pipeline.errors import SweepFailed
@@ -25,6 +24,7 @@ from pipeline.presets import PRESETS
 from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row as Strip
 from pipeline.runs import cluster
+from pipeline.runs.lease import lease_folder
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import (
     Finished,
@@ -150,7 +150,7 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
     study = STUDIES[config.study]
     sweep, points, labels = as_sweep(config)
     folder = sweep_folder(sweep)
-    with claim_folder(folder):
+    with lease_folder(folder):
         done = run_trials(sweep, {}, points, kind=f"ablation {config.study}")
         if done.summary:
             log.info("ablation %s is finished: %s; nothing to do", sweep.name, storage.redact(folder))

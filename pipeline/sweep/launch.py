@@ -20,12 +20,12 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import storage
-from pipeline.claim import claim_folder
 from pipeline.config import to_json
 from pipeline.data.schema import read_manifest
 from pipeline.errors import ClusterTooSmall, ConfigMismatch, Interrupted, SweepFailed, one_line
 from pipeline.models import absolute_model, locate_model
 from pipeline.runs.cluster import require, shortage, shown, start_ray
+from pipeline.runs.lease import lease_folder
 from pipeline.runs.settings import settle
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_trial, winner
@@ -91,7 +91,7 @@ def sweep(config: SweepConfig) -> Finished:
     space = make_space(config.space, config.run)
     points = sample(space, config.trials, config.seed) if config.search == "random" else None
     folder = sweep_folder(config)
-    with claim_folder(folder):
+    with lease_folder(folder):
         done = run_trials(config, space, points, kind="sweep")
         if done.summary:
             log.info("sweep %s is finished: %s; nothing to do", config.name, storage.redact(folder))
@@ -120,7 +120,7 @@ def sweep(config: SweepConfig) -> Finished:
 
 def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None, *, kind: str) -> Finished:
     """Run every one of *points*, or as many as Optuna is to find in *space*. The result has no summary yet, unless all
-    was done before. The caller holds the claim on the folder."""
+    was done before. The caller holds the lease on the folder."""
     folder = sweep_folder(config)
     if storage.exists(storage.join(folder, "config.json")) and not storage.exists(storage.join(folder, SWEEP_FILE)):
         raise ConfigMismatch(f"{storage.redact(folder)} holds a run, not a sweep: take another --name")

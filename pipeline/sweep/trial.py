@@ -16,10 +16,10 @@ import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import storage
-from pipeline.claim import EXPIRY_S
 from pipeline.config import RunConfig, from_json
 from pipeline.errors import MissingInput, TrainingFailed, one_line
 from pipeline.runs.cli import configure_logging
+from pipeline.runs.lease import EXPIRY_S
 from pipeline.sweep.space import Point, apply
 from pipeline.train.launch import train
 
@@ -84,7 +84,7 @@ def run_trial(config: dict[str, Any]) -> None:
     storage.write_atomic(storage.join(folder, POINT_FILE), (json.dumps(point, indent=2) + "\n").encode())
     try:
         run = trial_run(job, point, name)
-        # An attempt before this one, on a machine that was lost, still has the name until its claim expires.
+        # An attempt before this one, on a machine that was lost, still has the name until its lease expires.
         reports = ReportValidations(run.schedule.total_images, job.objectives)
         finished = train(run, [reports], wait_s=2 * EXPIRY_S)
         last = measures_of(finished["validation"], job.objectives)

@@ -30,7 +30,6 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 
 from pipeline import storage
-from pipeline.claim import Claim, claim_folder
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.reader import start_reader
@@ -41,6 +40,7 @@ from pipeline.models.card import CARD_FILE, model_card
 from pipeline.models.pretrained import resolve_perceptual
 from pipeline.models.registry import reference, register_model
 from pipeline.runs.cluster import joined, require, start_ray
+from pipeline.runs.lease import Lease, lease_folder
 from pipeline.runs.settings import refuse
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
 from pipeline.tracking.environment import code_state, code_tags, environment
@@ -89,11 +89,11 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: 
     config = resolve(config)
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
-    with claim_folder(folder, wait_s=wait_s) as claim:
-        return _train(config, folder, claim, callbacks)
+    with lease_folder(folder, wait_s=wait_s) as lease:
+        return _train(config, folder, lease, callbacks)
 
 
-def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[UserCallback]) -> dict[str, Any]:
+def _train(config: RunConfig, folder: str, lease: Lease, callbacks: Sequence[UserCallback]) -> dict[str, Any]:
     check_name(folder)
     finished = storage.read_json(storage.join(folder, "finished.json"))
     train_set, photographs = open_training_set(config, folder)
@@ -125,7 +125,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
         "metrics": metrics,
         "checkpoints": storage.join(folder, "checkpoints"),
         "best": storage.join(folder, "best"),
-        "claim": claim,
+        "lease": lease,
         "live": share(photographs, train_set) if photographs else None,
         "reader": start_reader() if config.workers.num_workers > 1 else None,
         "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
@@ -135,7 +135,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
             summary = _fit(folder, config, {**job, "relay": relay}, callbacks, stop)
         wait_for_tracking(tracking_uri, config.tracking.wait_s)
         Tracker(tracking_uri, run_id).catch_up(metrics)
-        claim.check()  # a server may have been waited for
+        lease.check()  # a server may have been waited for
         finished = _finish(folder, config, summary, sets, tracking_uri, run_id)
     except BaseException as error:
         told_to_end = isinstance(error, KeyboardInterrupt | Interrupted)

@@ -295,7 +295,7 @@ def _shown(metrics: Mapping[str, float], prefix: str) -> str:
 
 
 def _check_equal(state: TrainingState, context: TrainContext) -> None:
-    sums = checksums([state.model, state.ema_model, state.patch_critic, state.global_critic])
+    sums = checksums([state.model, state.ema_model, state.patch_discriminator, state.global_discriminator])
     if not context.same_everywhere(sums):
         raise TrainingFailed(
             f"the workers' weights differ after {state.images_seen} images, though every gradient is averaged; unequal "

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.claim import holder_of
 from pipeline.config import RunConfig
 from pipeline.data.results import Results
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
 from pipeline.errors import ClusterTooSmall, CorruptSet, FolderInUse, StorageFailed, TMADError, one_line
 from pipeline.models.pretrained import check_perceptual
 from pipeline.runs.cluster import available, joined, shortage, shown
+from pipeline.runs.lease import holder_of
 from pipeline.storage import mb
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.footprint import Footprint, checkpoint_count, kept_bytes, measure, measured_rates

@@ -37,7 +37,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     where none is wanted.
     """
     config = from_json(job["config"])
-    context = RayContext(job["checkpoints"], job["relay"], job["claim"])
+    context = RayContext(job["checkpoints"], job["relay"], job["lease"])
     _set_up_logging(config, context, job["relay"])
     torch.set_num_threads(config.threads)
     if context.device.type == "cuda":

@@ -102,7 +102,7 @@ def test_a_run_on_results_trains_all_but_the_coarse_network(tmp_path: Path) -> N
         if not torch.equal(value, ended.model.get_parameter(name))
     }
     assert moved == {"retrieval", "psnet"}
-    for network in ("patch_critic", "global_critic"):
+    for network in ("patch_discriminator", "global_discriminator"):
         before, after = (list(getattr(state, network).parameters()) for state in (begun, ended))
         assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     terms = {name for _, values in recorder.values for name in values}
