@@ -1,4 +1,4 @@
-"""Everything a training run needs, as one tree of frozen dataclasses: checked when made, repeated from its JSON.
+"""Settings of a training run: one tree of frozen dataclasses, validated on creation, restored from JSON.
 
 The method's own settings are those of `tmad.config`; here stand the data, the lengths, the machines and the records.
 All lengths count images, so another batch size or number of workers keeps the schedule. The same tree is the command
@@ -82,9 +82,9 @@ class DataConfig:
     val: str | None = None
     """Folder or URI of the prepared validation set, whose images are never trained on; default: the folder val
     beside the training set, data/val with images.source."""
-    results: str | None = None
-    """Folder or URI with somebody's results for the images of both sets, one by each image's name with any ending and
-    of the crops' size: PSNet is trained on them alone, and the coarse network not at all (Table V)."""
+    coarse_from: str | None = None
+    """Folder or URI of precomputed coarse results that replace the coarse network (Table V): one file per image of both
+    sets, matched by stem, of the crops' size."""
     flip: bool = True
     """Mirror training images left-right, every other time [D]."""
     images: ImagesConfig = ImagesConfig()
@@ -95,8 +95,8 @@ class DataConfig:
                 f"data.train ({self.train!r}) and data.images.source ({self.images.source!r}) both say what to train "
                 "on; take one of them (`--data.train None` takes back what a preset says)"
             )
-        if self.results is not None and self.images.source is not None:
-            raise ValueError("data.results goes with a prepared set (data.train), not with data.images.source")
+        if self.coarse_from is not None and self.images.source is not None:
+            raise ValueError("data.coarse_from goes with a prepared set (data.train), not with data.images.source")
         if self.training_set == self.validation_set:
             raise ValueError(f"data.train and data.val must be different sets, both are {self.training_set!r}")
 
@@ -330,9 +330,9 @@ class RunConfig:
                 f"({self.schedule.patches_per_image}) cells of {self.model.patch_size} are a block of {block}; take "
                 "more cells, or set loss.weight_gan_global to 0"
             )
-        if self.data.results is not None and self.schedule.coarse_images:
+        if self.data.coarse_from is not None and self.schedule.coarse_images:
             raise ValueError(
-                f"with data.results the coarse network is not trained: schedule.coarse_images must be 0, got "
+                f"with data.coarse_from the coarse network is not trained: schedule.coarse_images must be 0, got "
                 f"{self.schedule.coarse_images}"
             )
         if self.init_from is None and (self.init_networks != "all" or self.init_allow_partial):
@@ -401,7 +401,7 @@ def with_name(config: RunConfig, name: str) -> RunConfig:
 def _what_is_learned(config: RunConfig) -> dict[str, Any]:
     # A run without what came later keeps the digest that it had before.
     unused = [] if config.init_from is not None else ["init_from", "init_networks"]
-    unused += [] if config.data.results is not None else ["data.results"]
+    unused += [] if config.data.coarse_from is not None else ["data.coarse_from"]
     return {
         key: value for key, value in flatten(asdict(config)).items() if not matches(key, (*FREE_TO_CHANGE, *unused))
     }

@@ -24,7 +24,7 @@ from tmad.config import (
 )
 
 PSNET_ITERATIONS = 10_000
-"""Steps of PSNet on somebody's results [P]."""
+"""Steps of PSNet on precomputed coarse results [P]."""
 
 COARSE_EPOCHS = 4
 """Epochs of the coarse network alone [P]."""
@@ -94,18 +94,18 @@ def fitted(config: RunConfig, there: Mapping[str, float]) -> RunConfig:
 
 
 def psnet() -> RunConfig:
-    """PSNet behind somebody else's results for 10,000 iterations, from a trained model (Table V).
+    """PSNet behind precomputed coarse results for 10,000 iterations, from a trained model (Table V).
 
     `python jobs/train_places.py --preset psnet --name behind-edgeconnect --init-from models:/tmad@champion --data.train
-    data/edgeconnect/train --data.val data/edgeconnect/val --data.results data/edgeconnect/results`. The sets have one
-    mask an image, which the results were made for (`jobs/prepare.py --mask-from paired`). Hardware as for `places`; not
-    measured here.
+    data/edgeconnect/train --data.val data/edgeconnect/val --data.coarse-from data/edgeconnect/results`. The sets have
+    one mask an image, which the results were made for (`jobs/prepare.py --mask-from paired`). Hardware as for `places`;
+    not measured here.
     """
     base = places()
     images = PSNET_ITERATIONS * PAPER_BATCH
     return replace(
         base,
-        data=DataConfig(train="data/train", val="data/val", results="data/results"),
+        data=DataConfig(train="data/train", val="data/val", coarse_from="data/results"),
         schedule=replace(base.schedule, coarse_images=0, joint_images=images, validate_every_images=16_000),
     )
 

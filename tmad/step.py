@@ -177,8 +177,8 @@ class TrainingState:
         progress: float,
         workers: Workers | None = None,
     ) -> dict[str, Tensor]:
-        """Train on one batch: the coarse network alone, or everything jointly (Sec. IV); on a batch with somebody's
-        results, jointly means everything but the coarse network (Table V).
+        """Train on one batch: the coarse network alone, or everything jointly (Sec. IV); on a batch
+        with precomputed coarse results, jointly means everything but the coarse network (Table V).
 
         *global_batch*: images of this step over all workers; *progress*: share of the phase done, in [0, 1), which
         drives the learning rate. Returns this worker's losses, gradient norms and rates as 0-dim tensors by name.

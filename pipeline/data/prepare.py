@@ -18,9 +18,8 @@ from typing import Any
 
 from pipeline.data.collection import UNUSABLE, Collection, drop_of, open_collection
 from pipeline.data.contract_report import write_report
-from pipeline.data.copies import Facts, find_copies, read_facts, read_other_facts
+from pipeline.data.duplicates import Facts, find_copies, read_facts, read_other_facts
 from pipeline.data.evaluation_set import LISTING_NAME, listing
-from pipeline.data.own_masks import MaskReader, join_counts, mask_warnings
 from pipeline.data.plan import PLAN_NAME, ShardPlan, extend_plan, read_plan
 from pipeline.data.prepare_config import PrepareConfig as PrepareConfig
 from pipeline.data.receipts import (
@@ -35,6 +34,7 @@ from pipeline.data.schema import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_m
 from pipeline.data.shards import ShardMaker, leave_out_copies, make_shards
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
+from pipeline.data.user_masks import MaskReader, join_counts, mask_warnings
 from pipeline.errors import FolderInUse, MissingInput, TooManyBadImages, WrongCount
 from pipeline.runs.lease import Lease, holder_of, lease_folder
 from pipeline.runs.progress import Progress, by_reason

@@ -1,4 +1,4 @@
-"""What a preparation is asked for: where from, where to, and everything that decides what the set holds."""
+"""Settings of a preparation: source, destination, and everything that determines the set's content."""
 
 from __future__ import annotations
 

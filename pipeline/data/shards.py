@@ -26,17 +26,17 @@ from ray.data.block import BlockMetadata
 
 from pipeline.data.collection import UNUSABLE, drop_of
 from pipeline.data.contract import FACTS_SCHEMA, examine, summarise_holes
-from pipeline.data.copies import encode_facts, facts_file
-from pipeline.data.own_masks import MaskReader, OwnMasks
+from pipeline.data.duplicates import encode_facts, facts_file
 from pipeline.data.plan import ShardPlan
 from pipeline.data.pool_pixels import with_patches
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.receipts import shard_file
 from pipeline.data.records import make_records, open_as
 from pipeline.data.schema import PATCHES_FIELD, open_shard
-from pipeline.data.sources.ahead import read_ahead
 from pipeline.data.sources.base import Source
+from pipeline.data.sources.prefetch import read_ahead
 from pipeline.data.tasks import iterate, quiet, run_tasks
+from pipeline.data.user_masks import MaskReader, OwnMasks
 from pipeline.runs.cluster import start_ray
 from pipeline.runs.lease import Lease
 

@@ -1,4 +1,4 @@
-"""Two evaluations of the same set, image by image: mean differences with intervals, and what changed most."""
+"""Compares two evaluations of one set, image by image: mean differences with intervals, largest changes."""
 
 from __future__ import annotations
 

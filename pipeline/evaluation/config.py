@@ -1,4 +1,4 @@
-"""What an evaluation is asked for."""
+"""Settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -116,21 +116,27 @@ class EvaluateConfig:
             if name not in MEASURES:
                 near = difflib.get_close_matches(name, MEASURES, n=3, cutoff=0.5) or list(MEASURES)
                 raise ValueError(f"no measure is called {name!r}; did you mean {', '.join(near)}?")
-        names = [*self.methods, *(name for name, _ in self.folders), *(name for name, _ in self.donors)]
+        names = [
+            *self.methods,
+            *(name for name, _ in self.external_folders),
+            *(name for name, _ in self.coarse_folders),
+        ]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two methods are called {', '.join(sorted(twice))}: give each a NAME=FOLDER of its own")
-        if unknown := [name for name in self.keep if name not in (*names, *METHODS, *map(behind, dict(self.donors)))]:
+        if unknown := [
+            name for name in self.keep if name not in (*names, *METHODS, *map(behind, dict(self.coarse_folders)))
+        ]:
             raise ValueError(f"keep must name methods of this evaluation, got {', '.join(unknown)}")
         if self.mlflow_run is not None and self.tracking is None:
             raise ValueError("mlflow_run needs tracking_uri (or MLFLOW_TRACKING_URI), the server or file that holds it")
 
     @property
-    def folders(self) -> tuple[tuple[str, str], ...]:
+    def external_folders(self) -> tuple[tuple[str, str], ...]:
         """Name and place of each entry of `external`."""
         return tuple(_named_folder(text, "external") for text in self.external)
 
     @property
-    def donors(self) -> tuple[tuple[str, str], ...]:
+    def coarse_folders(self) -> tuple[tuple[str, str], ...]:
         """Name and place of each entry of `coarse_from`."""
         return tuple(_named_folder(text, "coarse_from") for text in self.coarse_from)
 

@@ -1,4 +1,4 @@
-"""From settings to a table: what is asked for is checked, measured in parts on Ray, and summed up.
+"""From settings to a table: inputs are checked, parts are measured on Ray, results are aggregated.
 
 Every image goes by itself through every method, on one thread, and sums are taken in the order of the set: the same
 set, model and settings give the same table, whatever the number of workers or the size of the parts, and however often
@@ -113,7 +113,7 @@ def open_inputs(config: EvaluateConfig) -> Opened:
         folder = find_model(config.model, tracking_uri=config.tracking)
     externals = {
         name: open_results(name, place, data=config.data, manifest=manifest, variants=variants, limit=config.limit)
-        for name, place in (*config.folders, *config.donors)
+        for name, place in (*config.external_folders, *config.coarse_folders)
     }
     files: dict[str, Any] = {}
     reasons = _read_networks(config, files)

@@ -1,4 +1,4 @@
-"""A part of the set measured by every method, and what is kept of it: rows, texture samples, features, a receipt.
+"""Measures one part of the set with every method and stores rows, texture samples, features and a receipt.
 
 A part is a stretch of records of one shard. Its files lie below the results; the receipt is written last, and with it
 the part is finished, whatever becomes of the job. What a part holds depends on its images alone: on a CPU every image
@@ -247,8 +247,8 @@ def _open(files: Mapping[str, Any], job: Job) -> tuple[Filler, dict[str, Scripte
                 Path(folder, name).write_bytes(content)
             model = load_model(folder, device=device)
         inpainter = Inpainter(model, cells_per_chunk=job.config.cells_per_chunk, seed=job.config.seed)
-    donors = [name for name, _ in job.config.donors]
-    filler = Filler(job.rows, inpainter, job.externals, donors, job.manifest, job.config.seed)
+    coarse = [name for name, _ in job.config.coarse_folders]
+    filler = Filler(job.rows, inpainter, job.externals, coarse, job.manifest, job.config.seed)
     networks = {name: ScriptedNetwork(files[name], device=device) for name in ("fid", "lpips") if files.get(name)}
     return filler, networks
 

@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, of all images and of groups of them, from rows that go by once.
+"""Means with bootstrap intervals, of all images and of groups, in one pass over the rows.
 
 Poisson bootstrap (Hanley & MacGibbon 2006): in each draw every photograph counts as often as a Poisson number with mean
 1 says, with all its crops and masks. The number is keyed by (seed, photograph), so it needs no memory of the set, does

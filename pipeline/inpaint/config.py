@@ -1,4 +1,4 @@
-"""What a batch inpainting job is asked for."""
+"""Settings of a batch inpainting job."""
 
 from __future__ import annotations
 

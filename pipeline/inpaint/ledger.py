@@ -1,4 +1,4 @@
-"""The ledger: what became of every input, as Parquet.
+"""The ledger: the outcome of every input, as Parquet.
 
 Each task writes its rows as a file of their own, `ledger/*.parquet`, after its results; the end of a job, and the
 beginning of the next one, joins them into `ledger.parquet`. So a job that is killed loses at most the rows of the

@@ -1,4 +1,4 @@
-"""The batch job: what is missing is found, worked through by an actor pool, and written down.
+"""The batch job: finds the missing results, fills them with an actor pool, records them.
 
 Tasks name a few images each; results appear atomically, a task's rows after its results. The same command again does
 only what is missing. Results depend on image, mask, model and settings alone, so nothing of what was killed shows.
@@ -27,10 +27,10 @@ import ray
 from PIL import Image
 
 from pipeline.data.collection import UNUSABLE, drop_of
-from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import is_ledger, open_source
 from pipeline.data.tasks import iterate, run_on_actors
+from pipeline.data.user_masks import stem_of
 from pipeline.errors import MissingInput
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.holes import Holes, near_misses, open_holes
@@ -264,12 +264,12 @@ def _made_of(found: _Found) -> dict[str, str]:
     """What stands for image, hole and coarse result of each key, told from listings: it changes with each."""
     keys, config = found.keys, found.config
     images, holes = found.source.versions(keys), found.holes.versions(keys)
-    donors = [""] * len(keys)
+    coarse = [""] * len(keys)
     if found.coarse is not None:
         names = [found.coarse_names.get(stem_of(key), "") for key in keys]
-        donors = [f"{name} {one}" for name, one in zip(names, found.coarse.versions(names), strict=True)]
+        coarse = [f"{name} {one}" for name, one in zip(names, found.coarse.versions(names), strict=True)]
     made = {}
-    for key, *parts in zip(keys, images, holes, donors, strict=True):
+    for key, *parts in zip(keys, images, holes, coarse, strict=True):
         if config.output == config.input and output_key(key, config, "") == key:
             parts[0] = "replaced by its result"
         made[key] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

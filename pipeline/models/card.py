@@ -1,4 +1,4 @@
-"""The page that goes with a trained model: what it is, what it has seen, how good it was, what not to expect of it."""
+"""The model card: architecture, training data, metrics, limits."""
 
 from __future__ import annotations
 

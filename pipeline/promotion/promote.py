@@ -1,4 +1,4 @@
-"""Which registered version carries the alias: a new one has to be measurably better than the one that has it.
+"""Moves the alias to a newly registered version if it is measurably better than the current one.
 
 Both fill the same holes of the same images. The rule (`promotion_rule`) names measures: some the candidate has to be
 better in, some it must not be worse in. A version that is equal, or better by luck, stays without the alias.

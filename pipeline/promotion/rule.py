@@ -1,4 +1,4 @@
-"""The rule of a promotion: which measures have to gain how much, and whether two evaluations say so.
+"""The promotion rule: required gains, checked on two evaluations.
 
 Differences and their intervals are those of the evaluation of one version against the other
 (`pipeline.evaluation.compare`); the rule is asked at the interval's unfavourable end.

@@ -1,4 +1,4 @@
-"""Templates to text: pages that ask for nothing from outside, tables with their measures' formulas, figures.
+"""Renders templates: self-contained pages, tables with the formulas of their measures, figures.
 
 A page has no scripts and no fonts, and its pictures are inside it as data. It follows the reader's light or dark
 setting, works on a phone, and a picture that is clicked (or reached with Tab) fills the window.

@@ -1,4 +1,4 @@
-"""One job at a time in a folder, whatever the job makes there: a lease that its holder renews, and that ends with it.
+"""One job at a time per folder: a lease that its holder renews and releases at the end.
 
 The lease is a file, `lease.json`: who holds it, and the last sign of life, which a thread renews. What is promised:
 

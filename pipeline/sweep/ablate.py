@@ -37,11 +37,11 @@ from pipeline.sweep.launch import (
     sweep_folder,
     told,
 )
-from pipeline.sweep.results import as_dict
 from pipeline.sweep.space import Point
 from pipeline.sweep.studies import STUDIES, Study
 from pipeline.sweep.summary import measured
 from pipeline.sweep.trial import trial_folder
+from pipeline.sweep.trials import as_dict
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.launch import resources
 from tmad.config import STRICT, PositiveInt

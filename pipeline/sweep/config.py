@@ -1,4 +1,4 @@
-"""What a sweep is asked for."""
+"""Settings of a sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a sweep: parallel coordinates, importance, Pareto front; what is pointed at tells its settings."""
+"""Figures of a sweep: parallel coordinates, importance, Pareto front, with settings on hover."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from pipeline.report.page import Drawing
 from pipeline.sweep.config import direction
-from pipeline.sweep.results import Trial, pareto, sort_key
 from pipeline.sweep.space import Domain, LogRange
+from pipeline.sweep.trials import Trial, pareto, sort_key
 
 WIDTH = 960
 BLUE, RED, GREY = "#3b7dd8", "#c65f3c", "#9aa5b1"

@@ -28,10 +28,10 @@ from pipeline.runs.cluster import require, shortage, shown, start_ray
 from pipeline.runs.lease import lease_folder
 from pipeline.runs.settings import settle
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
-from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_trial, winner
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
 from pipeline.sweep.summary import REPORT_FILE, write_summary
 from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, as_job, encode, run_trial, trial_folder
+from pipeline.sweep.trials import Trial, as_dict, importance, pareto, read_trial, winner
 from pipeline.tracking import Tracker, check_tracking, mlflow_client, read_json_lines, resolve_tracking_uri
 from pipeline.train.footprint import run_bytes
 from pipeline.train.launch import (

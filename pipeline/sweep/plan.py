@@ -1,4 +1,4 @@
-"""A sweep before anything is scheduled: trials, resources, expected hours (`--dry-run`)."""
+"""The plan of a sweep (`--dry-run`): trials, resources, expected hours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep searches: every setting with its range, in one place, and how a command line narrows it.
+"""The search space of a sweep: every setting with its range, and how a command line narrows it.
 
 A range is log-uniform around the paper's value: a decade to either side for the weights of Table II. A setting that is
 not listed here can be searched too, with a range or choices of its own (`schedule.patches_per_image=16,25,64`).

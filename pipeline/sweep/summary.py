@@ -1,4 +1,4 @@
-"""The page that a sweep ends in: trials, figures, the same holes filled by every trial."""
+"""The report of a sweep: trials, figures, the same holes filled by every trial."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.figures import bars, front, parallel_coordinates
-from pipeline.sweep.results import Trial
 from pipeline.sweep.space import Domain
 from pipeline.sweep.trial import trial_folder
+from pipeline.sweep.trials import Trial
 
 REPORT_FILE = "report.html"
 

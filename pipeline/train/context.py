@@ -1,4 +1,4 @@
-"""What the training loop sees of the machines: who am I, what do the others compute, keep this checkpoint.
+"""The training loop's view of the cluster: rank, collective operations, checkpoints.
 
 The loop is written once against `TrainContext`; `RayContext` runs it in Ray Train's workers, `LocalContext` in the
 calling process, which is both how the loop is tested and the baseline that shows what Ray costs.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.errors import CheckpointNotKept, TMADError
 from pipeline.runs.lease import Lease
-from pipeline.train.ending import Notice, NoticeBoard
+from pipeline.train.preemption import Notice, NoticeBoard
 from tmad.step import Workers
 
 COMMIT_TIMEOUT_S = 600.0

@@ -1,4 +1,4 @@
-"""Memory and speed of one training worker and size of a checkpoint, from steps of the same networks made here."""
+"""Memory and speed of a training worker and size of a checkpoint, measured with a few steps on this machine."""
 
 from __future__ import annotations
 

@@ -44,12 +44,12 @@ from pipeline.runs.lease import Lease, lease_folder
 from pipeline.runs.settings import refuse
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
 from pipeline.tracking.environment import code_state, code_tags, environment
-from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
-from pipeline.train.ending import NoticingTorchConfig, Stop, signals_stop
+from pipeline.train.early_stopping import best_kept
 from pipeline.train.footprint import run_bytes
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_initial, kept_initial
-from pipeline.train.relay import relayed_logs
+from pipeline.train.log_relay import relayed_logs
+from pipeline.train.preemption import NoticingTorchConfig, Stop, signals_stop
 from pipeline.train.worker import work
 from tmad.checkpoint import model_digest
 
@@ -163,7 +163,7 @@ def resolve(config: RunConfig) -> RunConfig:
         train=train and storage.absolute(train),
         val=storage.absolute(config.data.validation_set),
         images=images.with_absolute_places(),
-        results=config.data.results and storage.absolute(config.data.results),
+        coarse_from=config.data.coarse_from and storage.absolute(config.data.coarse_from),
     )
     init_from = absolute_model(config.init_from) if config.init_from else None
     runs = storage.absolute(config.runs)
@@ -219,9 +219,9 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
             f"data.{which} has crops of {manifest.crop_size} pixels; the model needs a multiple of "
             f"{model.size_multiple} (patch_size and 2^coarse.num_down_blocks): {remedy}"
         )
-    if config.data.results is not None and manifest.num_variants > 1:
+    if config.data.coarse_from is not None and manifest.num_variants > 1:
         raise ValueError(
-            f"data.{which} has {manifest.num_variants} masks an image, data.results one result: prepare {uri} with "
+            f"data.{which} has {manifest.num_variants} masks an image, data.coarse_from one result: prepare {uri} with "
             "masks_per_image 1"
         )
     cells = (manifest.crop_size // model.patch_size) ** 2

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.errors import Interrupted, TrainingFailed
 from pipeline.tracking import Tracker
-from pipeline.train.best import RUN_FILE, Course, keep_best, write_run_file
 from pipeline.train.checkpoints import checkpoint_name, newest_usable, seal
 from pipeline.train.context import TrainContext, checksums
-from pipeline.train.ending import Notice
+from pipeline.train.early_stopping import RUN_FILE, Course, keep_best, write_run_file
 from pipeline.train.initial import KeptWeights
+from pipeline.train.preemption import Notice
 from pipeline.train.validate import validate
 from tmad.batch import Batch
 from tmad.checkpoint import load_state, save_state

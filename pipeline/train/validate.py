@@ -1,4 +1,4 @@
-"""Measures of the averaged model on fixed validation images with fixed masks, and the pictures that go with them."""
+"""Validation: measures of the EMA model on fixed images and masks, with pictures."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def validate(
 ) -> tuple[dict[str, float], np.ndarray | None]:
     """Mean measures over the images of all workers, and a grid of this worker's first pictures.
 
-    In the coarse phase only the coarse network is run; of a batch with somebody's results, those are the coarse ones.
+    In the coarse phase only the coarse network is run; precomputed coarse results of a batch replace its own.
     Names: `val/psnr_hole` and so on for the result, `val/coarse_psnr_hole` for the coarse result, `val/images`. A
     measure that no image has a value for is left out.
     """

@@ -15,9 +15,9 @@ from pipeline.config import from_json
 from pipeline.errors import FolderInUse
 from pipeline.runs.lease import LEASE_NAME
 from pipeline.tracking import read_json_lines
-from pipeline.train.ending import signals_stop
 from pipeline.train.launch import train
-from pipeline.train.relay import relayed_logs
+from pipeline.train.log_relay import relayed_logs
+from pipeline.train.preemption import signals_stop
 from tests.conftest import ROOT
 from tests.jobs.processes import Job, small_sets
 

@@ -26,7 +26,7 @@ from pipeline.data.contract import (
     polarity_warning,
     summarise_holes,
 )
-from pipeline.data.copies import first_equal, first_similar, similar_in, similar_values
+from pipeline.data.duplicates import first_equal, first_similar, similar_in, similar_values
 from pipeline.data.photograph import Photograph, open_photograph
 from pipeline.data.plan import ShardPlan
 from pipeline.data.prepare import PrepareConfig, prepare

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pipeline.errors import Interrupted, TrainingFailed
 from pipeline.train.context import LocalContext
-from pipeline.train.ending import Kind, Notice
 from pipeline.train.loop import (
     Meter,
     Stretch,
@@ -27,6 +26,7 @@ from pipeline.train.loop import (
     stretch_at,
     train_loop,
 )
+from pipeline.train.preemption import Kind, Notice
 from pipeline.train.validate import validate
 from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed, run_in
 from tests.tmad.tiny import Features, make_batch

@@ -20,11 +20,11 @@ from pipeline.sweep.config import SWEEP_PRESETS, SweepConfig
 from pipeline.sweep.figures import bars, front, parallel_coordinates
 from pipeline.sweep.launch import _Rungs, room
 from pipeline.sweep.plan import _rate_here, expected_images
-from pipeline.sweep.results import Trial, importance, pareto, read_trial, winner
 from pipeline.sweep.space import DOMAINS, GROUPS, Choice, LogRange, apply, make_space, sample
 from pipeline.sweep.studies import STUDIES
 from pipeline.sweep.summary import chance
 from pipeline.sweep.trial import Job, decode, encode, trial_run
+from pipeline.sweep.trials import Trial, importance, pareto, read_trial, winner
 from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import MODEL
 from tmad.config import LossConfig

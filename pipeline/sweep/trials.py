@@ -1,4 +1,4 @@
-"""What the trials of a sweep came to, read from their folders."""
+"""Reads trial results from their folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.sweep.config import OBJECTIVES, direction
 from pipeline.sweep.space import Point
 from pipeline.sweep.trial import DIVERGED_FILE, ERROR_FILE, POINT_FILE, measures_of, trial_folder
 from pipeline.tracking import read_json_lines
-from pipeline.train.best import is_better
+from pipeline.train.early_stopping import is_better
 
 Status = Literal["finished", "stopped early", "diverged", "failed"]
 

@@ -1,4 +1,4 @@
-"""What a run carries beside its training state: newest validation, best value so far, how long it has not improved."""
+"""Validation history of a run: newest value, best value, validations since the last improvement."""
 
 from __future__ import annotations
 

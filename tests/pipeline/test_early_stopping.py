@@ -12,8 +12,8 @@ import torch
 
 from pipeline import storage
 from pipeline.models import find_model
-from pipeline.train.best import Course, best_kept, is_better, keep_best
 from pipeline.train.checkpoints import checkpoint_name
+from pipeline.train.early_stopping import Course, best_kept, is_better, keep_best
 from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed, run_in
 from tests.tmad.tiny import MODEL
 from tmad.checkpoint import load_model, model_digest
