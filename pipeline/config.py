@@ -36,7 +36,7 @@ from tmad.config import (
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
-ValidationMeasure = Literal[
+ValidationMetric = Literal[
     "psnr_hole",
     "l1_hole_pct",
     "ssim_full",
@@ -135,11 +135,11 @@ class ScheduleConfig:
     """Images between checkpoints, the most that a failure repeats; the end keeps one too."""
     keep_checkpoints: PositiveInt = 3
     """Checkpoints that stay in storage, the newest ones; with 1 there is none to fall back to if it is damaged."""
-    best_measure: ValidationMeasure = "psnr_hole"
-    """The model with the best value of this measure of the validations (`val/...`) is kept too, in `best/`. Without
+    best_metric: ValidationMetric = "psnr_hole"
+    """The model with the best value of this metric of the validations (`val/...`) is kept too, in `best/`. Without
     `coarse_` it is measured in the joint phase alone."""
     stop_after_validations: PositiveInt | None = None
-    """End the joint phase after this many validations in a row without a better `best_measure`; default: never."""
+    """End the joint phase after this many validations in a row without a better `best_metric`; default: never."""
     log_every_images: PositiveInt = 1_600
     """Images between progress lines; metrics and the check that all workers hold equal weights come with them."""
 

@@ -17,7 +17,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-RENAMED = {"critics": "discriminators", "lr_critics": "lr_discriminators", "results": "coarse_from"}
+RENAMED = {
+    "critics": "discriminators",
+    "lr_critics": "lr_discriminators",
+    "results": "coarse_from",
+    "best_metric": "best_metric",
+}
 """Former names of settings, which saved runs still have."""
 
 log = logging.getLogger(__name__)

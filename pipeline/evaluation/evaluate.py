@@ -41,7 +41,7 @@ class Evaluated:
 
     @property
     def means(self) -> dict[str, dict[str, float | None]]:
-        """Method, then measure, then its mean or value."""
+        """Method, then metric, then its mean or value."""
         return self.evaluation.means
 
     def sections(self) -> dict[str, Any]:

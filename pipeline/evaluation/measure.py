@@ -46,11 +46,11 @@ from pipeline.runs.lease import Lease
 from pipeline.runs.progress import Progress
 from pipeline.storage import absolute, file_sizes, join, list_files, read_bytes, redact
 from tmad.checkpoint import model_digest
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 from tmad.retrieval import retrieval_gain
 from tmad.swd import SMALLEST_LEVEL, VARIANTS
 
-FORMAT = 2
+FORMAT = 3
 """Of report.json; also part of what decides whether parts of an earlier version are kept."""
 
 log = logging.getLogger(__name__)
@@ -71,15 +71,15 @@ class Evaluation:
 
     @property
     def means(self) -> dict[str, dict[str, float | None]]:
-        """Method, then measure, then its mean over the images, or its value for the set."""
+        """Method, then metric, then its mean over the images, or its value for the set."""
         return {
-            method: {name: value["mean"] for name, value in entry["measures"].items()}
+            method: {name: value["mean"] for name, value in entry["metrics"].items()}
             for method, entry in self.summary["methods"].items()
         }
 
     @property
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Per-image results, in the order of the set: `parts.FACTS` and each measure (or none)."""
+        """Per-image results, in the order of the set: `parts.FACTS` and each metric (or none)."""
         return read_rows(self.out, len(self.parts))
 
 
@@ -91,7 +91,7 @@ class Opened:
     files: dict[str, Any]
     """Of the model and of the measuring networks, by name."""
     reasons: dict[str, str]
-    """Why measures have no figures, by measure."""
+    """Why metrics have no figures, by metric."""
     model: str | None
     """Its digest; `None` if nothing in the table comes from it."""
 
@@ -163,9 +163,9 @@ def _variants(config: EvaluateConfig, manifest: Manifest) -> tuple[int, ...]:
 
 
 def _read_networks(config: EvaluateConfig, files: dict[str, Any]) -> dict[str, str]:
-    """Read the measuring networks into *files*; why measures have no figures, by measure."""
+    """Read the measuring networks into *files*; why metrics have no figures, by metric."""
     reasons: dict[str, str] = {}
-    shown = config.shown_measures()
+    shown = config.shown_metrics()
     for option, names in (("fid", ("fid_full", "kid_full")), ("lpips", ("lpips_full",))):
         if not (wanted := [name for name in names if name in shown]):
             continue
@@ -173,7 +173,7 @@ def _read_networks(config: EvaluateConfig, files: dict[str, Any]) -> dict[str, s
             files[option] = read_network(getattr(config, option))
         except NotMeasured as reason:
             reasons |= dict.fromkeys(wanted, str(reason))
-            if getattr(config, option).network is not None or config.measures:
+            if getattr(config, option).network is not None or config.metrics:
                 log.warning("%s: not measured: %s", ", ".join(wanted), reason)
     return reasons
 
@@ -190,15 +190,15 @@ def _job(
     for row in rows:
         if row.not_measured:
             log.warning("%s: not measured: %s", row.title, row.not_measured)
-    measures = tuple(name for name in config.shown_measures() if name not in reasons)
+    metrics = tuple(name for name in config.shown_metrics() if name not in reasons)
     resolved = replace(config, data=absolute(config.data))
     decides = [
-        *(FORMAT, manifest.digest, model, resolved.deciding(), measures, variants),
+        *(FORMAT, manifest.digest, model, resolved.deciding(), metrics, variants),
         *({name: results.digest for name, results in externals.items()}, [dataclasses.asdict(row) for row in rows]),
         min(manifest.records, config.limit or manifest.records),
     ]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    return Job(resolved, manifest, rows, measures, variants, externals, digest)
+    return Job(resolved, manifest, rows, metrics, variants, externals, digest)
 
 
 def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], lease: Lease) -> dict[int, dict[str, Any]]:
@@ -241,8 +241,8 @@ def _summed_up(
     job: Job, num_parts: int, receipts: Mapping[int, dict[str, Any]], out: str
 ) -> tuple[Table, dict[str, str]]:
     """The table of all parts, in order, and what could not be filled."""
-    measures = [name for name in row_schema(job).names if name in MEASURES]
-    table = Table(job.measured_methods, measures, resamples=job.config.resamples, seed=job.config.seed)
+    metrics = [name for name in row_schema(job).names if name in METRICS]
+    table = Table(job.measured_methods, metrics, resamples=job.config.resamples, seed=job.config.seed)
     for rows in rows_of_images(read_rows(out, num_parts)):
         table.add(rows)
     failed = {name: reason for index in range(num_parts) for name, reason in receipts[index]["failed"].items()}
@@ -269,18 +269,18 @@ def _summary(
     overall = table.overall(config.confidence)
     small = manifest.crop_size < SMALLEST_LEVEL
     methods: dict[str, Any] = {}
-    gains = retrieval_gains(overall) if "retrieval_gain" in job.measures else {}
+    gains = retrieval_gains(overall) if "retrieval_gain" in job.metrics else {}
     for row in job.rows:
-        measures = dict(overall.get(row.name, {}))
+        metrics = dict(overall.get(row.name, {}))
         if row.name in gains:
-            measures["retrieval_gain"] = {"mean": gains[row.name], "low": None, "high": None, "images": table.images}
+            metrics["retrieval_gain"] = {"mean": gains[row.name], "low": None, "high": None, "images": table.images}
         for name, value in sets.get(row.name, {}).items():
-            measures[name] = {"mean": value, "low": None, "high": None, "images": table.images}
-        ordered = {name: measures[name] for name in MEASURES if name in measures}
-        methods[row.name] = {"title": row.title, "not_measured": row.not_measured, "measures": ordered}
+            metrics[name] = {"mean": value, "low": None, "high": None, "images": table.images}
+        ordered = {name: metrics[name] for name in METRICS if name in metrics}
+        methods[row.name] = {"title": row.title, "not_measured": row.not_measured, "metrics": ordered}
     legend = {}
-    for name in config.shown_measures():
-        entry = MEASURES[name]
+    for name in config.shown_metrics():
+        entry = METRICS[name]
         legend[name] = {"unit": entry.unit, "better": entry.better, "formula": entry.formula}
         if name in reasons:
             legend[name]["not_measured"] = reasons[name]
@@ -307,7 +307,7 @@ def _summary(
         "failed": dict(failed),
         "methods": methods,
         "groups": table.groups(config.confidence),
-        "measures": legend,
+        "metrics": legend,
     }
 
 

@@ -63,7 +63,7 @@ class Filled:
     result: InpaintResult | None
     """T-MAD's, with the candidates that were retrieved."""
     retrieval: dict[str, dict[str, float]]
-    """`retrieval_measures` of the methods that retrieve."""
+    """`retrieval_metrics` of the methods that retrieve."""
 
     def add(
         self,
@@ -126,10 +126,10 @@ class Filler:
             for place, result in enumerate(results):
                 outputs = {"tmad": np.asarray(result.output), "coarse": result.coarse}
                 filled[place] = replace(filled[place], result=result)
-                filled[place].add(outputs, {"tmad": seconds}, {"tmad": retrieval_measures(result, some[place].truth)})
+                filled[place].add(outputs, {"tmad": seconds}, {"tmad": retrieval_metrics(result, some[place].truth)})
             if self._untrained is not None and "blended" in names:
                 for place, result in enumerate(_timed_batch(self._untrained, some, coarse)[0]):
-                    measured = retrieval_measures(result, some[place].truth)
+                    measured = retrieval_metrics(result, some[place].truth)
                     filled[place].add({"blended": np.asarray(result.output)}, {}, {"blended": measured})
         for name, results_of in self._externals.items() if only is None else ():
             given = []
@@ -219,7 +219,7 @@ def untrained(inpainter: Inpainter) -> Inpainter:
     return Inpainter(model, policy=inpainter.policy, cells_per_chunk=inpainter.cells_per_chunk, seed=inpainter.seed)
 
 
-def retrieval_measures(result: InpaintResult, truth: np.ndarray) -> dict[str, float]:
+def retrieval_metrics(result: InpaintResult, truth: np.ndarray) -> dict[str, float]:
     """`retrieval_top_l1`, `retrieval_best_l1` and `retrieval_distinct` of `tmad.metrics` for one image; nothing where
     no cell lies wholly in it."""
     side = result.candidates.shape[2]

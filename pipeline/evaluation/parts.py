@@ -32,7 +32,7 @@ from pipeline.report.pictures import png_bytes
 from pipeline.runs.lease import Lease
 from pipeline.storage import file_sizes, join, read_bytes
 from tmad.inpaint import Inpainter, UnusableInput
-from tmad.metrics import MEASURES, measure
+from tmad.metrics import METRICS, measure
 from tmad.swd import SMALLEST_LEVEL, VARIANTS, SlicedWasserstein
 
 ONE_THREAD = {"env_vars": {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
@@ -41,11 +41,11 @@ ONE_THREAD = {"env_vars": {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENB
 TOGETHER = 16
 """Images that the methods get at once."""
 
-RETRIEVAL_MEASURES = ("retrieval_top_l1", "retrieval_best_l1", "retrieval_distinct")
-"""What `methods.retrieval_measures` gives of one image."""
+RETRIEVAL_METRICS = ("retrieval_top_l1", "retrieval_best_l1", "retrieval_distinct")
+"""What `methods.retrieval_metrics` gives of one image."""
 
 FACTS = ("image_id", "key", "variant", "mask_family", "label", "hole_fraction", "method")
-"""Columns of the per-image results before the measures."""
+"""Columns of the per-image results before the metrics."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Job:
     config: EvaluateConfig
     manifest: Manifest
     rows: tuple[Row, ...]
-    measures: tuple[str, ...]
+    metrics: tuple[str, ...]
     """Those that can be had."""
     variants: tuple[int, ...]
     externals: dict[str, Results]
@@ -80,23 +80,23 @@ class Job:
     @property
     def has_features(self) -> bool:
         """Whether images go through a feature network."""
-        return bool({"fid_full", "kid_full"} & set(self.measures))
+        return bool({"fid_full", "kid_full"} & set(self.metrics))
 
     @property
-    def one_image_measures(self) -> tuple[str, ...]:
+    def one_image_metrics(self) -> tuple[str, ...]:
         """Those that `tmad.metrics.measure` knows and that are asked for."""
-        return tuple(name for name in self.measures if MEASURES[name].function)
+        return tuple(name for name in self.metrics if METRICS[name].function)
 
     @property
-    def retrieval_measures(self) -> tuple[str, ...]:
-        """Those of `methods.retrieval_measures` that are asked for, or are needed for `retrieval_gain`."""
-        wanted = RETRIEVAL_MEASURES if "retrieval_gain" in self.measures else ()
-        return tuple(name for name in RETRIEVAL_MEASURES if name in (*self.measures, *wanted))
+    def retrieval_metrics(self) -> tuple[str, ...]:
+        """Those of `methods.retrieval_metrics` that are asked for, or are needed for `retrieval_gain`."""
+        wanted = RETRIEVAL_METRICS if "retrieval_gain" in self.metrics else ()
+        return tuple(name for name in RETRIEVAL_METRICS if name in (*self.metrics, *wanted))
 
     def texture_samples(self) -> SlicedWasserstein | None:
         """A collector for a part or for the whole set; none where the images are too small or nothing was asked for."""
         side = self.manifest.crop_size
-        if side < SMALLEST_LEVEL or not set(VARIANTS) & set(self.measures):
+        if side < SMALLEST_LEVEL or not set(VARIANTS) & set(self.metrics):
             return None
         images = min(self.manifest.records, self.config.limit or self.manifest.records) * len(self.variants)
         return SlicedWasserstein(side=side, seed=self.config.seed, num_images=images)
@@ -183,10 +183,10 @@ def _measure(
                     output,
                     filled.truth,
                     filled.mask,
-                    job.one_image_measures,
+                    job.one_image_metrics,
                     patch_size=job.manifest.patch_size,
                 )
-                values |= {key: filled.retrieval.get(name, {}).get(key) for key in job.retrieval_measures}
+                values |= {key: filled.retrieval.get(name, {}).get(key) for key in job.retrieval_metrics}
                 if "lpips" in networks:
                     values["lpips_full"] = networks["lpips"].distance(output, filled.truth)
                 if "fid" in networks:
@@ -267,14 +267,14 @@ def facts_of(record: Record, variant: int, manifest: Manifest) -> dict[str, Any]
 
 
 def row_schema(job: Job) -> pa.Schema:
-    """Of the per-image results: `FACTS`, then each measure of one image, without a value where it has none."""
+    """Of the per-image results: `FACTS`, then each metric of one image, without a value where it has none."""
     kinds = {"variant": pa.int64(), "label": pa.int64(), "hole_fraction": pa.float64()}
     names = [
-        *job.one_image_measures,
-        *job.retrieval_measures,
-        *(["lpips_full"] if "lpips_full" in job.measures else []),
+        *job.one_image_metrics,
+        *job.retrieval_metrics,
+        *(["lpips_full"] if "lpips_full" in job.metrics else []),
     ]
-    ordered = [name for name in MEASURES if name in names]
+    ordered = [name for name in METRICS if name in names]
     return pa.schema(
         [*((name, kinds.get(name, pa.string())) for name in FACTS), *((name, pa.float64()) for name in ordered)]
     )

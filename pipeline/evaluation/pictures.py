@@ -49,7 +49,7 @@ class Choice:
     part: int
     why: Why
     value: float | None = None
-    """The measure that it was chosen by."""
+    """The metric that it was chosen by."""
     detailed: bool = False
     """With its retrieval and a series of mask sizes."""
 

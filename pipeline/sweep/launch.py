@@ -106,14 +106,14 @@ def sweep(config: SweepConfig) -> Finished:
             "name": config.name,
             "objectives": list(config.objectives),
             "space": {name: str(domain) for name, domain in space.items()},
-            "winner": {"number": best.number, "name": best.name, "point": best.point, "measures": best.measures},
+            "winner": {"number": best.number, "name": best.name, "point": best.point, "metrics": best.metrics},
             "pareto": [one.number for one in pareto(done.trials, axes)],
             "importance": importance(done.trials, objective),
             "trials": [as_dict(one) for one in done.trials],
         }
         write_summary(config, folder, done.trials, space, summary)
         finish(config, done, summary, (REPORT_FILE, WINNER_FILE))
-    value, place = best.measures[objective], storage.redact(storage.join(folder, WINNER_FILE))
+    value, place = best.metrics[objective], storage.redact(storage.join(folder, WINNER_FILE))
     log.info("sweep %s: %s wins with %s %.4g: %s", config.name, best.label, objective, value, place)
     return replace(done, summary=summary)
 
@@ -163,7 +163,7 @@ def finish(config: SweepConfig, trials: Finished, summary: dict[str, Any], files
         tracker.artifact(storage.read_bytes(storage.join(trials.folder, file)), file)
     tracker.artifact(text.encode(), SUMMARY_FILE)
     if best := summary.get("winner"):
-        tracker.metrics({f"winner/{name}": value for name, value in best["measures"].items()}, step=0)
+        tracker.metrics({f"winner/{name}": value for name, value in best["metrics"].items()}, step=0)
     tracker.finish()
     storage.write_atomic(storage.join(trials.folder, SUMMARY_FILE), text.encode())
 
@@ -214,19 +214,19 @@ def room_on_disk(config: SweepConfig) -> str:
 class _Rungs(ASHAScheduler):
     """ASHA that, in a resumed sweep, knows what trials had reported before."""
 
-    def __init__(self, folder: str, measure: str, **kwargs: Any) -> None:
-        super().__init__(time_attr="images", metric=measure, mode=direction(measure), **kwargs)
+    def __init__(self, folder: str, metric: str, **kwargs: Any) -> None:
+        super().__init__(time_attr="images", metric=metric, mode=direction(metric), **kwargs)
         self._folder = folder
-        self._measure = measure
+        self._metric = metric
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
         # Tune keeps trials and searchers over a restart, and begins with empty rungs.
         rows = read_json_lines(storage.join(trial_folder(self._folder, trial.trial_id), "metrics.jsonl"))
         for row in rows:
-            value = row.get(f"val/{self._measure}")
+            value = row.get(f"val/{self._metric}")
             if value is not None:
-                self.on_trial_result(tune_controller, trial, {"images": row["step"], self._measure: value})
+                self.on_trial_result(tune_controller, trial, {"images": row["step"], self._metric: value})
 
 
 class _Watch(tune.Callback):
@@ -365,7 +365,7 @@ def _coarse(config: SweepConfig, folder: str, tracking_uri: str | None, parent: 
     if not run.schedule.coarse_images:
         return None
     tracking = replace(run.tracking, uri=tracking_uri or "none", register=False, parent_run=parent)
-    schedule = replace(run.schedule, joint_images=0, best_measure="coarse_psnr_hole")
+    schedule = replace(run.schedule, joint_images=0, best_metric="coarse_psnr_hole")
     train(replace(run, name="coarse", runs=folder, tracking=tracking, schedule=schedule))
     return storage.join(folder, "coarse")
 

@@ -33,13 +33,13 @@ def plan(config: SweepConfig, *, images_per_s: float | None = None) -> str:
     check_points(config, space, points)
     there = available()
     concurrent = room(config, there)
-    each, measures = resources(run), ", ".join(config.objectives)
+    each, metrics = resources(run), ", ".join(config.objectives)
     of = "the cluster" if joined() else "this machine"
     coarse = 0 if config.init_from else schedule.coarse_images
     lines = [
         f"space        {', '.join(f'{name} {domain}' for name, domain in space.items())}",
         f"trials       {config.trials} by {config.search}, {concurrent} side by side; {schedule.joint_images:,} images "
-        f"each, validated every {schedule.validate_every_images:,} ({measures} of {schedule.validation_images} images)",
+        f"each, validated every {schedule.validate_every_images:,} ({metrics} of {schedule.validation_images} images)",
         f"start        {_start(config, coarse)}",
         f"resources    {shown(each)} a trial with its data, {of} has {shown(there)}",
         f"room         {room_on_disk(config)}",

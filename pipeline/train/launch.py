@@ -79,7 +79,7 @@ log = logging.getLogger(__name__)
 
 def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: float = 0.0) -> dict[str, Any]:
     """Train, keep and register a model; returns the content of `finished.json`. *callbacks* are told of each
-    checkpoint, with the measures of the validation before it. A job that has the name is waited for, *wait_s* at most.
+    checkpoint, with the metrics of the validation before it. A job that has the name is waited for, *wait_s* at most.
 
     Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
     `TrainingFailed` with the cause and the newest checkpoint, `Interrupted` when it was told to stop,
@@ -145,7 +145,7 @@ def _train(config: RunConfig, folder: str, lease: Lease, callbacks: Sequence[Use
     log.info("run %s finished in %.0f s: model %s", config.name, time.time() - began, finished["model"])
     if best := finished["best"]:
         log.info(
-            "best %s was %.4g after %s images: %s", best["measure"], best["value"], f"{best['images']:,}", best["model"]
+            "best %s was %.4g after %s images: %s", best["metric"], best["value"], f"{best['images']:,}", best["model"]
         )
     return finished
 
@@ -421,7 +421,7 @@ def _finish(
         registered = reference(tracking_uri, named, version, alias)
     finished = {
         **summary,
-        "best": best_kept(storage.join(folder, "best"), config.schedule.best_measure),
+        "best": best_kept(storage.join(folder, "best"), config.schedule.best_metric),
         "name": config.name,
         "model": model_uri,
         "model_digest": model_digest(artifact),

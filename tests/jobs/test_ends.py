@@ -170,7 +170,7 @@ def sweep(place: Place, out: Path) -> Asked:
 
     def left() -> object:
         ended = folder / "summary.json"
-        return ended.exists() and [one["measures"] for one in json.loads(ended.read_text())["trials"]]
+        return ended.exists() and [one["metrics"] for one in json.loads(ended.read_text())["trials"]]
 
     return Asked(place.job("sweep", *options), count(folder, "trials/*/checkpoints/images_*"), left, folder)
 
@@ -185,7 +185,7 @@ def ablate(place: Place, out: Path) -> Asked:
 
     def left() -> object:
         ended = folder / "summary.json"
-        return ended.exists() and [one["measures"] for one in json.loads(ended.read_text())["rows"]]
+        return ended.exists() and [one["metrics"] for one in json.loads(ended.read_text())["rows"]]
 
     return Asked(place.job("ablate", *options), count(folder, "trials/*/checkpoints/images_*"), left, folder)
 

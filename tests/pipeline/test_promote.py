@@ -199,9 +199,9 @@ def test_two_promotions_at_once_leave_the_better_one(
 def test_names_that_are_not_there_and_rules_without_sense_are_refused(tracking_uri: str) -> None:
     with pytest.raises(ModelNotFound, match="no model is registered as nobody; registered models: none"):
         promote(PromoteConfig(name="nobody", tracking_uri=tracking_uri))
-    with pytest.raises(ValueError, match=r"no measure is called 'psnr_hol'; did you mean psnr_hole"):
+    with pytest.raises(ValueError, match=r"no metric is called 'psnr_hol'; did you mean psnr_hole"):
         PromoteConfig(better=("psnr_hol",))
-    with pytest.raises(ValueError, match="better must name a measure"):
+    with pytest.raises(ValueError, match="better must name a metric"):
         PromoteConfig(better=())
     with pytest.raises(ValueError, match="name psnr_hole twice"):
         PromoteConfig(better=("psnr_hole",), not_worse=("psnr_hole=0.1",))
