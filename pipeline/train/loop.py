@@ -13,11 +13,12 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -193,6 +194,7 @@ class Meter:
     def __init__(self) -> None:
         self._clear()
         self._resumed = time.perf_counter()
+        psutil.cpu_percent()  # the first figure counts from here
 
     def _clear(self) -> None:
         self._terms: dict[str, list[Tensor]] = {}
@@ -239,18 +241,25 @@ class Meter:
         busy_s = time.process_time() - self._began_busy_s
         metrics["system/processors"] = busy_s / max(time.perf_counter() - self._began, 1e-9)
         self._clear()
-        return metrics | _memory(context.device)
+        return metrics | _system(context.device)
 
 
-def _memory(device: torch.device) -> dict[str, float]:
-    """The most that this worker has held, in GB: of the machine's memory since its start, of the GPU's tensors since
-    the last call."""
-    # Linux counts in KiB.
-    held = {"system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+def _system(device: torch.device) -> dict[str, float]:
+    """Use of this worker's node under MLflow's names, and the most that the worker itself has held, in GB: of the
+    machine's memory since its start, of the GPU's tensors since the last call."""
+    found = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_percentage": psutil.virtual_memory().percent,
+        # Linux counts in KiB.
+        "system/memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    }
     if device.type == "cuda":
-        held["system/gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        found["system/gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         torch.cuda.reset_peak_memory_stats(device)
-    return held
+        # NVML's errors share no class with torch's; where a container lacks NVML, training goes on without the figure.
+        with suppress(Exception):
+            found["system/gpu_utilization_percentage"] = float(torch.cuda.utilization(device))
+    return found
 
 
 def progress_line(stretch: Stretch, images: int, metrics: Mapping[str, float]) -> str:

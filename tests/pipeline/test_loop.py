@@ -18,7 +18,7 @@ from pipeline.train.context import LocalContext
 from pipeline.train.loop import (
     Meter,
     Stretch,
-    _memory,
+    _system,
     checkpoint_name,
     due,
     duration,
@@ -274,15 +274,24 @@ def test_a_mean_over_an_interval_leaves_out_what_is_not_finite(tmp_path: Path) -
     assert metrics["lr"] == 3.0
 
 
-def test_the_memory_of_the_gpu_is_the_most_since_the_last_time_and_not_what_is_held(
+def test_the_memory_of_the_gpu_is_the_most_since_the_last_time_and_its_use_is_there_where_it_can_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     peaks = [3e9, 1e9]
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peaks[0])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.pop(0))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    found = [_memory(torch.device("cuda"))["system/gpu_memory_gb"] for _ in range(2)]
-    assert found == [3.0, 1.0], "a large step does not hide all that come after it"
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 97)
+    first = _system(torch.device("cuda"))
+    assert first["system/gpu_utilization_percentage"] == 97
+
+    def no_nvml(device: torch.device) -> int:
+        raise RuntimeError("cuda driver can't be loaded, is cuda enabled?")
+
+    monkeypatch.setattr(torch.cuda, "utilization", no_nvml)
+    found = [first, _system(torch.device("cuda"))]
+    assert [one["system/gpu_memory_gb"] for one in found] == [3.0, 1.0], "a large step does not hide those after it"
+    assert found[0].keys() - found[1].keys() == {"system/gpu_utilization_percentage"}
 
 
 def test_the_progress_line_says_phase_images_losses_rate_wait_and_time_left() -> None:

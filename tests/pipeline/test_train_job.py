@@ -76,6 +76,8 @@ def test_two_workers_train_both_phases_and_register_the_model(place: Path, finis
     assert steps == [8, 8, 8, 16, 16, 16, 24, 24, 24], "of training, of validation, of the checkpoint"
     assert all(row["system/checkpoint_s"] > 0 for row in rows[2::3])
     assert all(0 < row["system/processors"] < 64 for row in rows[::3])
+    of_the_node = ("system/cpu_utilization_percentage", "system/system_memory_usage_percentage")
+    assert all(0 < row[name] <= 100 for row in rows[::3] for name in of_the_node)
     assert from_json((run / "config.json").read_text()).schedule == smoke().schedule
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"]
@@ -90,7 +92,7 @@ def test_two_workers_train_both_phases_and_register_the_model(place: Path, finis
     tracked = client.get_run(finished["mlflow_run_id"])
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["schedule.joint_images"] == "16"
-    assert {"loss/gan_patch", "val/psnr_hole", "rate/images_per_s"} <= tracked.data.metrics.keys()
+    assert {"loss/gan_patch", "val/psnr_hole", "rate/images_per_s", *of_the_node} <= tracked.data.metrics.keys()
     digests = {one.tags[0].value: one.dataset.digest for one in tracked.inputs.dataset_inputs}
     assert digests == {
         "training": environment["data_digests"]["train"],
