@@ -3,12 +3,14 @@
 #   PIP_ARGS  passed to `pip install`, e.g. an index with other builds of torch (see README.md, "CPU and GPU")
 #   TEST_WORKERS  test files at a time
 #   SOAK_S  seconds that tests of faults at random moments go on in `make soak`
+#   PYTHONS  interpreters that `make dist` installs for; none: the one of .venv, with its packages
 #   MLFLOW_PORT  where `make mlflow` listens
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_ARGS ?=
 TEST_WORKERS ?= 2
 SOAK_S ?= 300
+PYTHONS ?=
 MLFLOW_PORT ?= 5000
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ READY := $(VENV)/ready
 CODE := $(wildcard tmad pipeline jobs tests benchmarks infra docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stack stack-demo test soak check format-check lint types format bench docs docs-check mlflow clean
+.PHONY: help setup demo stack stack-demo test soak check format-check lint types format bench docs docs-check dist mlflow clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -70,6 +72,9 @@ docs: $(READY)  ## write the pages of docs/reference out of the code
 
 docs-check: $(READY)  ## run the documents' commands and follow their links
 	$(BIN)/python docs/check.py
+
+dist: $(READY)  ## wheel and source archive in dist/, each tried where no checkout is
+	$(BIN)/python infra/dist.py $(PYTHONS)
 
 mlflow: $(READY)  ## open the MLflow UI on the runs of this machine
 	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", $(MLFLOW_PORT))).close()' 2>/dev/null \

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -139,34 +138,6 @@ def test_the_architecture_page_names_every_folder_of_the_packages() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
     folders = {path.parent.relative_to(ROOT).as_posix() for package in PACKAGES for path in modules(package)}
     assert sorted(folder for folder in folders if f"`{folder}/`" not in page) == []
-
-
-def test_a_wheel_has_every_package_and_takes_no_name_but_its_own() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT) for package in PACKAGES for path in modules(package)}
-    names = {".".join(folder.parts) for folder in folders}
-    assert {name.removeprefix("tmad_jobs.") for name in setuptools["packages"]} == names
-    assert {name.split(".")[0] for name in setuptools["packages"]} == {"tmad", "tmad_jobs"}
-    assert setuptools["package-dir"] == {f"tmad_jobs.{name}": name for name in ("jobs", "pipeline")}
-
-
-def test_a_program_with_a_pipeline_of_its_own_keeps_it(tmp_path: Path) -> None:
-    """As installed: the packages lie in a folder that is not on the path."""
-    (tmp_path / "site" / "tmad_jobs").mkdir(parents=True)
-    for name in ("jobs", "pipeline"):
-        (tmp_path / "site" / "tmad_jobs" / name).symlink_to(ROOT / name)
-    code = (
-        "import pipeline, tmad_jobs.jobs\n"
-        "assert pipeline.__file__.startswith(MINE), pipeline.__file__\n"
-        "try: tmad_jobs.jobs.find_model('s3://bucket/model')\n"
-        "except ImportError as error: print(error)"
-    )
-    (tmp_path / "mine" / "pipeline").mkdir(parents=True)
-    (tmp_path / "mine" / "pipeline" / "__init__.py").touch()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "mine"), str(tmp_path / "site")])}
-    code = f"MINE = {str(tmp_path)!r}\n{code}"
-    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert "this program has another package `pipeline`" in run.stdout, run.stderr
 
 
 def test_the_readme_table_lists_exactly_the_jobs() -> None:

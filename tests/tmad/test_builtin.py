@@ -1,10 +1,7 @@
-"""The model in the box: there, whole, small, used when none is named, and in the wheel."""
+"""The model in the box: there, whole, small, used when none is named."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -71,20 +68,3 @@ def test_a_box_that_lacks_a_file_says_which_and_what_to_do(box: Path, name: str)
     (box / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{name} is missing; install tmad again"):
         builtin_model(box)
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_it_and_an_installed_copy_finds_it_from_another_folder(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "installed"
-    for name in ("tmad", "pipeline", "jobs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / name, source / name)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(target), str(source)], check=True, capture_output=True, timeout=150)
-    shutil.rmtree(source)
-    code = "from tmad.builtin import builtin_model; print(builtin_model())"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(target)}, capture_output=True, text=True
-    )
-    assert run.stdout.strip() == str(target / "tmad" / "builtin"), run.stderr
