@@ -53,6 +53,8 @@ def submit(config: SubmitConfig, module: str, arguments: Sequence[str]) -> int:
     if not config.dashboard.startswith(("http://", "https://")):
         raise ValueError(f"--address must be that of the dashboard, http://HEAD:8265, got {config.dashboard}")
     environment: dict[str, Any] = {"env_vars": _commit(config)}
+    # Ray walks through the folder five times, and each time names the files that stay here.
+    logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)
     where = f"-m jobs.{module}"
     if (ROOT / ".rayignore").exists():
         _check_upload(ROOT, config.max_upload_mb)
@@ -112,6 +114,8 @@ def _client(address: str) -> Any:
     )
     if token:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Ray takes this variable, and RAY_ADDRESS after it, before the address that it is given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -120,7 +124,7 @@ def _client(address: str) -> Any:
         text = redact(" ".join(str(error).split()))
         if any(word in text for word in ("Unauthorized", "Forbidden", "Authentication", "authentication")):
             raise ClusterUnreachable(
-                f"the cluster at {address} {'does not take the token' if token else 'asks for a token'}: set "
+                f"the cluster at {address} {'does not take the token' if token else 'asks for a token'}; set "
                 f"RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, or write it into {TOKEN_FILE}"
             ) from None
         if isinstance(error, ConnectionError):

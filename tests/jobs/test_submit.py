@@ -14,6 +14,7 @@ from jobs.submit import main
 from pipeline.errors import ClusterUnreachable
 from pipeline.runs import submit
 from pipeline.runs.submit import SubmitConfig
+from pipeline.storage import redact
 
 JOB = ["prepare", "--source", "s3://bucket/photos", "--out", "s3://bucket/sets/train"]
 
@@ -21,7 +22,8 @@ JOB = ["prepare", "--source", "s3://bucket/photos", "--out", "s3://bucket/sets/t
 @pytest.fixture(autouse=True)
 def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what a submission sets goes with the test
+        monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
 
 
@@ -60,15 +62,21 @@ def test_what_would_be_refused_there_is_refused_here(capsys: pytest.CaptureFixtu
     )
 
 
-def test_a_cluster_that_is_not_there_or_asks_for_a_token_is_one_sentence(guarded: str) -> None:
+def test_a_cluster_that_is_not_there_or_asks_for_a_token_is_one_sentence(
+    guarded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     for address, said in (
-        (f"http://127.0.0.1:{port}", "no dashboard of a Ray cluster answers at"),
-        (guarded, "asks for a token: set RAY_AUTH_TOKEN"),
+        (f"http://127.0.0.1:{port}", f"no dashboard of a Ray cluster answers at http://127.0.0.1:{port} "),
+        (guarded, "asks for a token; set RAY_AUTH_TOKEN"),
     ):
-        with pytest.raises(ClusterUnreachable, match=said):
+        # Ray itself would go to these rather than to the address that it is given.
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", guarded)
+        monkeypatch.setenv("RAY_ADDRESS", guarded)
+        with pytest.raises(ClusterUnreachable, match=said) as refused:
             main(["--changed", "--address", address, *JOB])
+        assert redact(str(refused.value)) == str(refused.value), "the log shows the whole sentence"
     with pytest.raises(ValueError, match=r"--address must be that of the dashboard.*got head:6379"):
         main(["--changed", "--address", "head:6379", *JOB])
 
