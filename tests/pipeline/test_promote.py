@@ -95,7 +95,7 @@ def test_a_better_version_is_promoted_with_its_comparison_and_can_be_rolled_back
         roll_back(PromoteConfig(**settings, rollback=True))
 
 
-def test_a_worse_version_is_refused_with_measure_and_interval(
+def test_a_worse_version_is_refused_with_metric_and_interval(
     register: Register, settings: dict[str, Any], tracking_uri: str
 ) -> None:
     register("good")
