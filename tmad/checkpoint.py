@@ -156,14 +156,14 @@ def _read_json(folder: Path, name: str, *parts: str) -> dict[str, Any]:
     try:
         stored: dict[str, Any] = json.loads(path.read_text())
         version = stored.get("format_version")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if version != FORMAT_VERSION:
         older = (
             "; it was made by an older T-MAD, whose PSNet worked cell by cell: train it anew" if version == 1 else ""
         )
         raise ValueError(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}{older}")
-    missing = [part for part in parts if part not in stored]
+    missing = [part for part in parts if not isinstance(stored.get(part), dict)]
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return stored

@@ -21,14 +21,14 @@ RENAMED = {
     "critics": "discriminators",
     "lr_critics": "lr_discriminators",
     "results": "coarse_from",
-    "best_metric": "best_metric",
+    "best_measure": "best_metric",
 }
 """Former names of settings, which saved runs still have."""
 
 log = logging.getLogger(__name__)
 
-STRICT = ConfigDict(extra="forbid")
-"""Unknown names are refused; shared by every settings class of the project."""
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Unknown names, infinity and NaN are refused; shared by every settings class of the project."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

@@ -433,6 +433,7 @@ class TrainingState:
         # As `torch.amp.GradScaler` tells a fused optimizer: it looks on the device, which nobody waits for.
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]  # nothing of a step is held between steps
         optimizer.zero_grad(set_to_none=True)
         return {f"grad_norm/{name}": norm.detach(), **norms}, finite
 

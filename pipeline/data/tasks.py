@@ -84,6 +84,8 @@ def quiet(dataset: ray.data.Dataset, *, in_order: bool = False) -> ray.data.Data
     """The same, with blocks of `BLOCK_BYTES` and without Ray Data's own words on the console."""
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
+    # Otherwise it wraps what a function raises, and on the way here loses what it wrapped.
+    dataset.context.raise_original_map_exception = True
     # Ray's default of 128 MiB delays the first batch until so much is read, and a few such blocks fill the store.
     dataset.context.target_max_block_size = BLOCK_BYTES
     dataset.context.execution_options.preserve_order = in_order

@@ -45,7 +45,7 @@ from pipeline.runs.cluster import joined, models_side_by_side, require, start_ra
 from pipeline.runs.lease import Lease
 from pipeline.runs.progress import Progress
 from pipeline.storage import absolute, file_sizes, join, list_files, read_bytes, redact
-from tmad.checkpoint import model_digest
+from tmad.checkpoint import load_model, model_digest
 from tmad.metrics import METRICS
 from tmad.retrieval import retrieval_gain
 from tmad.swd import SMALLEST_LEVEL, VARIANTS
@@ -100,7 +100,7 @@ def open_inputs(config: EvaluateConfig) -> Opened:
     """Look at everything that is to be measured, before anything is written.
 
     Raises `ModelNotFound`, `MissingInput`, `UnfitResults` for results of other methods that do not fit the set, and
-    `ValueError` for a mask variant that the set does not have.
+    `ValueError` for a damaged model and for a mask variant that the set does not have.
     """
     if config.use_gpu and not (torch.cuda.is_available() or joined()):
         raise ValueError("use_gpu is set, but PyTorch sees no CUDA device here; leave it out to run on the CPU")
@@ -119,6 +119,7 @@ def open_inputs(config: EvaluateConfig) -> Opened:
     reasons = _read_networks(config, files)
     model = None
     if folder is not None:
+        load_model(folder)  # a damaged one is found now
         files["model"] = {name: (folder / name).read_bytes() for name in ARTIFACT_FILES}
         model = model_digest(folder)
     return Opened(_job(config, manifest, variants, externals, model, reasons), files, reasons, model)

@@ -35,7 +35,7 @@ from pipeline.errors import MissingInput
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.holes import Holes, near_misses, open_holes
 from pipeline.inpaint.ledger import LEDGER, PARTS, Row, encode, join_ledger, left_behind, results, settled, to_table
-from pipeline.inpaint.worker import InpaintWorker, Job, output_key
+from pipeline.inpaint.worker import InpaintWorker, Job, make_inpainter, output_key
 from pipeline.models import find_model, model_version
 from pipeline.runs.cluster import models_side_by_side, real_cpus, require, start_ray
 from pipeline.runs.lease import lease_folder
@@ -85,7 +85,7 @@ def inpaint_all(config: InpaintConfig) -> Summary:
 
     Raises `MissingInput` (no place, no image, no mask), `CorruptSource`, `ModelNotFound`, `ClusterTooSmall`,
     `FolderInUse` if another job writes to the output, `StorageFailed` in an outage of storage, and `ValueError` for an
-    output among the inputs.
+    output among the inputs, a damaged model, and settings that do not fit the model.
     """
     began = time.monotonic()
     found = _open(config)
@@ -146,6 +146,8 @@ def _open(config: InpaintConfig) -> _Found:
     masks = set(own) - set(keys)  # that lie among the images
     beside = {key: why for key, why in source.beside().items() if key not in masks}
     coarse = open_source(config.coarse_from) if config.coarse_from else None
+    model = find_model(config.model, tracking_uri=_named_tracking(config))
+    make_inpainter(model, config, device="cpu")  # in an actor, what does not fit would be Ray's text
     return _Found(
         config=config,
         source=source,
@@ -154,7 +156,7 @@ def _open(config: InpaintConfig) -> _Found:
         beside={key: beside[key] for key in _without_output([*beside], config)},
         coarse=coarse,
         coarse_names={stem_of(name): name for name in (coarse.keys() if coarse else [])},
-        model=find_model(config.model, tracking_uri=_named_tracking(config)),
+        model=model,
     )
 
 

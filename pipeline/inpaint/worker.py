@@ -101,6 +101,22 @@ class _Image:
         return sum(part.mask.size for part in parts)
 
 
+def make_inpainter(folder: Path | str, config: InpaintConfig, *, device: str) -> Inpainter:
+    """The model in *folder* with the settings of a job. Raises `ValueError` for a damaged model, and for settings that
+    do not fit it."""
+    return Inpainter(
+        load_model(folder, device=device),
+        precision=config.precision,
+        policy=config.policy,
+        context=config.context,
+        limit=config.limit,
+        feather=config.feather,
+        cells_per_chunk=config.cells_per_chunk,
+        seed=config.seed,
+        keep_candidates=False,
+    )
+
+
 class InpaintWorker:
     """An actor of Ray Data: holds the model, works through a task a call, returns its rows of the ledger."""
 
@@ -116,19 +132,8 @@ class InpaintWorker:
         with tempfile.TemporaryDirectory(prefix="tmad-model-") as folder:
             for name, content in files.items():
                 Path(folder, name).write_bytes(content)
-            model = load_model(folder, device="cuda" if config.use_gpu else "cpu")
+            self.inpainter = make_inpainter(folder, config, device="cuda" if config.use_gpu else "cpu")
         self.threads = max(1, int(config.cpus_per_actor or 1)) if config.use_gpu else 1
-        self.inpainter = Inpainter(
-            model,
-            precision=config.precision,
-            policy=config.policy,
-            context=config.context,
-            limit=config.limit,
-            feather=config.feather,
-            cells_per_chunk=config.cells_per_chunk,
-            seed=config.seed,
-            keep_candidates=False,
-        )
         self.job = job
 
     def __call__(self, block: dict[str, np.ndarray]) -> Iterator[pa.Table]:

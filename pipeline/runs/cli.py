@@ -87,6 +87,8 @@ def parse(
     first.add_argument("--dry-run", action="store_true")
     first.add_argument("--debug", action="store_true")
     known, rest = first.parse_known_args(arguments)
+    if "" in (known.preset, known.config):
+        raise ValueError(f"--{'preset' if known.preset == '' else 'config'} is empty; give a value, or leave it out")
     if known.preset and known.config:
         raise ValueError("--preset and --config exclude each other: a configuration file is complete by itself")
     start: dict[str, Any] = {}
@@ -106,6 +108,7 @@ def parse(
             raise
         print(f"{one_line(wrong)}; --help explains the options", file=sys.stderr)
         sys.exit(2)
+    _check_filled(config)
     _check_places(config)
     command = Command(config=config, dry_run=known.dry_run)
     if storage.elsewhere:
@@ -140,6 +143,17 @@ def parse_elsewhere(main: Callable[[Sequence[str]], int | None], argv: Sequence[
     finally:
         storage.elsewhere.clear()
     raise AssertionError("a job parses its command line")
+
+
+def _check_filled(config: Any, prefix: str = "") -> None:
+    """Raise `ValueError` for an option that is empty, as one from an unset variable of a shell is: as a place it would
+    be the current folder."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            _check_filled(value, f"{name}.")
+        elif value == "" and field.default != "":
+            raise ValueError(f"--{name} is empty; give a value, or leave the option out")
 
 
 def _check_places(config: Any) -> None:
@@ -179,7 +193,7 @@ def _from_file(kind: type[ConfigT], uri: str) -> ConfigT:
         raise ValueError(f"--config: there is no {storage.redact(uri)}; runs keep theirs in runs/<name>/config.json")
     try:
         values = json.loads(storage.read_bytes(uri))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--config: {storage.redact(uri)} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config: {storage.redact(uri)} must hold a JSON object, got {type(values).__name__}")

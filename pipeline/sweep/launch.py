@@ -318,7 +318,8 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     # Of a sweep that Tune was told to end (SIGUSR1) it returns what there is.
     if (count := ended.num_terminated + ended.num_errors) < len(ended):
         raise Interrupted(
-            f"sweep {config.name} was stopped after {count} of {len(ended)} trials; the same command continues it"
+            f"sweep {config.name} was stopped after {count} of {len(ended)} trials; "
+            "the same command continues where it stopped"
         )
     log.info("sweep %s: all trials ended, %.0f s in this call", config.name, time.time() - began)
 

@@ -82,7 +82,7 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: 
     checkpoint, with the metrics of the validation before it. A job that has the name is waited for, *wait_s* at most.
 
     Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
-    `TrainingFailed` with the cause and the newest checkpoint, `Interrupted` when it was told to stop,
+    `TrainingFailed` with the cause and the newest checkpoint, `Interrupted` when a signal stopped it,
     `MissingInput` for data or weights that are not there, `ValueError` for a data set that does not fit the model,
     `FolderInUse` while another job trains under that name, and what `initial.find_initial` raises.
     """
@@ -392,7 +392,10 @@ def _fit(
     if "damaged" in summary:
         raise CheckpointsDamaged(summary["failed"], damaged=summary["damaged"])
     if "interrupted" in summary:
-        raise Interrupted(f"{summary['interrupted']}; {_how_to_go_on(folder)}", signal=stop.number)
+        raise Interrupted(
+            f"{summary['interrupted']}; the same command with --name {config.name} continues where it stopped",
+            signal=stop.number,
+        )
     if "failed" in summary:
         raise TrainingFailed(f"training stopped: {summary['failed']}; {_how_to_go_on(folder)}", not_finite=True)
     return summary
@@ -457,7 +460,7 @@ def _how_to_go_on(folder: str) -> str:
     names = {key.split("/", 1)[0] for key in storage.list_files(checkpoints)} if storage.exists(checkpoints) else set()
     kept = sorted(one for one in names if one.startswith("images_"))
     newest = (
-        f"its newest checkpoint is {storage.redact(storage.join(checkpoints, kept[-1]))}"
+        f"the newest checkpoint is {storage.redact(storage.join(checkpoints, kept[-1]))}"
         if kept
         else "no checkpoint yet"
     )

@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 
 class Lines:
-    """Log lines on their way, in order, and whether the driver was told to stop; a Ray actor."""
+    """Log lines on their way, in order, and the signal that stops the driver; a Ray actor."""
 
     def __init__(self) -> None:
         self._lines: list[tuple[int, str, dict[str, Any]]] = []
-        self._stopping = False
+        self._signal = 0
 
     def add(self, level: int, message: str, place: dict[str, Any]) -> None:
         """One line of a worker, and where that was (`pipeline.observe.logs.place`)."""
@@ -40,13 +40,13 @@ class Lines:
         lines, self._lines = self._lines, []
         return lines
 
-    def stop(self) -> None:
-        """The driver was told to stop."""
-        self._stopping = True
+    def stop(self, number: int) -> None:
+        """Signal *number* stops the driver."""
+        self._signal = number
 
-    def is_stopping(self) -> bool:
-        """Whether it was."""
-        return self._stopping
+    def stopped_by(self) -> int:
+        """Its number; 0 before any has come."""
+        return self._signal
 
 
 class RelayHandler(logging.Handler):

@@ -358,7 +358,7 @@ def _roll_back(
 
 def _obey(notice: Notice, checkpoint: str | None, images: int, context: TrainContext) -> None:
     """Say what was announced and where the run stands; raise `Interrupted` if it is to end now."""
-    kept = "no checkpoint yet" if checkpoint is None else f"{checkpoint} is kept"
+    kept = "no checkpoint yet" if checkpoint is None else f"checkpoint {checkpoint} is kept"
     told = f"{notice.reason} after {images:,} images; {kept}"
     if context.rank == 0:
         log.warning("%s", told)

@@ -53,7 +53,7 @@ class Notice:
 
 SILENCE, LOOK, TERMINATED, STOPPED = range(4)
 """What a worker has to tell the others, the most urgent last: nothing, that it is time to ask Ray, that its process was
-told to end, that the driver was."""
+told to end; above `STOPPED`, the number of the signal that stops the job."""
 
 _terminated = threading.Event()
 
@@ -64,15 +64,15 @@ class NoticeBoard:
     def __init__(self, stop_asked: Any) -> None:
         self._relay = stop_asked
         self._answer: Any = None
-        self._stopped = False
+        self._signal = 0
         self._asked_driver_s = self._asked_ray_s = time.monotonic()
         self._told: set[str] = set()
 
     def own(self) -> int:
         """The most urgent that this worker has to tell."""
         now = time.monotonic()
-        if self._relay is not None and self._driver_was_told(now):
-            return STOPPED
+        if self._relay is not None and (number := self._signal_to_driver(now)):
+            return STOPPED + number
         if _terminated.is_set():
             return TERMINATED
         if self._relay is not None and now - self._asked_ray_s >= ASK_RAY_S:
@@ -82,26 +82,26 @@ class NoticeBoard:
 
     def meaning(self, found: int) -> Notice | None:
         """What the most urgent of all workers means; called by all of them with the same *found*."""
-        if found == STOPPED:
-            return Notice("stop", "the job was told to stop")
+        if found > STOPPED:
+            return Notice("stop", f"stopped by {signal.Signals(found - STOPPED).name}")
         if found == TERMINATED:
-            return Notice("restart", "the process of a worker was told to end (SIGTERM)")
+            return Notice("restart", "a worker was stopped by SIGTERM")
         if found != LOOK or (info := ray.train.get_preemption_info()) is None:
             return None
         new = set(info.preempted_node_ids) - self._told
         self._told |= new
         ranks = ", ".join(map(str, info.preempted_ranks))
-        return Notice("drain", f"the machine of workers {ranks} will be taken away") if new else None
+        return Notice("drain", f"Ray announced the loss of the machine of workers {ranks}") if new else None
 
-    def _driver_was_told(self, now: float) -> bool:
+    def _signal_to_driver(self, now: float) -> int:
         if self._answer is None and now - self._asked_driver_s >= ASK_DRIVER_S:
-            self._answer, self._asked_driver_s = self._relay.is_stopping.remote(), now
+            self._answer, self._asked_driver_s = self._relay.stopped_by.remote(), now
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             answer, self._answer = self._answer, None
             # A relay that is gone has no word for us; Ray ends the workers of a driver that is.
             with contextlib.suppress(RayError):
-                self._stopped = self._stopped or ray.get(answer)
-        return self._stopped
+                self._signal = self._signal or ray.get(answer)
+        return self._signal
 
 
 class NoticingTorchConfig(TorchConfig):
@@ -153,7 +153,7 @@ def signals_stop(relay: Any, grace_s: float) -> Iterator[Stop]:
             interrupt(number)
         stop.number = number
         log.warning("%s: a last checkpoint, within %g s; a second one ends the job at once", STOPS[number], grace_s)
-        relay.stop.remote()
+        relay.stop.remote(number)
         timer = threading.Timer(grace_s, os.kill, (os.getpid(), number))
         timer.daemon = True
         timers.append(timer)

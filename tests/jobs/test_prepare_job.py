@@ -121,3 +121,14 @@ def test_a_list_and_a_tar_file_in_object_storage_become_a_set_in_object_storage(
     assert {record.source["key"]: record.image for record in records} == photographs
     assert {record.label for record in records} == {7}
     assert json.loads(storage.read_bytes(f"{bucket}/set/source_report.json"))["agrees"]
+
+
+@pytest.mark.ray
+def test_what_a_task_cannot_write_ends_the_job_in_one_sentence(ray_session, run, tmp_path):
+    storage.write_atomic(str(tmp_path / "photos/0.png"), png_bytes(make_image(0)))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "facts").symlink_to("/dev/full")  # as a disk that is full
+    code, _, said = run("--source", "photos", "--out", "set", "--crop-size", 64, "--patch-size", 16)
+    assert code == 1
+    assert "Traceback" not in said
+    assert f"E cannot write {tmp_path}/set/facts/00000.parquet" in said

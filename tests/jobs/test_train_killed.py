@@ -175,8 +175,8 @@ def end_driver(training: Training, rng: random.Random) -> None:
     training.job.process.terminate()
     code, said = training.job.end()
     assert code == 143, said
-    assert "the job was told to stop after" in said
-    assert f"the same command with --name {training.name} continues from there" in said
+    assert "stopped by SIGTERM after" in said
+    assert f"the same command with --name {training.name} continues where it stopped" in said
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -56,6 +57,23 @@ def _logging_as_before() -> Iterator[None]:
 def test_a_preset_survives_json_unchanged(name: str) -> None:
     config = PRESETS[name]()
     assert from_json(to_json(config)) == config
+
+
+def test_former_names_in_the_configuration_of_a_saved_run_are_read(caplog: pytest.LogCaptureFixture) -> None:
+    config = PRESETS["psnet"]()
+    text = to_json(replace(config, optim=replace(config.optim, lr_discriminators=3e-4)))
+    former = text
+    for now, then in {
+        "lr_discriminators": "lr_critics",
+        '"discriminators"': '"critics"',
+        "coarse_from": "results",
+        "best_metric": "best_measure",
+    }.items():
+        assert now in former
+        former = former.replace(now, then)
+    with caplog.at_level("INFO"):
+        assert to_json(from_json(former)) == text
+    assert "the setting results is called coarse_from now" in caplog.text
 
 
 def test_a_misspelt_name_in_json_is_refused_with_the_near_one() -> None:
@@ -330,6 +348,10 @@ def test_the_file_of_an_earlier_run_repeats_it(tmp_path: Path) -> None:
         (["--preset", "smok"], "unknown preset 'smok'; did you mean smoke?"),
         (["--preset", "smoke", "--config", "x.json"], "exclude each other"),
         (["--config", "nowhere.json"], "there is no nowhere.json"),
+        (["--config", ""], "--config is empty"),
+        (["--preset", ""], "--preset is empty"),
+        (["--preset", "smoke", "--runs", ""], "--runs is empty; give a value, or leave the option out"),
+        (["--preset", "smoke", "--data.train", "", "--data.val", "x"], "--data.train is empty"),
     ],
 )
 def test_a_wrong_start_is_one_clear_error(argv: list[str], message: str) -> None:
@@ -351,6 +373,22 @@ def test_out_of_range_on_the_command_line_names_field_and_value(capsys: pytest.C
         "schedule.batch_images must be a multiple of workers.num_workers (2), got 5: every worker takes an equal share "
         "of each batch; --help explains the options\n"
     )
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 100_000, '{"seed": ' + "9" * 5000 + "}", "\0"], ids=["deep", "long", "nul"])
+def test_a_configuration_file_that_cannot_be_read_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^--config: .*config\.json is not JSON: "):
+        parse(RunConfig, ["--config", str(tmp_path / "config.json")], PRESETS)
+
+
+@pytest.mark.parametrize("number", ["inf", "nan"])
+@pytest.mark.parametrize("option", ["optim.lr", "workers.stop-grace-s", "tracking.wait-s", "data.images.max-aspect"])
+def test_what_is_no_finite_number_is_refused(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(RunConfig, ["--preset", "smoke", f"--{option}", number], PRESETS)
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"{option.split('.')[-1].replace('-', '_')}: .*, got {number}; --help .*\n", told)
 
 
 def _fail(error: Exception) -> None:

@@ -208,7 +208,7 @@ class Announced(LocalContext):
 def test_an_announced_end_leaves_a_checkpoint_from_which_the_run_goes_on_to_the_last_bit(
     tmp_path: Path, unbroken: tuple[Path, dict[str, Any], Recorder], kind: Kind
 ) -> None:
-    with pytest.raises(Interrupted, match="told to end after 6 images; images_000000000006 is kept") as caught:
+    with pytest.raises(Interrupted, match="after 6 images; checkpoint images_000000000006 is kept") as caught:
         train_loop(CONFIG, Announced(tmp_path, kind, 3), make_feed(), Recorder(), Features())
     assert caught.value.details["restart"] is (kind == "restart")
     assert {path.name for path in tmp_path.iterdir()} == {checkpoint_name(4), checkpoint_name(6)}
@@ -231,7 +231,7 @@ def test_an_end_announced_at_the_last_step_or_in_a_bad_row_keeps_nothing_more(
 ) -> None:
     context = Announced(tmp_path / "last", "stop", 6)
     assert train_loop(CONFIG, context, make_feed(), Recorder(), Features()) == unbroken[1]
-    with pytest.raises(Interrupted, match="after 10 images; images_000000000008 is kept"):
+    with pytest.raises(Interrupted, match="after 10 images; checkpoint images_000000000008 is kept"):
         train_loop(HEALING, Announced(tmp_path / "row", "stop", 5), make_feed(nan_at=BAD), Recorder(), Features())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,6 +45,7 @@ from tests.conftest import ROOT
 from tests.jobs.processes import small_sets
 from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import make_image, make_mask
+from tmad.checkpoint import WEIGHTS_FILE
 
 Jobs = Callable[..., dict[str, Any]]
 
@@ -160,6 +162,25 @@ def test_a_place_that_can_be_no_folder_is_one_sentence_at_the_start_and_in_the_d
             with pytest.raises(StorageFailed, match=r"cannot be a folder: .* is a (file|link to nothing); choose anot"):
                 act[name](config)
     assert (tmp_path / "file").read_text() == "a user's"
+
+
+def test_a_model_that_is_damaged_or_does_not_fit_is_one_sentence_at_the_start_and_in_the_dry_run(
+    jobs: Jobs, model_folder: Path, tmp_path: Path
+) -> None:
+    damaged, runs = shutil.copytree(model_folder, tmp_path / "damaged"), tmp_path / "runs"
+    os.truncate(damaged / WEIGHTS_FILE, 1000)
+    asked = jobs(str(runs))
+    small = replace(asked["inpaint"], limit=1)
+    for name, config, said in (
+        ("inpaint", replace(asked["inpaint"], model=str(damaged)), f"{damaged}/{WEIGHTS_FILE} is damaged"),
+        ("evaluate", replace(asked["evaluate"], model=str(damaged)), f"{damaged}/{WEIGHTS_FILE} is damaged"),
+        ("inpaint", small, "limit must be at least 32, got 1"),
+    ):
+        for act in (LOOK, BEGIN):
+            with pytest.raises(ValueError, match=said) as refused:
+                act[name](config)
+            assert "\n" not in str(refused.value)
+    assert not runs.exists()
 
 
 REGISTERING = """

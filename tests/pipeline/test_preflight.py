@@ -216,7 +216,9 @@ def test_what_a_worker_holds_is_counted_tensor_by_tensor(tmp_path: Path) -> None
     assert found.checkpoint < written < found.checkpoint + names
 
 
-def test_a_step_takes_about_what_is_estimated_from_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_takes_about_what_is_estimated_from_smaller_ones(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(footprint, "MEASURED_SIDE", 32)
     schedule = replace(CONFIG.schedule, batch_images=4, patches_per_image=16)
     # Without VGG-19, whose buffers are most of so small a step and do not grow with it.
@@ -231,3 +233,4 @@ def test_a_step_takes_about_what_is_estimated_from_smaller_ones(monkeypatch: pyt
     assert measure(replace(config, loss=replace(config.loss, gp_every=4)), crop_size=64).step == estimate
     alone = replace(config, schedule=replace(schedule, joint_images=0))
     assert measure(alone, crop_size=64).step < real / 2
+    assert capfd.readouterr().err == "", "the profiler complains of what a step leaves to the next one"

@@ -248,14 +248,14 @@ def test_a_damaged_state_is_refused_by_name(state_folder: Path) -> None:
         load_state(make_state(EVERY_OTHER), state_folder)
 
 
-@pytest.mark.parametrize("content", ["", '{"format_version": 1, "mod', "\x00\xff"])
+@pytest.mark.parametrize("content", ["", '{"format_version": 1, "mod', "\x00\xff", '{"a":' * 100_000])
 def test_damaged_settings_are_refused_by_name(content: str, model_folder: Path) -> None:
     (model_folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):
         load_model(model_folder)
 
 
-@pytest.mark.parametrize("content", ["[]", '"text"', '{"format_version": 1}'])
+@pytest.mark.parametrize("content", ["[]", '"text"', '{"format_version": 1}', '{"format_version": 2, "model": null}'])
 def test_settings_without_their_parts_are_refused_by_name(content: str, model_folder: Path) -> None:
     (model_folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json (is damaged|has format version)"):
