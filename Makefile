@@ -65,7 +65,7 @@ format: $(READY)  ## format the code and repair what the linter can repair
 	$(BIN)/ruff check --fix $(CODE)
 
 bench: $(READY)  ## the benchmarks, one after the other; reports go to benchmarks/reports (use a quiet machine)
-	for name in carafe retrieval training_step inference batch_inpaint serve data training_job; do $(BIN)/python benchmarks/$$name.py --limit-s 600 || exit 1; done
+	for name in training_step inference batch_inpaint serve data training_job; do $(BIN)/python benchmarks/$$name.py --limit-s 600 || exit 1; done
 
 docs: $(READY)  ## write the pages of docs/reference out of the code
 	$(BIN)/python docs/reference/generate.py

@@ -52,7 +52,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scenes import centred_hole, picture, training_batch
 from tmad.carafe import reassemble, upsample
-from tmad.config import CoarseConfig, CriticsConfig, LossConfig, MemoryConfig, PSNetConfig, TMADConfig, TrainingConfig
+from tmad.config import (
+    CoarseConfig,
+    DiscriminatorsConfig,
+    LossConfig,
+    MemoryConfig,
+    PSNetConfig,
+    TMADConfig,
+    TrainingConfig,
+)
 from tmad.inpaint import Inpainter, Precision
 from tmad.model import TMAD
 from tmad.perceptual import untrained_vgg19
@@ -139,9 +147,11 @@ class Machine:
             memory=MemoryConfig(pool_size=6),
             psnet=PSNetConfig(base_width=4, num_res_blocks=1, num_texture_res_blocks=1),
         )
-        critics = CriticsConfig(patch_base_width=4, global_base_width=4)
+        discriminators = DiscriminatorsConfig(patch_base_width=4, global_base_width=4)
         # VGG-19, most of what is left, has no smaller form; the first check runs it.
-        return replace(config, model=model, critics=critics, loss=LossConfig(weight_perceptual=0, weight_style=0))
+        return replace(
+            config, model=model, discriminators=discriminators, loss=LossConfig(weight_perceptual=0, weight_style=0)
+        )
 
     def layout(self, tensor: Tensor) -> Tensor:
         """*tensor* with the channels where they are to be."""

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import torch
 import tyro
-from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.train.footprint import peak_bytes as peak_bytes
@@ -137,23 +136,6 @@ def _repeats(call: Callable[[], object]) -> int:
     begin = time.perf_counter()
     call()
     return max(1, math.ceil(MIN_SAMPLE_S / max(time.perf_counter() - begin, 1e-6)))
-
-
-def saved_bytes(call: Callable[[], object], *, without: Sequence[Tensor] = ()) -> int:
-    """Bytes that the graph built by *call* keeps for its backward, each storage once; *without*: parameters, say."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in without}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    del result
-    return sum(kept.values())
 
 
 def convolution_limit() -> float:

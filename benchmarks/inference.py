@@ -1,25 +1,19 @@
-"""Filling one image: seconds and memory by size, hole and chunk; exact savings against their literal forms."""
+"""Filling one image: seconds and memory by size, hole and chunk."""
 
 from __future__ import annotations
 
-import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from benchmarks import carafe_forms as forms
 from benchmarks.harness import Options, Report, Table, convolution_limit, interleave, mb, peak_bytes, start
 from benchmarks.scenes import centred_hole, picture
-from tmad.blocks import DownBlock
 from tmad.config import CoarseConfig, MemoryConfig, PSNetConfig, TMADConfig
 from tmad.draws import hole_cells
 from tmad.inpaint import Inpainter, InpaintResult
@@ -27,8 +21,7 @@ from tmad.model import TMAD
 
 DESCRIPTION = """
 Seconds and peak tensor memory of `tmad.inpaint.Inpainter` on one image with a hole over a quarter of its area, from
-array to array: by size of the chunks and of the hole, and beside the same network with single parts written as the
-paper writes them. Weights are random: time does not depend on them.
+array to array, by size of the chunks and of the hole. Weights are random: time does not depend on them.
 
 Examples:
   python benchmarks/inference.py
@@ -36,36 +29,15 @@ Examples:
   python benchmarks/inference.py --quick
 """
 
-SHIPPED = "shipped"
-
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceOptions(Options):
     """Options of this benchmark."""
 
     sizes: tuple[int, ...] = (256, 512)
-    """Sides of the images, pixels; two tables each."""
+    """Sides of the images, pixels; a table each."""
     chunks: tuple[int, ...] = (4, 16)
     """Cells that go through retrieval and PSNet at once, beside all of them."""
-
-
-class Halve(nn.Module):
-    """Nearest-neighbour halving: every second pixel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H/2, W/2)."""
-        return x[..., ::2, ::2]
-
-
-def literal_down_blocks(model: TMAD) -> TMAD:
-    """A copy whose down-blocks convolve at full size and halve afterwards, as Table I writes them."""
-    model = copy.deepcopy(model)
-    for block in [module for module in model.modules() if isinstance(module, DownBlock)]:
-        strided = block[2]
-        assert isinstance(strided, nn.Conv2d)
-        strided.stride = (1, 1)
-        block.append(Halve())
-    return model
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,7 +50,6 @@ def main(argv: Sequence[str]) -> int:
     limit = convolution_limit()
     for size in options.sizes:
         _measure_holes(size, model, limit, report, options)
-        _measure_forms(size, model, report, options)
     report.write()
     return 0
 
@@ -144,60 +115,6 @@ def _measure_holes(size: int, model: TMAD, limit: float, report: Report, options
     )
     figures = {"peak_bytes": peaks, "macs": macs, "convolution_limit_gflops": limit, "values_apart": apart}
     report.add(Table(f"{size} x {size}: holes and chunks", header, rows, note), figures, timings)
-
-
-def _measure_forms(size: int, model: TMAD, report: Report, options: InferenceOptions) -> None:
-    """The same fill with single parts in another form."""
-    image, mask = picture(size, "inference"), centred_hole(size, size // 2)
-    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    variants: dict[str, tuple[TMAD, Any]] = {
-        SHIPPED: (model, None),
-        "down-blocks literal: convolve, then halve": (literal_down_blocks(model), None),
-        "CARAFE unfolded after up-sampling": (model, forms.unfolded_large),
-        "CARAFE unfolded before up-sampling": (model, forms.unfolded_small),
-        "weights in channels-last": (channels_last, None),
-        "CARAFE by nearest neighbour: not the method, a floor": (model, forms.nearest),
-    }
-
-    def fill(network: TMAD, form: Any) -> Callable[[], InpaintResult]:
-        inpainter = Inpainter(network, keep_candidates=False)
-        if form is None:
-            return lambda: inpainter(image, mask)
-
-        def call() -> InpaintResult:
-            with patch("tmad.carafe.reassemble", form):
-                return inpainter(image, mask)
-
-        return call
-
-    calls = {name: fill(*variant) for name, variant in variants.items()}
-    peaks = {name: peak_bytes(call) for name, call in calls.items()}
-    reference = _pixels(calls[SHIPPED])
-    apart = {name: np.abs(_pixels(call) - reference) for name, call in calls.items()}
-    timings = interleave(calls, options)
-    rows = [
-        [
-            name,
-            f"{timing.median_s:.3g}",
-            f"{timing.times(timings[SHIPPED]):.2f}",
-            f"{100 * timing.spread:.0f} %",
-            mb(peaks[name]),
-            str(int((apart[name] > 0).sum())),
-            str(int(apart[name].max())),
-        ]
-        for name, timing in timings.items()
-    ]
-    header = ["form", "s", "× shipped", "spread", "peak MB", "values that differ", "by at most, grey levels"]
-    figures = {"peak_bytes": peaks, **_agreement(apart)}
-    note = f"Of {reference.size} values. A rounding of a last bit can move a value that lies between two grey levels."
-    report.add(Table(f"{size} x {size}: forms", header, rows, note), figures, timings)
-
-
-def _agreement(apart: Mapping[str, np.ndarray]) -> dict[str, dict[str, int]]:
-    return {
-        "values_apart": {name: int((values > 0).sum()) for name, values in apart.items()},
-        "grey_levels_apart": {name: int(values.max()) for name, values in apart.items()},
-    }
 
 
 def _pixels(call: Callable[[], InpaintResult]) -> np.ndarray:

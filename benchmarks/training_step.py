@@ -1,4 +1,4 @@
-"""The training step: images/s and peak memory of both phases, and what critics, penalty and VGG-19 take of it."""
+"""The training step: images/s and peak memory of both phases, and the shares of discriminators, penalty and VGG-19."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Options, Report, Table, interleave, mb, ms, peak_bytes, start
 from benchmarks.scenes import training_batch
-from tmad.config import CoarseConfig, CriticsConfig, LossConfig, MemoryConfig, PSNetConfig, TMADConfig, TrainingConfig
+from tmad.config import (
+    CoarseConfig,
+    DiscriminatorsConfig,
+    LossConfig,
+    MemoryConfig,
+    PSNetConfig,
+    TMADConfig,
+    TrainingConfig,
+)
 from tmad.perceptual import untrained_vgg19
 from tmad.step import Phase, TrainingState
 
 DESCRIPTION = """
 Images/s and peak tensor memory of a training step at the default widths: both phases at each batch size, and at the
-first batch size the joint step without VGG-19, without gradient penalty and without critics. VGG-19 has random weights:
-time does not depend on them.
+first batch size the joint step without VGG-19, without gradient penalty and without discriminators. VGG-19 has random
+weights: time does not depend on them.
 
 Examples:
   python benchmarks/training_step.py
@@ -72,7 +80,7 @@ def configuration(options: TrainingStepOptions) -> TrainingConfig:
         memory=MemoryConfig(pool_size=6),
         psnet=PSNetConfig(base_width=4, num_res_blocks=1, num_texture_res_blocks=1),
     )
-    return replace(config, model=model, critics=CriticsConfig(patch_base_width=4, global_base_width=4))
+    return replace(config, model=model, discriminators=DiscriminatorsConfig(patch_base_width=4, global_base_width=4))
 
 
 def without_parts(weights: LossConfig) -> dict[str, LossConfig]:
@@ -80,7 +88,7 @@ def without_parts(weights: LossConfig) -> dict[str, LossConfig]:
     return {
         "without VGG-19": replace(weights, weight_perceptual=0),
         "without gradient penalty": replace(weights, gradient_penalty=0),
-        "without critics and penalty": replace(weights, weight_gan_patch=0, weight_gan_global=0),
+        "without discriminators and penalty": replace(weights, weight_gan_patch=0, weight_gan_global=0),
     }
 
 

@@ -1,6 +1,6 @@
 """Give a registered version the alias `champion` if it is measurably better than the version that has it.
 
-Both are measured on the same holes of the same images; the gain of each measure has an interval from a paired
+Both are measured on the same holes of the same images; the gain of each metric has an interval from a paired
 bootstrap, and the rule asks for its unfavourable end.
 
 Examples:
@@ -48,7 +48,7 @@ def _shown(decision: Decision) -> str:
     for one in decision.comparisons:
         interval = f", interval {one.low:+.4g} to {one.high:+.4g}" if one.low is not None else ""
         lines.append(
-            f"{one.requirement.measure:24} {one.requirement}: gain {one.gain:+.4g}{interval}, {one.images} images"
+            f"{one.requirement.metric:24} {one.requirement}: gain {one.gain:+.4g}{interval}, {one.images} images"
         )
     if decision.folder is not None:
         lines.append(f"report: {storage.redact(decision.folder)}/report.html")

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.runs.cli import parse, parse_elsewhere, run_job
-from pipeline.submit import SubmitConfig
+from pipeline.runs.submit import SubmitConfig
 
 DESCRIPTION = """
 Sends a job to the dashboard of a Ray cluster, as `ray job submit` does, but first looks at what it would fail of there:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     if command.dry_run:
         print(f"{command.config.dashboard}: python jobs/{module}.py {shlex.join(arguments)}")
         return 0
-    from pipeline.submit import submit
+    from pipeline.runs.submit import submit
 
     return submit(command.config, module, arguments)
 

@@ -1,4 +1,4 @@
-"""Search the settings of training: many short runs, compared by measures that do not move with the loss weights.
+"""Search the settings of training: many short runs, compared by metrics that do not move with the loss weights.
 
 Examples:
   # 16 points of the loss weights (Table II), on sets made with jobs/prepare.py, as many at once as there is room for

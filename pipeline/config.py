@@ -1,4 +1,4 @@
-"""Everything a training run needs, as one tree of frozen dataclasses: checked when made, repeated from its JSON.
+"""Settings of a training run: one tree of frozen dataclasses, validated on creation, restored from JSON.
 
 The method's own settings are those of `tmad.config`; here stand the data, the lengths, the machines and the records.
 All lengths count images, so another batch size or number of workers keeps the schedule. The same tree is the command
@@ -24,7 +24,7 @@ from pipeline.runs.settings import differences, flatten, matches
 from tmad.config import (
     SMALLEST_IMAGE,
     STRICT,
-    CriticsConfig,
+    DiscriminatorsConfig,
     LossConfig,
     OptimConfig,
     PositiveFloat,
@@ -36,7 +36,7 @@ from tmad.config import (
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 
-ValidationMeasure = Literal[
+ValidationMetric = Literal[
     "psnr_hole",
     "l1_hole_pct",
     "ssim_full",
@@ -82,9 +82,9 @@ class DataConfig:
     val: str | None = None
     """Folder or URI of the prepared validation set, whose images are never trained on; default: the folder val
     beside the training set, data/val with images.source."""
-    results: str | None = None
-    """Folder or URI with somebody's results for the images of both sets, one by each image's name with any ending and
-    of the crops' size: PSNet is trained on them alone, and the coarse network not at all (Table V)."""
+    coarse_from: str | None = None
+    """Folder or URI of precomputed coarse results that replace the coarse network (Table V): one file per image of both
+    sets, matched by stem, of the crops' size."""
     flip: bool = True
     """Mirror training images left-right, every other time [D]."""
     images: ImagesConfig = ImagesConfig()
@@ -95,8 +95,8 @@ class DataConfig:
                 f"data.train ({self.train!r}) and data.images.source ({self.images.source!r}) both say what to train "
                 "on; take one of them (`--data.train None` takes back what a preset says)"
             )
-        if self.results is not None and self.images.source is not None:
-            raise ValueError("data.results goes with a prepared set (data.train), not with data.images.source")
+        if self.coarse_from is not None and self.images.source is not None:
+            raise ValueError("data.coarse_from goes with a prepared set (data.train), not with data.images.source")
         if self.training_set == self.validation_set:
             raise ValueError(f"data.train and data.val must be different sets, both are {self.training_set!r}")
 
@@ -135,11 +135,11 @@ class ScheduleConfig:
     """Images between checkpoints, the most that a failure repeats; the end keeps one too."""
     keep_checkpoints: PositiveInt = 3
     """Checkpoints that stay in storage, the newest ones; with 1 there is none to fall back to if it is damaged."""
-    best_measure: ValidationMeasure = "psnr_hole"
-    """The model with the best value of this measure of the validations (`val/...`) is kept too, in `best/`. Without
+    best_metric: ValidationMetric = "psnr_hole"
+    """The model with the best value of this metric of the validations (`val/...`) is kept too, in `best/`. Without
     `coarse_` it is measured in the joint phase alone."""
     stop_after_validations: PositiveInt | None = None
-    """End the joint phase after this many validations in a row without a better `best_measure`; default: never."""
+    """End the joint phase after this many validations in a row without a better `best_metric`; default: never."""
     log_every_images: PositiveInt = 1_600
     """Images between progress lines; metrics and the check that all workers hold equal weights come with them."""
 
@@ -299,7 +299,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: networks under autocast, losses and gradient penalty in fp32; `fp32` everywhere."""
     model: TMADConfig = TMADConfig()
-    critics: CriticsConfig = CriticsConfig()
+    discriminators: DiscriminatorsConfig = DiscriminatorsConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
@@ -330,9 +330,9 @@ class RunConfig:
                 f"({self.schedule.patches_per_image}) cells of {self.model.patch_size} are a block of {block}; take "
                 "more cells, or set loss.weight_gan_global to 0"
             )
-        if self.data.results is not None and self.schedule.coarse_images:
+        if self.data.coarse_from is not None and self.schedule.coarse_images:
             raise ValueError(
-                f"with data.results the coarse network is not trained: schedule.coarse_images must be 0, got "
+                f"with data.coarse_from the coarse network is not trained: schedule.coarse_images must be 0, got "
                 f"{self.schedule.coarse_images}"
             )
         if self.init_from is None and (self.init_networks != "all" or self.init_allow_partial):
@@ -352,7 +352,7 @@ class RunConfig:
             else replace(self.loss, weight_perceptual=0.0, weight_style=0.0)
         )
         return TrainingConfig(
-            model=self.model, critics=self.critics, loss=loss, optim=self.optim, precision=self.precision
+            model=self.model, discriminators=self.discriminators, loss=loss, optim=self.optim, precision=self.precision
         )
 
     @property
@@ -401,7 +401,7 @@ def with_name(config: RunConfig, name: str) -> RunConfig:
 def _what_is_learned(config: RunConfig) -> dict[str, Any]:
     # A run without what came later keeps the digest that it had before.
     unused = [] if config.init_from is not None else ["init_from", "init_networks"]
-    unused += [] if config.data.results is not None else ["data.results"]
+    unused += [] if config.data.coarse_from is not None else ["data.coarse_from"]
     return {
         key: value for key, value in flatten(asdict(config)).items() if not matches(key, (*FREE_TO_CHANGE, *unused))
     }

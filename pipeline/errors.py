@@ -1,4 +1,4 @@
-"""The situations a caller may want to catch, one class each, below one root.
+"""Exceptions: one class per situation that a caller may want to catch, with one root.
 
 Every error survives pickling with its details, because Ray carries it from a worker to the driver. Wrong values of
 settings and arguments are plain `ValueError`s and have no class here.

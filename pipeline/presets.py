@@ -14,7 +14,7 @@ from pipeline.config import DataConfig, PerceptualConfig, RunConfig, ScheduleCon
 from tmad.config import (
     CarafeConfig,
     CoarseConfig,
-    CriticsConfig,
+    DiscriminatorsConfig,
     LossConfig,
     MemoryConfig,
     OptimConfig,
@@ -24,7 +24,7 @@ from tmad.config import (
 )
 
 PSNET_ITERATIONS = 10_000
-"""Steps of PSNet on somebody's results [P]."""
+"""Steps of PSNet on precomputed coarse results [P]."""
 
 COARSE_EPOCHS = 4
 """Epochs of the coarse network alone [P]."""
@@ -58,7 +58,7 @@ def places() -> RunConfig:
     `python jobs/train_places.py --preset places --data.train s3://bucket/places/train --data.val s3://bucket/places/val
     --name places`. Rates grow with the root of the batch; the gradient penalty is taken at every fourth step, four
     times as strong [D]. For another number of GPUs leave the preset out, or set workers.num_workers,
-    schedule.batch_images and the rate. Not trained to the end here: `--dry-run` on a machine with such GPUs measures
+    schedule.batch_images and the rate. Not trained to the end here: `--dry-run` on a machine with such GPUs metrics
     the rate and tells the days.
     """
     base = with_batch(paper(), 4 * GPU_IMAGES)
@@ -74,7 +74,7 @@ def with_batch(config: RunConfig, images: int) -> RunConfig:
     optim = config.optim
     rates: dict[str, Any] = {
         name: float(f"{factor * rate:.2g}")
-        for name in ("lr", "lr_critics", "lr_retrieval", "lr_coarse_joint")
+        for name in ("lr", "lr_discriminators", "lr_retrieval", "lr_coarse_joint")
         if (rate := getattr(optim, name)) is not None
     }
     return replace(config, schedule=replace(config.schedule, batch_images=images), optim=replace(optim, **rates))
@@ -94,18 +94,18 @@ def fitted(config: RunConfig, there: Mapping[str, float]) -> RunConfig:
 
 
 def psnet() -> RunConfig:
-    """PSNet behind somebody else's results for 10,000 iterations, from a trained model (Table V).
+    """PSNet behind precomputed coarse results for 10,000 iterations, from a trained model (Table V).
 
     `python jobs/train_places.py --preset psnet --name behind-edgeconnect --init-from models:/tmad@champion --data.train
-    data/edgeconnect/train --data.val data/edgeconnect/val --data.results data/edgeconnect/results`. The sets have one
-    mask an image, which the results were made for (`jobs/prepare.py --mask-from paired`). Hardware as for `places`; not
-    measured here.
+    data/edgeconnect/train --data.val data/edgeconnect/val --data.coarse-from data/edgeconnect/results`. The sets have
+    one mask an image, which the results were made for (`jobs/prepare.py --mask-from paired`). Hardware as for `places`;
+    not measured here.
     """
     base = places()
     images = PSNET_ITERATIONS * PAPER_BATCH
     return replace(
         base,
-        data=DataConfig(train="data/train", val="data/val", results="data/results"),
+        data=DataConfig(train="data/train", val="data/val", coarse_from="data/results"),
         schedule=replace(base.schedule, coarse_images=0, joint_images=images, validate_every_images=16_000),
     )
 
@@ -168,7 +168,7 @@ def photographs() -> RunConfig:
     """
     return RunConfig(
         model=TMADConfig(coarse=CoarseConfig(base_width=32)),
-        critics=CriticsConfig(global_base_width=24),
+        discriminators=DiscriminatorsConfig(global_base_width=24),
         loss=LossConfig(
             weight_l1=0.5,
             weight_perceptual=0.05,
@@ -252,7 +252,7 @@ def smoke() -> RunConfig:
             retrieval=RetrievalConfig(num_candidates=2, hidden_channels=4, embed_channels=2),
             psnet=PSNetConfig(base_width=4, num_res_blocks=1, num_texture_res_blocks=1),
         ),
-        critics=CriticsConfig(patch_base_width=4, global_base_width=4),
+        discriminators=DiscriminatorsConfig(patch_base_width=4, global_base_width=4),
         optim=OptimConfig(ema_halflife_images=8),
         schedule=ScheduleConfig(
             coarse_images=8,

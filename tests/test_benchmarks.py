@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import carafe, carafe_forms, data, gpu, harness, inference, retrieval, training_step
+from benchmarks import data, gpu, harness, inference, training_step
 from benchmarks.harness import Options, Report, Table, Timing
-from tmad.carafe import reassemble
-from tmad.config import LossConfig, TMADConfig
-from tmad.model import TMAD
+from tmad.config import LossConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"carafe": carafe, "retrieval": retrieval, "training_step": training_step, "inference": inference}
+SCRIPTS = {"training_step": training_step, "inference": inference}
 MB = 10**6
 
 
@@ -61,41 +59,9 @@ def test_every_benchmark_explains_itself(name: str, capsys: pytest.CaptureFixtur
 
 
 def test_a_benchmark_runs_as_a_script_from_another_folder(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "retrieval.py"
+    script = ROOT / "benchmarks" / "inference.py"
     run = subprocess.run([sys.executable, str(script), "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-
-
-def test_all_forms_of_carafe_agree_and_the_shipped_one_needs_less_memory_than_unfolding(
-    quick_runs: dict[str, Any],
-) -> None:
-    for figures in quick_runs["carafe"][1]["figures"].values():
-        memory = figures["memory"]
-        assert set(memory) == set(carafe.EAGER)
-        assert max(entry["difference"] for entry in memory.values()) < 1e-6
-        assert max(entry["gradient_difference"] for entry in memory.values()) < 1e-5
-        shipped, unfolded = memory[carafe.SHIPPED], memory[carafe.REFERENCE]
-        assert shipped["forward_peak"] < unfolded["forward_peak"] / 5
-        assert shipped["saved"] < unfolded["saved"] / 3
-
-
-def test_the_agreement_of_carafe_can_fail() -> None:
-    features, weights = torch.rand(1, 2, 6, 6), torch.rand(1, 4, 25, 6, 6).softmax(2)
-    right = reassemble(features, weights, 5)
-    assert carafe._difference([carafe_forms.shifts(features, weights, 5)], [right]) < 1e-6
-    assert carafe._difference([carafe_forms.nearest(features, weights, 5)], [right]) > 1e-3
-
-
-def test_only_the_gather_is_exact_under_autocast_and_deaf_to_other_patches_nan(quick_runs: dict[str, Any]) -> None:
-    (figures,) = quick_runs["retrieval"][1]["figures"].values()
-    shipped, *formulas = (figures["forms"][name] for name in (retrieval.SHIPPED, retrieval.LITERAL, retrieval.ONE_HOT))
-    assert shipped["exact_share"] == shipped["exact_share_bf16"] == 1
-    assert shipped["nan_share"] == 0
-    for one in formulas:
-        assert one["difference"] < 1e-6
-        assert one["exact_share_bf16"] < 1
-        assert one["nan_share"] > 0
-    assert max(one["gradient_difference"] for one in [shipped, *formulas]) < 1e-5
 
 
 def test_the_training_report_has_both_phases_at_each_batch_and_the_parts_left_out(quick_runs: dict[str, Any]) -> None:
@@ -107,24 +73,9 @@ def test_the_training_report_has_both_phases_at_each_batch_and_the_parts_left_ou
     assert parts["peak_bytes"]["without VGG-19"] < parts["peak_bytes"][training_step.JOINT]
 
 
-def test_chunks_and_exact_forms_give_the_shipped_image(quick_runs: dict[str, Any]) -> None:
-    holes, forms = quick_runs["inference"][1]["figures"].values()
+def test_chunks_give_the_image_that_all_cells_at_once_give(quick_runs: dict[str, Any]) -> None:
+    (holes,) = quick_runs["inference"][1]["figures"].values()
     assert holes["values_apart"] == 0
-    exact = {name: value for name, value in forms["grey_levels_apart"].items() if "not the method" not in name}
-    assert len(exact) == len(forms["grey_levels_apart"]) - 1
-    assert max(exact.values()) <= 1
-    other = set(forms["grey_levels_apart"]) - set(exact)
-    assert max(forms["values_apart"][name] for name in other) > 0, "another function is told apart"
-
-
-def test_literal_down_blocks_do_the_same_with_more_multiplications() -> None:
-    model = TMAD(TMADConfig()).eval()
-    literal = inference.literal_down_blocks(model)
-    image, mask = torch.rand(1, 3, 64, 64), torch.ones(1, 1, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(literal.predict_coarse(image, mask), model.predict_coarse(image, mask))
-        counts = [inference._macs(one, lambda one=one: one.predict_coarse(image, mask)) for one in (model, literal)]
-    assert counts[0] < counts[1]
 
 
 def test_peak_counts_what_is_held_at_once_and_not_what_was_released() -> None:
@@ -137,12 +88,6 @@ def test_peak_counts_what_is_held_at_once_and_not_what_was_released() -> None:
 
     assert harness.peak_bytes(one_after_the_other) == MB
     assert harness.peak_bytes(together) == 3 * MB
-
-
-def test_saved_counts_each_storage_once_and_leaves_out_what_is_known() -> None:
-    x = torch.rand(1000, requires_grad=True)
-    assert harness.saved_bytes(lambda: (x * x) * x) == 2 * 4000
-    assert harness.saved_bytes(lambda: (x * x) * x, without=[x]) == 4000
 
 
 def test_variants_take_turns_in_an_order_that_rotates() -> None:
@@ -166,12 +111,12 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios() -> None:
 
 
 def test_a_report_names_the_options_that_differ_from_their_defaults_but_no_folder(tmp_path: Path) -> None:
-    options = retrieval.RetrievalOptions(batches=(2, 3), keep_pages=True, out=tmp_path)
-    report = Report("retrieval", "Title", options)
+    options = inference.InferenceOptions(chunks=(2, 3), keep_pages=True, out=tmp_path)
+    report = Report("inference", "Title", options)
     report.add(Table("One", ["what", "ms"], [["a", "1"]]), {}, {"a": Timing([1.0], [0.5])})
     page = report.write()
     text = page.read_text(encoding="utf-8")
-    assert "python benchmarks/retrieval.py --keep-pages --batches 2 3\n" in text
+    assert "python benchmarks/inference.py --keep-pages --chunks 2 3\n" in text
     assert "freed pages kept" in text
     assert "wall / processor time 2.00" in text
     assert str(tmp_path) not in text + page.with_suffix(".json").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tmad", "pipeline", "jobs")
@@ -185,10 +185,10 @@ def test_every_link_between_the_documents_leads_somewhere() -> None:
 
 
 def test_the_index_of_measures_says_what_the_code_says() -> None:
-    text = (ROOT / "docs" / "measures.md").read_text()
+    text = (ROOT / "docs" / "metrics.md").read_text()
     rows = [
         f"| `{name}` | {entry.unit or '1'} | {entry.better} | {entry.formula.replace('|', chr(92) + '|')} |"
-        for name, entry in MEASURES.items()
+        for name, entry in METRICS.items()
     ]
     assert re.findall(r"^\| `.*$", text, re.M) == rows
 

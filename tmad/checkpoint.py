@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tmad.config import TMADConfig, from_dict
+from tmad.config import TMADConfig, from_dict, renamed
 from tmad.model import TMAD
 from tmad.step import TrainingState
 
@@ -77,7 +77,11 @@ def read_state(folder: Path | str) -> dict[str, torch.Tensor]:
     """The tensors of the training checkpoint in *folder*, named as `TrainingState.tensors` does; raises as
     `read_model`."""
     _read_json(Path(folder), COUNTERS_FILE, "counters", "config")
-    return _read_tensors(Path(folder), STATE_FILE)
+    # The discriminators' former name.
+    return {
+        name.replace("critic", "discriminator"): value
+        for name, value in _read_tensors(Path(folder), STATE_FILE).items()
+    }
 
 
 def model_digest(folder: Path | str) -> str:
@@ -107,10 +111,10 @@ def load_state(state: TrainingState, folder: Path | str) -> None:
     """
     folder = Path(folder)
     stored = _read_json(folder, COUNTERS_FILE, "counters", "config")
-    changed = differences(stored["config"], json.loads(json.dumps(asdict(state.config))))
+    changed = differences(renamed(stored["config"]), json.loads(json.dumps(asdict(state.config))))
     if changed:
         raise ValueError(f"{folder} was made with another configuration: {'; '.join(changed)}")
-    state.restore(_read_tensors(folder, STATE_FILE), stored["counters"])
+    state.restore(read_state(folder), stored["counters"])
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -8,6 +8,7 @@ name or a value out of range raises `pydantic.ValidationError` (a `ValueError`) 
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -15,6 +16,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
+
+RENAMED = {
+    "critics": "discriminators",
+    "lr_critics": "lr_discriminators",
+    "results": "coarse_from",
+    "best_measure": "best_metric",
+}
+"""Former names of settings, which saved runs still have."""
+
+log = logging.getLogger(__name__)
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Unknown names, infinity and NaN are refused; shared by every settings class of the project."""
@@ -157,7 +168,7 @@ class TMADConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CriticsConfig:
+class DiscriminatorsConfig:
     """The two discriminators, Sec. III-C."""
 
     patch_base_width: PositiveInt = 16
@@ -213,7 +224,7 @@ class OptimConfig:
 
     lr: PositiveFloat = 1e-4
     """Adam's learning rate at the start of each cosine period [P]."""
-    lr_critics: PositiveFloat | None = None
+    lr_discriminators: PositiveFloat | None = None
     """The same for both discriminators; default: `lr` [P]."""
     lr_retrieval: PositiveFloat | None = None
     """The same for theta and phi; default: `lr` [P]. Two small layers bear a higher one [D]."""
@@ -240,7 +251,7 @@ class TrainingConfig:
     """Everything the optimisation step depends on."""
 
     model: TMADConfig = TMADConfig()
-    critics: CriticsConfig = CriticsConfig()
+    discriminators: DiscriminatorsConfig = DiscriminatorsConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -271,15 +282,27 @@ def check_choice(
 
 
 def from_dict(kind: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Make a settings object from nested dictionaries, as `dataclasses.asdict` and JSON give them.
+    """Make a settings object from nested dictionaries, as `dataclasses.asdict` and JSON give them; former names are
+    read as the present ones.
 
     Raises `ValueError` that lists every unknown name with the nearest known ones, or names the field whose value is
     of the wrong type or out of range.
     """
+    values = renamed(values)
     unknown = list(_unknown_names(kind, values, ""))
     if unknown:
         raise ValueError(f"unknown setting in {kind.__name__}: " + "; ".join(unknown))
-    return TypeAdapter(kind).validate_python(dict(values))
+    return TypeAdapter(kind).validate_python(values)
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a saved run under their present names."""
+    found = {}
+    for name, value in values.items():
+        if name in RENAMED:
+            log.info("the setting %s is called %s now", name, RENAMED[name])
+        found[RENAMED.get(name, name)] = renamed(value) if isinstance(value, Mapping) else value
+    return found
 
 
 def _unknown_names(kind: Any, values: Mapping[str, Any], prefix: str) -> Iterator[str]:

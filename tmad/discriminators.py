@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tmad.blocks import LEAK, DownBlock, ResidualBlock, conv, leaky, normalise_spectra
-from tmad.config import CriticsConfig
+from tmad.config import DiscriminatorsConfig
 
 
-class PatchCritic(nn.Module):
+class PatchDiscriminator(nn.Module):
     """Discriminator of the patch distribution loss (Eq. 6-7): two down-blocks, two residual blocks, a map of scores."""
 
-    def __init__(self, config: CriticsConfig) -> None:
+    def __init__(self, config: DiscriminatorsConfig) -> None:
         super().__init__()
         base = config.patch_base_width
         self.layers = nn.Sequential(
@@ -35,10 +35,10 @@ class PatchCritic(nn.Module):
         return scores
 
 
-class GlobalCritic(nn.Module):
+class GlobalDiscriminator(nn.Module):
     """Discriminator of the blending loss (Eq. 9): PatchGAN with a 70x70 field (Isola et al. 2017), no normalisation."""
 
-    def __init__(self, config: CriticsConfig) -> None:
+    def __init__(self, config: DiscriminatorsConfig) -> None:
         super().__init__()
         base = config.global_base_width
         widths = [3, base, 2 * base, 4 * base, 8 * base]
@@ -63,16 +63,16 @@ def _conv4(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
     return layer
 
 
-def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
     """WGAN-GP (Gulrajani et al. 2017): E[(|grad C(x)| - 1)^2] at x = mix * real + (1 - mix) * fake, one norm a sample.
 
     *real*, *fake* (M, C, H, W), detached; *mix* (M,) in [0, 1). The score of a sample is the mean of its map. Always
-    in float32, outside autocast. Differentiable in the critic's parameters (a second backward). Returns a scalar.
+    in float32, outside autocast. Differentiable in the discriminator's parameters (a second backward). A scalar.
     """
     with torch.autocast(real.device.type, enabled=False):
         weight = mix.float()[:, None, None, None]
         between = (weight * real.float() + (1 - weight) * fake.float()).requires_grad_()
-        scores = critic(between).flatten(1).mean(dim=1)
+        scores = discriminator(between).flatten(1).mean(dim=1)
         # The loss differentiates this gradient again, by the weights of C.
         (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
         norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)

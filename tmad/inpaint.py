@@ -201,8 +201,8 @@ class Inpainter:
 
         *image*: a file's path or bytes, the open file, a Pillow image of any mode, an array (H, W), (H, W, 1),
         (H, W, 3) or (H, W, 4) of uint8 or of floats in [0, 1], uint16 (H, W), or such a tensor with its channels first.
-        *mask*: the same, of the same size, 1 = hole; see `hole_mask` for its types. *filled*: somebody else's result
-        for this image and mask; retrieval and PSNet then work behind it and the coarse network is not asked (Table V).
+        *mask*: the same, of the same size, 1 = hole; see `hole_mask` for its types. *filled*: a precomputed coarse
+        result for this image and mask, which replaces the coarse network's (Table V).
         *image_id* and `seed` key the choice of the memory, so the same call gives the same result anywhere.
 
         Sides are padded to `size_multiple` (reflected, repeated at the edge where a side is too short) and cropped
@@ -235,8 +235,8 @@ class Inpainter:
         for place, (image, mask) in enumerate(zip(images, masks, strict=True)):
             image_id = image_ids[place] if image_ids is not None else ""
             try:
-                donor = filled[place] if filled is not None else None
-                found.append(self.prepare(image, mask, image_id=image_id, filled=donor))
+                coarse = filled[place] if filled is not None else None
+                found.append(self.prepare(image, mask, image_id=image_id, filled=coarse))
             except (UnusableInput, UnreadableImage) as error:
                 found.append(error)
         self.compute([one for one in found if isinstance(one, Prepared)])
@@ -250,10 +250,10 @@ class Inpainter:
         size = (original.height, original.width)
         hole, notes = hole_mask(opened(mask), image_id=image_id)
         _check_size("mask", hole.shape, size, image_id)
-        donor = None
+        coarse = None
         if filled is not None:
-            donor = as_pillow(opened(filled), "filled", image_id)
-            _check_size("filled", (donor.height, donor.width), size, image_id)
+            coarse = as_pillow(opened(filled), "filled", image_id)
+            _check_size("filled", (coarse.height, coarse.width), size, image_id)
         if not hole.any():
             return Prepared(image, original, hole, notes, [])
         grown = dilate(hole, self.feather)
@@ -265,7 +265,7 @@ class Inpainter:
             readable: Image.Image = Image.fromarray(to_rgb(original))
         else:
             readable = original
-        parts = [self._part(readable, grown, donor, box, image_id) for box in self._boxes(grown)]
+        parts = [self._part(readable, grown, coarse, box, image_id) for box in self._boxes(grown)]
         return Prepared(image, original, hole, notes, parts)
 
     @torch.inference_mode()
@@ -275,7 +275,7 @@ class Inpainter:
         for number, part in enumerate(part for picture in pictures for part in picture.parts):
             # Those beyond the limit are worked on in tiles, each by itself.
             part.pieces.clear()
-            key = number if self._is_large(part) else (part.mask.shape, part.donor is None)
+            key = number if self._is_large(part) else (part.mask.shape, part.given is None)
             groups.setdefault(key, []).append(part)
         for group in groups.values():
             for some in self._bounded(group, group[0].mask.size):
@@ -313,12 +313,12 @@ class Inpainter:
             return group_holes(hole, multiple=self.model.config.size_multiple, context=self.context)
         return [Box(0, 0, *hole.shape)]
 
-    def _part(self, image: Image.Image, hole: np.ndarray, donor: Image.Image | None, box: Box, image_id: str) -> _Part:
+    def _part(self, image: Image.Image, hole: np.ndarray, coarse: Image.Image | None, box: Box, image_id: str) -> _Part:
         """One part of the picture; *hole* is that of the whole picture."""
         whole, multiple = (box.height, box.width) == hole.shape, self.model.config.size_multiple
         hole = hole[box.slices]
         rgb = to_rgb(image if whole else image.crop(box.corners))
-        given = None if donor is None else to_rgb(donor if whole else donor.crop(box.corners))
+        given = None if coarse is None else to_rgb(coarse if whole else coarse.crop(box.corners))
         # Parts of one picture draw their memories independently.
         key = (image_id,) if whole else (image_id, box.top, box.left)
         mask = _pad(hole, multiple)
@@ -333,7 +333,7 @@ class Inpainter:
             image=_pad(rgb, multiple),
             mask=mask,
             hole=inside,
-            donor=None if given is None else _pad(given, multiple),
+            given=None if given is None else _pad(given, multiple),
             pool_yx=self._pool(hole, key).astype(np.int64),
             cells_yx=np.stack(np.divmod(cells, mask.shape[1] // k), axis=1) * k,
         )
@@ -371,16 +371,16 @@ class Inpainter:
         """I^_s (B, 3, H, W) of parts of one size."""
         image = _to_tensor(np.stack([part.image for part in parts]), self.device)
         mask = _sent(np.stack([part.mask for part in parts])[:, None], self.device).float()
-        donors = [part.donor for part in parts if part.donor is not None]
-        if donors:
-            return compose(_to_tensor(np.stack(donors), self.device), image, mask)
+        given = [part.given for part in parts if part.given is not None]
+        if given:
+            return compose(_to_tensor(np.stack(given), self.device), image, mask)
         holes = np.bitwise_or.reduce([part.mask for part in parts])
         return self._predict(image, mask, _around(holes, self.model.config.patch_size))
 
     def _coarse_of_large(self, part: _Part) -> np.ndarray:
         """I^_s (H, W, 3), uint8, with its padding, of a part that the coarse network sees reduced."""
         hole = part.hole[: part.box.height, : part.box.width]
-        given = part.donor
+        given = part.given
         coarse = self._reduced(part.rgb, hole) if given is None else given[: part.box.height, : part.box.width]
         return _pad(np.where(hole[..., None] > 0, coarse, part.rgb), self.model.config.size_multiple)
 
@@ -557,8 +557,8 @@ class _Part:
     """(H, W) uint8, 1 = hole."""
     hole: np.ndarray
     """The same, 0 in the padding."""
-    donor: np.ndarray | None
-    """With padding."""
+    given: np.ndarray | None
+    """The precomputed coarse result, with padding."""
     pool_yx: np.ndarray
     """(P, 2) int64."""
     cells_yx: np.ndarray

@@ -28,7 +28,7 @@ def region_l1(result: Tensor, truth: Tensor, region: Tensor) -> Tensor:
     return (difference / count.clamp(min=1)).mean()
 
 
-def patch_critic_loss(real: Tensor, fake: Tensor, *, relativistic: bool, mean: Mean) -> Tensor:
+def patch_discriminator_loss(real: Tensor, fake: Tensor, *, relativistic: bool, mean: Mean) -> Tensor:
     """Eq. 6, the discriminator of the patch distribution; without *relativistic* the standard logistic loss (Fig. 7).
 
     *real*: raw scores C(x_r) of the candidates and true patches together; *fake*: C(x_f) of the synthesized ones.
@@ -58,7 +58,7 @@ def _centres(real: Tensor, fake: Tensor, relativistic: bool, mean: Mean) -> tupl
     return mean(fake.mean()), mean(real.mean())
 
 
-def global_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
+def global_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Discriminator of the blending loss (Eq. 9): logistic loss on raw scores of I and of the tiled result."""
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 

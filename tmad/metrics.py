@@ -1,6 +1,6 @@
-"""Measures of an inpainted image against the truth (Tables III-V), under names that say region and formula.
+"""Metrics of an inpainted image against the truth (Tables III-V), under names that say region and formula.
 
-A bare "l1", "PSNR" or "TV" means something else in every code base, so none stands here: `MEASURES` gives each name's
+A bare "l1", "PSNR" or "TV" means something else in every code base, so none stands here: `METRICS` gives each name's
 unit, direction, formula and who reports it. The paper states no formulas. In its Table III l1 is 0.75 to 0.84 of the
 root mean square that PSNR implies, so both are over one region; over the whole composite the ratio could not exceed the
 root of the hole's share, 0.46 for its boxes. Hence `l1_hole_pct` and `psnr_hole` stand beside them, and `ssim_full`,
@@ -8,7 +8,7 @@ whose values match MMEditing's for the whole composite.
 
 Images are (H, W, 3) uint8 RGB, masks (H, W), {0, 1} or bool, 1 = hole. Two rules keep a mean over a set meaningful:
 
-- a measure without a defined value is `None` and is left out of the mean, and counted: every measure of the hole when
+- a metric without a defined value is `None` and is left out of the mean, and counted: every metric of the hole when
   the mask is empty, SSIM when a side is shorter than its window;
 - PSNR ends at `PSNR_CAP_DB`, as in PICNet; a result equal to the truth would be infinite. `Summary` counts the images
   at the cap, since a few of them lift a mean.
@@ -33,12 +33,12 @@ PATCH_SIZE = 32
 SSIM_WINDOW = 11
 """Side of SSIM's Gaussian window (sigma 1.5), pixels."""
 
-MeasureFunction = Callable[[np.ndarray, np.ndarray, np.ndarray], float | None]
+MetricFunction = Callable[[np.ndarray, np.ndarray, np.ndarray], float | None]
 """(result, truth, mask) -> value, or none where it has no defined value."""
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """What a name in a table means."""
 
     unit: str
@@ -47,8 +47,8 @@ class Measure:
     """Which way is an improvement. Neither: a value of the photographs' own is best, and lower than it no merit."""
     formula: str
     """One line; r result, t truth, both 0..255, and in brackets who reports it."""
-    function: MeasureFunction | None = None
-    """None for a measure of a whole set (`tmad.swd`, `tmad.frechet`) and for one that needs a network of its own."""
+    function: MetricFunction | None = None
+    """None for a metric of a whole set (`tmad.swd`, `tmad.frechet`) and for one that needs a network of its own."""
     cap: float | None = None
     """The value at which it is cut off."""
 
@@ -160,84 +160,84 @@ def seam_ratio_hole(
     return float(across / within)
 
 
-MEASURES: Mapping[str, Measure] = MappingProxyType(
+METRICS: Mapping[str, Metric] = MappingProxyType(
     {
-        "l1_hole_pct": Measure(
+        "l1_hole_pct": Metric(
             "%", "lower", "100/255 mean |r - t| over hole [the paper's Table III, by its figures; MMagic]", l1_hole_pct
         ),
-        "l1_full_pct": Measure("%", "lower", "100/255 mean |r - t| [MAT; PICNet: the same times 2.55]", l1_full_pct),
-        "l1_relative_pct": Measure("%", "lower", "100 sum |r - t| / sum (r + t) [AOT-GAN]", l1_relative_pct),
-        "l1_relative_grey_pct": Measure(
+        "l1_full_pct": Metric("%", "lower", "100/255 mean |r - t| [MAT; PICNet: the same times 2.55]", l1_full_pct),
+        "l1_relative_pct": Metric("%", "lower", "100 sum |r - t| / sum (r + t) [AOT-GAN]", l1_relative_pct),
+        "l1_relative_grey_pct": Metric(
             "%", "lower", "100 sum |r - t| / sum (r + t) of grey images [EdgeConnect]", l1_relative_grey_pct
         ),
-        "psnr_hole": Measure(
+        "psnr_hole": Metric(
             "dB",
             "higher",
             "10 log10(255² / mean (r - t)² over hole), at most 100 [the paper's Table III, by its figures]",
             psnr_hole,
             PSNR_CAP_DB,
         ),
-        "psnr_full": Measure(
+        "psnr_full": Metric(
             "dB",
             "higher",
             "10 log10(255² / mean (r - t)²), at most 100 [MMEditing, PICNet, MAT, AOT-GAN]",
             psnr_full,
             PSNR_CAP_DB,
         ),
-        "ssim_full": Measure(
+        "ssim_full": Metric(
             "",
             "higher",
             "SSIM, Gaussian 11x11 sigma 1.5, windows inside the image [the paper, by its figures; MMEditing, MAT]",
             ssim_full,
         ),
-        "ssim_full_zeropad": Measure(
+        "ssim_full_zeropad": Metric(
             "", "higher", "SSIM, Gaussian 11x11 sigma 1.5, zeros beyond the border [LaMa]", ssim_full_zeropad
         ),
-        "tv_grad255": Measure(
+        "tv_grad255": Metric(
             "grey levels", "neither", "mean sqrt(dx² + dy²) of r, wrapping around [PICNet]", tv_grad255
         ),
-        "tv_l1_hole_pct": Measure(
+        "tv_l1_hole_pct": Metric(
             "%", "neither", "100/127.5 (mean |dx| + mean |dy|) of r over hole [MMEditing's loss]", tv_l1_hole_pct
         ),
-        "seam_ratio_hole": Measure(
+        "seam_ratio_hole": Metric(
             "",
             "lower",
             "mean |difference| of neighbours in the hole across cell borders / within cells; photographs: about 1",
             seam_ratio_hole,
         ),
-        "retrieval_top_l1": Measure(
+        "retrieval_top_l1": Metric(
             "grey levels", "lower", "mean |first candidate - true cell|: what retrieval hands to PSNet"
         ),
-        "retrieval_best_l1": Measure(
+        "retrieval_best_l1": Metric(
             "grey levels", "lower", "mean |best patch of the memory - true cell|: what it could have"
         ),
-        "retrieval_distinct": Measure(
+        "retrieval_distinct": Metric(
             "", "higher", "different first candidates of an image / its hole cells (or memory patches, if fewer)"
         ),
-        "retrieval_gain": Measure(
+        "retrieval_gain": Metric(
             "",
             "higher",
             "(untrained - r) / (untrained - best) of retrieval_top_l1: 0 = as without training, 1 = the memory's best",
         ),
-        "lpips_full": Measure("", "lower", "distance of deep features, by the network that was given [LaMa, MAT]"),
-        "swd_full": Measure(
+        "lpips_full": Metric("", "lower", "distance of deep features, by the network that was given [LaMa, MAT]"),
+        "swd_full": Metric(
             "1e-3", "lower", "sliced Wasserstein distance of 7x7 Laplacian-pyramid patches, mean of levels [PGGAN]"
         ),
-        "swd_hole": Measure("1e-3", "lower", "swd_full of the patches centred in the hole"),
-        "swd_hole_truthscaled": Measure(
+        "swd_hole": Metric("1e-3", "lower", "swd_full of the patches centred in the hole"),
+        "swd_hole_truthscaled": Metric(
             "1e-3", "lower", "swd_hole with both sides scaled by the truth's deviation: sees lost contrast"
         ),
-        "fid_full": Measure(
+        "fid_full": Metric(
             "",
             "lower",
             "Frechet distance of deep features of all r and all t, by the network that was given [LaMa, MAT]",
         ),
-        "kid_full": Measure(
+        "kid_full": Metric(
             "1e-3", "lower", "squared MMD, kernel (x y / d + 1)³, of the same features [Binkowski et al.]"
         ),
     }
 )
-"""Every measure by name, in the order of tables. Those without a function belong to a set of images."""
+"""Every metric by name, in the order of tables. Those without a function belong to a set of images."""
 
 
 def measure(
@@ -248,19 +248,19 @@ def measure(
     *,
     patch_size: int = PATCH_SIZE,
 ) -> dict[str, float | None]:
-    """The measures of one image, by name.
+    """The metrics of one image, by name.
 
-    *names*: only these; default: every one in `MEASURES` that has a function (SSIM takes nearly all of the time).
+    *names*: only these; default: every one in `METRICS` that has a function (SSIM takes nearly all of the time).
     *patch_size*: side of the cells whose seams are looked for. Raises
     `ValueError` for images that are not uint8 (H, W, 3) of one size, for a mask of another size or with values other
     than 0 and 1, or for an unknown name.
     """
     check_images(result, truth, mask)
-    of_one_image = {name: entry.function for name, entry in MEASURES.items() if entry.function}
+    of_one_image = {name: entry.function for name, entry in METRICS.items() if entry.function}
     of_one_image["seam_ratio_hole"] = partial(seam_ratio_hole, patch_size=patch_size)
     chosen = of_one_image if names is None else names
     if unknown := [name for name in chosen if name not in of_one_image]:
-        raise ValueError(f"no measure of one image is called {', '.join(unknown)}; there are {', '.join(of_one_image)}")
+        raise ValueError(f"no metric of one image is called {', '.join(unknown)}; there are {', '.join(of_one_image)}")
     return {name: of_one_image[name](result, truth, mask) for name in chosen}
 
 
@@ -278,7 +278,7 @@ def check_images(result: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> Non
 
 
 class Summary:
-    """Means of the measures over a set, image by image; holds sums and counts only."""
+    """Means of the metrics over a set, image by image; holds sums and counts only."""
 
     def __init__(self) -> None:
         self.num_images = 0
@@ -287,26 +287,26 @@ class Summary:
         self._at_cap: Counter[str] = Counter()
 
     def add(self, values: Mapping[str, float | None]) -> None:
-        """One image's measures, as `measure` gives them."""
+        """One image's metrics, as `measure` gives them."""
         self.num_images += 1
         for name, value in values.items():
             self._counts[name] += value is not None
             if value is None:
                 continue
             self._sums[name] = self._sums.get(name, 0.0) + value
-            self._at_cap[name] += name in MEASURES and value == MEASURES[name].cap
+            self._at_cap[name] += name in METRICS and value == METRICS[name].cap
 
     def means(self) -> dict[str, float | None]:
-        """Mean of each measure over the images where it had a value; none where it never had one."""
+        """Mean of each metric over the images where it had a value; none where it never had one."""
         return {name: self._sums[name] / count if count else None for name, count in self._counts.items()}
 
     def skipped(self) -> dict[str, int]:
-        """Images that each measure had no value for."""
+        """Images that each metric had no value for."""
         return {name: self.num_images - count for name, count in self._counts.items()}
 
     def at_cap(self) -> dict[str, int]:
-        """Images at the cap, for each measure that has one."""
-        return {name: self._at_cap[name] for name in self._counts if name in MEASURES and MEASURES[name].cap}
+        """Images at the cap, for each metric that has one."""
+        return {name: self._at_cap[name] for name in self._counts if name in METRICS and METRICS[name].cap}
 
 
 def _difference(result: np.ndarray, truth: np.ndarray) -> np.ndarray:

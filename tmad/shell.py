@@ -103,13 +103,13 @@ def inpaint_one(argv: Sequence[str]) -> int:
             if options.scale_masks:
                 hole = scaled_hole(hole, file.image.height, file.image.width)
         output = _output(options.output, options.photo, file.format)
-        donor = decode_image(options.coarse_from.read_bytes()) if options.coarse_from else None
+        coarse = decode_image(options.coarse_from.read_bytes()) if options.coarse_from else None
         filled = fill_file(
             inpainter,
             file,
             dilate(hole, options.dilate),
             image_id=options.photo.name,
-            filled=donor,
+            filled=coarse,
             opaque=options.mask == "alpha",
             kind="png" if output.suffix.lower() == ".png" and file.format != "PNG" else "same",
         )

@@ -21,7 +21,7 @@ from tmad import ema, losses
 from tmad.batch import Batch
 from tmad.coarse import compose
 from tmad.config import TrainingConfig
-from tmad.discriminators import GlobalCritic, PatchCritic, gradient_penalty
+from tmad.discriminators import GlobalDiscriminator, PatchDiscriminator, gradient_penalty
 from tmad.images import to_model
 from tmad.model import TMAD, TMADOutput
 from tmad.patches import cell_corners, cut
@@ -123,9 +123,9 @@ class TrainingState:
         self.perceptual = perceptual.to(device) if perceptual is not None and config.loss.uses_features else None
         self.model = TMAD(config.model, seed=seed).to(device)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(seed, "init", "critics"))
-            self.patch_critic = PatchCritic(config.critics).to(device)
-            self.global_critic = GlobalCritic(config.critics).to(device)
+            torch.manual_seed(seed_of(seed, "init", "critics"))  # the key, an older name, decides the first weights
+            self.patch_discriminator = PatchDiscriminator(config.discriminators).to(device)
+            self.global_discriminator = GlobalDiscriminator(config.discriminators).to(device)
         self.untrained = untrained_retrieval(config.model.retrieval).to(device)
         self.ema_model = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.images_seen = 0
@@ -147,9 +147,9 @@ class TrainingState:
                 betas=optim.betas,
                 fused=True,
             ),
-            "critics": torch.optim.Adam(
-                [*self.patch_critic.parameters(), *self.global_critic.parameters()],
-                lr=optim.lr_critics or optim.lr,
+            "discriminators": torch.optim.Adam(
+                [*self.patch_discriminator.parameters(), *self.global_discriminator.parameters()],
+                lr=optim.lr_discriminators or optim.lr,
                 betas=optim.betas,
                 fused=True,
             ),
@@ -177,12 +177,12 @@ class TrainingState:
         progress: float,
         workers: Workers | None = None,
     ) -> dict[str, Tensor]:
-        """Train on one batch: the coarse network alone, or everything jointly (Sec. IV); on a batch with somebody's
-        results, jointly means everything but the coarse network (Table V).
+        """Train on one batch: the coarse network alone, or everything jointly (Sec. IV); on a batch
+        with precomputed coarse results, jointly means everything but the coarse network (Table V).
 
         *global_batch*: images of this step over all workers; *progress*: share of the phase done, in [0, 1), which
         drives the learning rate. Returns this worker's losses, gradient norms and rates as 0-dim tensors by name.
-        A gradient that is not finite changes no weight it belongs to and is counted; if it is the critics', the
+        A gradient that is not finite changes no weight it belongs to and is counted; if it is the discriminators', the
         generator is not updated either. Gradients are averaged first, so all workers skip alike. Raises `NonFiniteLoss`
         after `optim.max_bad_steps` of them in a row.
 
@@ -235,13 +235,13 @@ class TrainingState:
         """The optimizers' parameter groups and the rate with which each starts a cosine period."""
         optim = self.config.optim
         coarse, retrieval, psnet = self.optimizers["generator"].param_groups
-        (critics,) = self.optimizers["critics"].param_groups
+        (discriminators,) = self.optimizers["discriminators"].param_groups
         lr_coarse = optim.lr if phase == "coarse" or optim.lr_coarse_joint is None else optim.lr_coarse_joint
         return [
             (coarse, lr_coarse),
             (retrieval, optim.lr_retrieval or optim.lr),
             (psnet, optim.lr),
-            (critics, optim.lr_critics or optim.lr),
+            (discriminators, optim.lr_discriminators or optim.lr),
         ]
 
     def _coarse_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], Tensor]:
@@ -281,11 +281,13 @@ class TrainingState:
         distances = patch_distances(out.pool, target)
 
         metrics: dict[str, Tensor] = {}
-        critics_finite: Tensor | None = None
+        discriminators_finite: Tensor | None = None
         if weights.weight_gan_patch or weights.weight_gan_global:
             # The spectral norms of its networks are those of these weights, for all calls.
             with parametrize.cached():
-                metrics, critics_finite = self._update_critics(batch, out, image, target, patches, workers)
+                metrics, discriminators_finite = self._update_discriminators(
+                    batch, out, image, target, patches, workers
+                )
 
         # [D] The expected distance, beside Eq. 8.
         if weights.weight_retrieval:
@@ -306,7 +308,7 @@ class TrainingState:
         if weights.weight_tv:
             terms["tv"] = (weights.weight_tv, losses.total_variation(out.output, mask))
         # The gradient goes through the discriminators, not into their weights.
-        self._freeze_critics(True)
+        self._freeze_discriminators(True)
         with parametrize.cached():
             if weights.weight_gan_patch:
                 (fake,) = self._score_patches(patches)
@@ -318,10 +320,10 @@ class TrainingState:
                 terms["gan_patch"] = (weights.weight_gan_patch, loss)
             if weights.weight_gan_global:
                 with self._autocast():
-                    scores = self.global_critic(out.output)
+                    scores = self.global_discriminator(out.output)
                 terms["gan_global"] = (weights.weight_gan_global, losses.global_generator_loss(scores.float()))
-        generator_metrics, finite = self._update_generator(terms, workers, critics_finite)
-        self._freeze_critics(False)
+        generator_metrics, finite = self._update_generator(terms, workers, discriminators_finite)
+        self._freeze_discriminators(False)
         metrics.update(generator_metrics)
         with torch.no_grad():
             reference = self.untrained(cut(out.coarse, corners, k), out.pool, out.pool[..., :1, :1, :1]).index
@@ -343,7 +345,7 @@ class TrainingState:
             terms["coarse_valid"] = (weights.weight_valid, losses.region_l1(coarse_raw, image, 1 - mask))
         return terms
 
-    def _update_critics(
+    def _update_discriminators(
         self, batch: Batch, out: TMADOutput, image: Tensor, target: Tensor, patches: Tensor, workers: Workers
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Eq. 6 and the discriminator of Eq. 9, each with its gradient penalty, in one backward."""
@@ -357,34 +359,36 @@ class TrainingState:
         fake_patches, fake_image = patches.detach(), out.output.detach()
         if weights.weight_gan_patch:
             real, fake = self._score_patches(self._reals(out, target), fake_patches)
-            loss = losses.patch_critic_loss(real, fake, relativistic=weights.relativistic, mean=workers.mean)
-            metrics |= {"loss/critic_patch": loss.detach(), "critic_patch/real": real.detach().mean()}
-            metrics["critic_patch/fake"] = fake.detach().mean()
+            loss = losses.patch_discriminator_loss(real, fake, relativistic=weights.relativistic, mean=workers.mean)
+            metrics |= {"loss/discriminator_patch": loss.detach(), "discriminator_patch/real": real.detach().mean()}
+            metrics["discriminator_patch/fake"] = fake.detach().mean()
             total = total + loss
             if penalised:
                 mix = batch.mix[:, :-1].flatten()
-                penalty = gradient_penalty(self.patch_critic, target.flatten(0, 1), fake_patches.flatten(0, 1), mix)
+                penalty = gradient_penalty(
+                    self.patch_discriminator, target.flatten(0, 1), fake_patches.flatten(0, 1), mix
+                )
                 metrics["penalty/patch"] = penalty.detach()
                 total = total + penalty_weight * penalty
         if weights.weight_gan_global:
             with self._autocast():
-                real, fake = self.global_critic(torch.cat([image, fake_image])).float().chunk(2)
-            loss = losses.global_critic_loss(real, fake)
-            metrics |= {"loss/critic_global": loss.detach(), "critic_global/real": real.detach().mean()}
-            metrics["critic_global/fake"] = fake.detach().mean()
+                real, fake = self.global_discriminator(torch.cat([image, fake_image])).float().chunk(2)
+            loss = losses.global_discriminator_loss(real, fake)
+            metrics |= {"loss/discriminator_global": loss.detach(), "discriminator_global/real": real.detach().mean()}
+            metrics["discriminator_global/fake"] = fake.detach().mean()
             total = total + loss
             if penalised:
-                penalty = gradient_penalty(self.global_critic, image, fake_image, batch.mix[:, -1])
+                penalty = gradient_penalty(self.global_discriminator, image, fake_image, batch.mix[:, -1])
                 metrics["penalty/global"] = penalty.detach()
                 total = total + penalty_weight * penalty
-        norms, finite = self._apply(total, "critics", workers)
+        norms, finite = self._apply(total, "discriminators", workers)
         return metrics | norms, finite
 
     def _score_patches(self, *patches: Tensor) -> tuple[Tensor, ...]:
         """Raw scores, float32, of each of *patches* (B, N, 3, k, k), in one call: cheaper than one for each."""
         parts = [each.flatten(0, 1) for each in patches]
         with self._autocast():
-            scores: Tensor = self.patch_critic(torch.cat(parts))
+            scores: Tensor = self.patch_discriminator(torch.cat(parts))
         return scores.float().split([len(part) for part in parts])
 
     @staticmethod
@@ -394,13 +398,13 @@ class TrainingState:
         return torch.cat([out.candidates.detach().flatten(1, 2), target], dim=1)
 
     def _update_generator(
-        self, terms: dict[str, tuple[float, Tensor]], workers: Workers, critics_finite: Tensor | None = None
+        self, terms: dict[str, tuple[float, Tensor]], workers: Workers, discriminators_finite: Tensor | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Eq. 10: the weighted sum of the terms, one backward, one Adam step."""
         metrics = {f"loss/{name}": value.detach() for name, (_, value) in terms.items()}
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
         metrics["loss/total"] = total.detach()
-        norms, finite = self._apply(total, "generator", workers, critics_finite)
+        norms, finite = self._apply(total, "generator", workers, discriminators_finite)
         return metrics | norms, finite
 
     def _apply(
@@ -421,7 +425,7 @@ class TrainingState:
         }
         # Each on its own: the patch discriminator's gradient is ten times the global one's, which would stand still.
         # One that does not take part has no gradients, whose norm would lie on the CPU whatever the device.
-        networks = [n for _, n in self._trained_by(name)] if name == "critics" else [self.model]
+        networks = [n for _, n in self._trained_by(name)] if name == "discriminators" else [self.model]
         groups = [[p for p in network.parameters() if p.grad is not None] for network in networks]
         norms_before = [nn.utils.clip_grad_norm_(group, limit) for group in groups if group]
         norm = torch.stack(norms_before).square().sum().sqrt()
@@ -433,9 +437,9 @@ class TrainingState:
         optimizer.zero_grad(set_to_none=True)
         return {f"grad_norm/{name}": norm.detach(), **norms}, finite
 
-    def _freeze_critics(self, frozen: bool) -> None:
-        self.patch_critic.requires_grad_(not frozen)
-        self.global_critic.requires_grad_(not frozen)
+    def _freeze_discriminators(self, frozen: bool) -> None:
+        self.patch_discriminator.requires_grad_(not frozen)
+        self.global_discriminator.requires_grad_(not frozen)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
@@ -444,21 +448,25 @@ class TrainingState:
         """The networks of an optimizer, by name."""
         if optimizer == "generator":
             return self.model.named_children()
-        return [("patch_critic", self.patch_critic), ("global_critic", self.global_critic)]
+        return [("patch_discriminator", self.patch_discriminator), ("global_discriminator", self.global_discriminator)]
 
     def _networks(self) -> dict[str, nn.Module]:
         return {
             "model": self.model,
             "ema": self.ema_model,
-            "patch_critic": self.patch_critic,
-            "global_critic": self.global_critic,
+            "patch_discriminator": self.patch_discriminator,
+            "global_discriminator": self.global_discriminator,
         }
 
     def _named_optimizer_parameters(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        critics = self._trained_by("critics")
+        discriminators = self._trained_by("discriminators")
         return {
             "generator": list(self.model.named_parameters()),
-            "critics": [(f"{name}.{key}", p) for name, critic in critics for key, p in critic.named_parameters()],
+            "discriminators": [
+                (f"{name}.{key}", p)
+                for name, discriminator in discriminators
+                for key, p in discriminator.named_parameters()
+            ],
         }
 
     def tensors(self) -> dict[str, Tensor]:

@@ -23,8 +23,8 @@ from pipeline.evaluation.config import EvaluateConfig
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.presets import PRESETS
 from pipeline.promotion.promote import PromoteConfig
+from pipeline.runs.submit import SubmitConfig
 from pipeline.service.config import ServeConfig, WebConfig
-from pipeline.submit import SubmitConfig
 from pipeline.sweep.ablate import AblateConfig
 from pipeline.sweep.config import SweepConfig
 

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.data.coarse_results import CoarseResults
 from pipeline.data.fetch import ROWS, draw_after, matrix, read_pieces, with_draws
 from pipeline.data.onthefly import WINDOWS_AHEAD, LiveSet, Tally, make_windows, windows
 from pipeline.data.order import chunks
 from pipeline.data.reader import ordered_tables
-from pipeline.data.results import Results
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
@@ -53,7 +53,7 @@ def training_batches(
     record_tasks: int = 2,
     tally: Tally | None = None,
     reader: Any = None,
-    results: Results | None = None,
+    coarse: CoarseResults | None = None,
     pool_size: int | None = None,
     pinned: bool = False,
 ) -> Iterator[Batch]:
@@ -67,7 +67,7 @@ def training_batches(
     one would have seen from there. ceil((total_images - start_images) /
     batch_images) batches, all of them full, the same number on every rank. Masks: variant epoch mod K.
 
-    *num_cells* is N_ps; *results* of another method go into the batches; *pool_size* takes only the first windows of
+    *num_cells* is N_ps; precomputed *coarse* results go into the batches; *pool_size* takes only the first windows of
     each image's memory (default: all): they are what a smaller memory would be; *pinned*: batches are handed over
     in memory that a GPU reads by itself. Raises `ValueError`
     if *batch_images* does not divide by *world_size*, `ConfigMismatch` if the set was prepared for another
@@ -96,7 +96,7 @@ def training_batches(
     )  # fmt: skip
     if isinstance(train, LiveSet):
         tables = (tally or Tally(train.config)).counted(tables)
-    return _decoded(_regrouped(tables, mine), decode_threads, prefetch_batches, results, pool_size, pinned)
+    return _decoded(_regrouped(tables, mine), decode_threads, prefetch_batches, coarse, pool_size, pinned)
 
 
 def evaluation_batches(
@@ -109,7 +109,7 @@ def evaluation_batches(
     patch_size: int | None = None,
     decode_threads: int = 2,
     prefetch_batches: int = 2,
-    results: Results | None = None,
+    coarse: CoarseResults | None = None,
     pool_size: int | None = None,
 ) -> Iterator[Batch]:
     """This rank's part of the first *limit* records in their stored order, the first mask of each, nothing flipped.
@@ -136,7 +136,7 @@ def evaluation_batches(
     )
     drawn = partial(with_draws, seed=0, patch_size=manifest.patch_size, num_cells=num_cells, flip=False)
     tables = (drawn(pa.Table.from_pylist(group, schema=ROWS)) for group in _grouped(rows, mine))
-    return _decoded(tables, decode_threads, prefetch_batches, results, pool_size, False)
+    return _decoded(tables, decode_threads, prefetch_batches, coarse, pool_size, False)
 
 
 def _open_set(manifest_uri: str, patch_size: int | None) -> tuple[Manifest, str]:
@@ -187,7 +187,12 @@ def _regrouped(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 def _decoded(
-    tables: Iterable[pa.Table], threads: int, ahead: int, results: Results | None, pool_size: int | None, pinned: bool
+    tables: Iterable[pa.Table],
+    threads: int,
+    ahead: int,
+    coarse: CoarseResults | None,
+    pool_size: int | None,
+    pinned: bool,
 ) -> Iterator[Batch]:
     """Decode *ahead* batches before they are asked for, each in one thread: threads that share a batch wait for the
     interpreter lock more than they decode."""
@@ -195,7 +200,7 @@ def _decoded(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         for table in tables:
-            pending.append(pool.submit(_batch, table, results, pool_size, pinned))
+            pending.append(pool.submit(_batch, table, coarse, pool_size, pinned))
             if len(pending) > ahead:
                 yield pending.popleft().result()
         while pending:
@@ -204,14 +209,14 @@ def _decoded(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _batch(table: pa.Table, results: Results | None, pool_size: int | None, pinned: bool) -> Batch:
-    """The batch of rows that `fetch.with_draws` gave, with somebody's *results* if there are any, and the first
+def _batch(table: pa.Table, coarse: CoarseResults | None, pool_size: int | None, pinned: bool) -> Batch:
+    """The batch of rows that `fetch.with_draws` gave, with precomputed *coarse* results, if given, and the first
     *pool_size* windows of each memory."""
     size = len(table)
     height, width = (table[name][0].as_py() for name in ("height", "width"))
     # Images are decoded to where the batch will have them.
     images = np.empty((size, height, width, 3), np.uint8)
-    filled = np.empty_like(images) if results else None
+    filled = np.empty_like(images) if coarse else None
     names = ("image_id", "image", "mirrored")
     rows = zip(*(table[name].to_pylist() for name in names), strict=True)
     for place, (image_id, data, mirrored) in enumerate(rows):
@@ -224,8 +229,8 @@ def _batch(table: pa.Table, results: Results | None, pool_size: int | None, pinn
             ) from None
         if mirrored:
             out[...] = mirror(out)
-        if results and filled is not None:
-            result = results.read(image_id, height, width)
+        if coarse and filled is not None:
+            result = coarse.read(image_id, height, width)
             filled[place] = mirror(result) if mirrored else result
     pools = matrix(table["pool_yx"]).reshape(size, -1, 2)[:, :pool_size]
     masks = np.unpackbits(matrix(table["mask"]), axis=1, count=height * width)

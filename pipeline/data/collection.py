@@ -10,10 +10,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.data.contract import PhotographConfig
-from pipeline.data.own_masks import OwnMasks, open_masks
 from pipeline.data.records import CropConfig, RecordConfig
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
+from pipeline.data.user_masks import OwnMasks, open_masks
 from pipeline.errors import MissingInput, StorageFailed
 from pipeline.storage import UnsafeName, absolute, join
 from tmad.config import STRICT, MemoryConfig, PositiveInt

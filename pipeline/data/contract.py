@@ -1,6 +1,6 @@
-"""What a photograph has to be, looked at while it is decoded anyway, and what of it the set-wide checks need later.
+"""Quality checks of each photograph while it is decoded, and the facts that set-wide checks need later.
 
-Pure functions of one photograph. `pipeline.data.copies` compares photographs with each other by the facts that are
+Pure functions of one photograph. `pipeline.data.duplicates` compares photographs with each other by the facts that are
 noted here, without reading a shard again; `pipeline.data.contract_report` shows what was found.
 """
 

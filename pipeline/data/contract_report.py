@@ -1,4 +1,4 @@
-"""The report of a prepared set: what was looked at, what was left out and why, as JSON and as a page with pictures.
+"""The report of a prepared set: images checked, images rejected and why, as JSON and as an HTML page.
 
 Pictures of what was left out are read from the source once more, a few for each reason, so that preparing keeps none.
 """
@@ -17,11 +17,11 @@ from PIL import Image
 
 from pipeline.data.collection import UNUSABLE
 from pipeline.data.contract import join_holes, polarity_warning
-from pipeline.data.copies import Facts
-from pipeline.data.own_masks import join_counts, mask_warnings
+from pipeline.data.duplicates import Facts
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.schema import Record, open_shard, set_folder
 from pipeline.data.sources.base import Source
+from pipeline.data.user_masks import join_counts, mask_warnings
 from pipeline.report.page import Table, histogram, render
 from pipeline.report.pictures import jpeg_bytes
 from pipeline.storage import absolute, exists, join, read_bytes, remove, write_atomic

@@ -1,4 +1,4 @@
-"""The evaluation set: which crop of which photograph, under which hole, in words that anybody can draw it anew from.
+"""The evaluation set: which crop of which photograph under which hole, reproducible from its description.
 
 It is a prepared set of `split` val. Its digest, which every result names, covers photographs, crops and holes to the
 last bit. The list beside the manifest says of each image and mask: the photograph's key and digest, the crop (the size

@@ -1,4 +1,4 @@
-"""The reading half of the training input: a task that turns a portion of the order into rows, still encoded, with all
+"""Reads training input: a task that turns a portion of the order into rows, still encoded, with all
 that is random about them.
 
 Runs in Ray's workers and does not import PyTorch, so that the first batch does not wait for it.

@@ -1,4 +1,4 @@
-"""Training input straight from photographs: the records that a prepared set would hold, made when they are needed.
+"""Training input straight from photographs: the records of a prepared set, made on demand.
 
 The photographs are taken for the set that `prepare` would make of them if it left none out: the same shards and row
 groups, which are never written. So `order` gives the same sequence, and a record is the same to the last bit, since
@@ -27,10 +27,10 @@ from pipeline.data.contract import check_photograph
 from pipeline.data.fetch import ROWS
 from pipeline.data.fetch import shuffled as in_random_order
 from pipeline.data.order import pieces
-from pipeline.data.own_masks import MaskReader, OwnMasks, join_counts, mask_warnings
 from pipeline.data.records import RecordConfig, make_records, open_as
 from pipeline.data.schema import Manifest, Shard
 from pipeline.data.sources.base import Source
+from pipeline.data.user_masks import MaskReader, OwnMasks, join_counts, mask_warnings
 from pipeline.errors import TooManyBadImages
 from pipeline.runs.progress import by_reason
 from pipeline.storage import redact

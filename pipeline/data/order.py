@@ -1,4 +1,4 @@
-"""Which image comes when: the endless sequence that training walks through, whatever the number of workers.
+"""The order of training images: one endless sequence, independent of the number of workers.
 
 The sequence is epoch after epoch, and an epoch is every record once. Within it the row groups of all shards are put
 into random order, consecutive ones are joined into windows of some thousand records, and the records of a window are

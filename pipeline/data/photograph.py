@@ -1,4 +1,4 @@
-"""A photograph as preparation sees it: a file, opened once, and what each later step asks about it."""
+"""A photograph during preparation: a file opened once, and the properties that later steps use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which image goes into which shard, for good: written down before the first shard is made.
+"""The assignment of images to shards, fixed before the first shard is written.
 
 Images stay in their shards when the source grows: new ones, in the order of the source, fill new shards after the last,
 and a last shard that is not full stays so. The plan is a file of the set, `plan.parquet`, so a job that was stopped
@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.data.own_masks import OwnMasks
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.schema import SCHEMA_VERSION
 from pipeline.data.sources.base import Source
+from pipeline.data.user_masks import OwnMasks
 from pipeline.errors import CorruptSet, MissingInput, VanishedImages
 from pipeline.storage import join, read_bytes, redact
 

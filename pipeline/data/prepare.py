@@ -16,12 +16,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from pipeline.claim import Claim, claim_folder, holder_of
 from pipeline.data.collection import UNUSABLE, Collection, drop_of, open_collection
 from pipeline.data.contract_report import write_report
-from pipeline.data.copies import Facts, find_copies, read_facts, read_other_facts
+from pipeline.data.duplicates import Facts, find_copies, read_facts, read_other_facts
 from pipeline.data.evaluation_set import LISTING_NAME, listing
-from pipeline.data.own_masks import MaskReader, join_counts, mask_warnings
 from pipeline.data.plan import PLAN_NAME, ShardPlan, extend_plan, read_plan
 from pipeline.data.prepare_config import PrepareConfig as PrepareConfig
 from pipeline.data.receipts import (
@@ -36,7 +34,9 @@ from pipeline.data.schema import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_m
 from pipeline.data.shards import ShardMaker, leave_out_copies, make_shards
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
+from pipeline.data.user_masks import MaskReader, join_counts, mask_warnings
 from pipeline.errors import FolderInUse, MissingInput, TooManyBadImages, WrongCount
+from pipeline.runs.lease import Lease, holder_of, lease_folder
 from pipeline.runs.progress import Progress, by_reason
 from pipeline.runs.settings import compare_settings, settle
 from pipeline.storage import absolute, check_room, file_sizes, is_remote, join, read_bytes, redact
@@ -59,8 +59,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     to it.
     """
     _check_places(config)
-    with claim_folder(absolute(config.out), expiry_s=config.claim_expiry_s) as claim:
-        return _prepare(config, claim)
+    with lease_folder(absolute(config.out), expiry_s=config.lease_expiry_s) as lease:
+        return _prepare(config, lease)
 
 
 def check(config: PrepareConfig) -> list[str]:
@@ -125,20 +125,20 @@ def _check_places(config: PrepareConfig) -> None:
             )
 
 
-def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
-    out = claim.folder
+def _prepare(config: PrepareConfig, lease: Lease) -> Manifest:
+    out = lease.folder
     other = None if config.against is None else read_other_facts(config.against)
     collection = open_collection(config.source, config, config, label_column=config.label_column, cache=out)
     source, keys, masks = collection.source, collection.keys, collection.masks
-    _settle_settings(claim, config)
-    _check_count(keys, source, claim, config)
+    _settle_settings(lease, config)
+    _check_count(keys, source, lease, config)
     if not is_remote(out):
         mean, _, _ = _look(collection, keys[:: max(1, math.ceil(len(keys) / SAMPLED))], config)
         _room(out, mean * len(keys), file_sizes(out))
-    plan = _settle_plan(claim, keys, config)
+    plan = _settle_plan(lease, keys, config)
     del keys, collection
     inputs = plan.inputs(source, config, masks)
-    maker = ShardMaker(masks, claim, config, inputs)
+    maker = ShardMaker(masks, lease, config, inputs)
     there = file_sizes(out)
     receipts = read_receipts(out, inputs, there)
     if receipts:
@@ -146,11 +146,11 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
     todo = [index for index in inputs if index not in receipts]
     unplanned = unplanned_files(there, inputs)
     if todo or unplanned:
-        claim.remove(MANIFEST_NAME)
+        lease.remove(MANIFEST_NAME)
         for file in unplanned:
-            claim.remove(file)
+            lease.remove(file)
     elif config.against is None and (manifest := _as_it_was(there, receipts, plan, config)) is not None:
-        _check_drops(receipts, len(plan), source, claim, config)
+        _check_drops(receipts, len(plan), source, lease, config)
         _tell(manifest, receipts, config)
         return manifest
     done = sum(receipt["images"] for receipt in receipts.values())
@@ -160,17 +160,17 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
             receipts[receipt["index"]] = receipt
             progress.add(receipt["images"], reasons=count_drops([receipt]))
             if progress.reasons.total() > config.max_bad_fraction * len(plan):
-                _check_drops(receipts, len(plan), source, claim, config)
+                _check_drops(receipts, len(plan), source, lease, config)
     facts = read_facts(out, list(inputs))
     copies = find_copies(facts, other, config)
     planned = {
         index: with_copies(receipts[index], dropped) for index, dropped in zip(inputs, copies.dropped, strict=True)
     }
-    _check_drops(planned, len(plan), source, claim, config, other)
+    _check_drops(planned, len(plan), source, lease, config, other)
     receipts = _without_copies({index: receipts[index] for index in inputs}, planned, source, plan, maker)
-    claim.write("quarantine.jsonl", _quarantine(receipts))
+    lease.write("quarantine.jsonl", _quarantine(receipts))
     ordered = list(receipts.values())
-    claim.check()
+    lease.check()
     write_report(out, ordered, facts, copies.kept, listed=len(plan), source=source, config=config, other=other)
     manifest = make_manifest(ordered, len(plan), config)
     if manifest.records == 0:
@@ -179,8 +179,8 @@ def _prepare(config: PrepareConfig, claim: Claim) -> Manifest:
             f"each one's reason is in {redact(out)}/quarantine.jsonl"
         )
     if config.split == "val":
-        claim.write(LISTING_NAME, listing(claim.folder, manifest))
-    claim.write(MANIFEST_NAME, manifest.to_json().encode())
+        lease.write(LISTING_NAME, listing(lease.folder, manifest))
+    lease.write(MANIFEST_NAME, manifest.to_json().encode())
     _tell(manifest, receipts, config)
     return manifest
 
@@ -217,9 +217,9 @@ def _tell(manifest: Manifest, receipts: Mapping[int, dict[str, Any]], config: Pr
     logger.info("what was found and left out, with pictures: %s/report.html", out)
 
 
-def _settle_settings(claim: Claim, config: PrepareConfig) -> None:
+def _settle_settings(lease: Lease, config: PrepareConfig) -> None:
     """Write `settings.json`, or compare with the one that is there."""
-    settle(**_settings(claim.folder, config), write=partial(claim.write, "settings.json"))
+    settle(**_settings(lease.folder, config), write=partial(lease.write, "settings.json"))
 
 
 def _settings(out: str, config: PrepareConfig) -> dict[str, Any]:
@@ -232,25 +232,25 @@ def _settings(out: str, config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def _settle_plan(claim: Claim, keys: Sequence[str], config: PrepareConfig) -> ShardPlan:
+def _settle_plan(lease: Lease, keys: Sequence[str], config: PrepareConfig) -> ShardPlan:
     """The plan that is there, or a new one for the images of the source as they are now."""
-    old = read_plan(claim.folder)
+    old = read_plan(lease.folder)
     plan = extend_plan(old, keys, config)
     if plan is not old:
         if old is not None:
             logger.info("the set had %d images, the source has %d: planning again", len(old), len(plan))
-        claim.remove(MANIFEST_NAME)
-        claim.write(PLAN_NAME, plan.encode())
+        lease.remove(MANIFEST_NAME)
+        lease.write(PLAN_NAME, plan.encode())
     return plan
 
 
-def _check_count(keys: Sequence[str], source: Source, claim: Claim, config: PrepareConfig) -> None:
+def _check_count(keys: Sequence[str], source: Source, lease: Lease, config: PrepareConfig) -> None:
     """Compare with the partition that was named, write what was found, and stop if it is something else."""
     if config.expect is None:
         return
     report = compare(config.expect, source, keys)
     values = {**dataclasses.asdict(report), "agrees": report.agrees}
-    claim.write("source_report.json", (json.dumps(values, indent=2) + "\n").encode())
+    lease.write("source_report.json", (json.dumps(values, indent=2) + "\n").encode())
     if report.agrees:
         logger.info("%s", report.message())
     elif config.allow_count_difference:
@@ -258,7 +258,7 @@ def _check_count(keys: Sequence[str], source: Source, claim: Claim, config: Prep
     else:
         raise WrongCount(
             f"{redact(config.source)}: {report.message()}; the whole report is "
-            f"{redact(claim.folder)}/source_report.json, allow_count_difference continues with what is there",
+            f"{redact(lease.folder)}/source_report.json, allow_count_difference continues with what is there",
             report=values,
         )
 
@@ -274,7 +274,7 @@ def _without_copies(
     changed = [index for index, receipt in planned.items() if receipt["drops"] != receipts[index]["drops"]]
     if not changed:
         return receipts
-    maker.claim.remove(MANIFEST_NAME)
+    maker.lease.remove(MANIFEST_NAME)
 
     def left_out(receipt: dict[str, Any]) -> set[str]:
         return {drop["key"] for drop in receipt["drops"]}
@@ -301,16 +301,16 @@ def _check_drops(
     receipts: Mapping[int, dict[str, Any]],
     listed: int,
     source: Source,
-    claim: Claim,
+    lease: Lease,
     config: PrepareConfig,
     other: Facts | None = None,
 ) -> None:
     """Write quarantine and report and stop the job as soon as too many images are left out."""
-    out = claim.folder
+    out = lease.folder
     drops = count_drops(list(receipts.values()))
     bad = sum(drops.values())
     if bad > config.max_bad_fraction * listed:
-        claim.write("quarantine.jsonl", _quarantine(receipts))
+        lease.write("quarantine.jsonl", _quarantine(receipts))
         ordered = [receipt for _, receipt in sorted(receipts.items())]
         facts = read_facts(out, [receipt["index"] for receipt in ordered])
         report = write_report(out, ordered, facts, [], listed=listed, source=source, config=config, other=other)

@@ -1,4 +1,4 @@
-"""What a preparation is asked for: where from, where to, and everything that decides what the set holds."""
+"""Settings of a preparation: source, destination, and everything that determines the set's content."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic.dataclasses import dataclass
 
-from pipeline.claim import EXPIRY_S
 from pipeline.data.collection import CollectionConfig
 from pipeline.data.contract import ContractConfig
 from pipeline.data.pool_pixels import check_group_bytes
 from pipeline.data.records import RecordConfig
 from pipeline.data.schema import record_schema, set_folder
 from pipeline.data.sources.partitions import PartitionName
+from pipeline.runs.lease import EXPIRY_S
 from pipeline.storage import absolute, redact
 from tmad.config import STRICT, PositiveFloat, check_choice
 from tmad.masks import MASKS
@@ -50,7 +50,7 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
     vanished: Literal["stop", "drop"] = "stop"
     """What becomes of images that the set was made of and that the source no longer has: the job stops, or their shards
     are made again without them."""
-    claim_expiry_s: PositiveFloat = EXPIRY_S
+    lease_expiry_s: PositiveFloat = EXPIRY_S
     """Seconds without a sign of life after which another job may take the folder over from this one."""
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
     def settings(self) -> dict[str, Any]:
         """What decides the content of the set, for the manifest and for comparison with an earlier run."""
         values = dataclasses.asdict(self)
-        for name in ("out", "max_bad_fraction", "expect", "allow_count_difference", "vanished", "claim_expiry_s"):
+        for name in ("out", "max_bad_fraction", "expect", "allow_count_difference", "vanished", "lease_expiry_s"):
             del values[name]
         for name in ("source", "root", "masks"):
             values[name] = redact(absolute(values[name])) if values[name] else None

@@ -1,4 +1,4 @@
-"""Receipts: what each finished shard of a set holds and lacks, and what follows from all of them.
+"""Receipts: the content and the omissions of each finished shard, and the totals of all.
 
 A receipt, `shards/00000.json`, is written after its shard: a shard without one is unfinished, and so is one of another
 size than its receipt says.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pipeline.data.copies import SET_WIDE, facts_file
+from pipeline.data.duplicates import SET_WIDE, facts_file
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.schema import Manifest, Shard
 from pipeline.storage import join, read_bytes

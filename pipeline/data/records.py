@@ -17,9 +17,9 @@ from PIL import Image
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from pipeline.data.own_masks import MaskFrom, MaskReader, check_hole
 from pipeline.data.photograph import Photograph, open_photograph
 from pipeline.data.schema import pack_mask
+from pipeline.data.user_masks import MaskFrom, MaskReader, check_hole
 from tmad.config import STRICT, MemoryConfig, PositiveInt, check_choice
 from tmad.holes import MASK_THRESHOLD, Colour, MaskRule, MaskValue
 from tmad.images import MAX_PIXELS, crop_scaled, scaled_size

@@ -4,7 +4,7 @@ Layout of the folder: `shards/00000.parquet` and its receipt `shards/00000.json`
 preparation, `facts/00000.parquet` (`contract.FACTS_SCHEMA`) for comparing images, `quarantine.jsonl` (inputs that were
 left out, with their reasons), `report.json` and `report.html`, and `manifest.json`, written last: a set without it is
 unfinished and is refused. An evaluation set has `evaluation_set.jsonl` too, a line for each image and mask.
-`plan.parquet` says which image belongs to which shard, and while a job is at work `claim.json` says whose. Beside them
+`plan.parquet` says which image belongs to which shard, and while a job is at work `lease.json` says whose. Beside them
 may lie `source_report.json` (the source beside the partition that it should be) and `source_index.arrow` and
 `mask_index.arrow` (where images and masks lie in tar files), which are no part of the set.
 

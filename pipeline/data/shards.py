@@ -24,21 +24,21 @@ import ray
 import ray.data
 from ray.data.block import BlockMetadata
 
-from pipeline.claim import Claim
 from pipeline.data.collection import UNUSABLE, drop_of
 from pipeline.data.contract import FACTS_SCHEMA, examine, summarise_holes
-from pipeline.data.copies import encode_facts, facts_file
-from pipeline.data.own_masks import MaskReader, OwnMasks
+from pipeline.data.duplicates import encode_facts, facts_file
 from pipeline.data.plan import ShardPlan
 from pipeline.data.pool_pixels import with_patches
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.receipts import shard_file
 from pipeline.data.records import make_records, open_as
 from pipeline.data.schema import PATCHES_FIELD, open_shard
-from pipeline.data.sources.ahead import read_ahead
 from pipeline.data.sources.base import Source
+from pipeline.data.sources.prefetch import read_ahead
 from pipeline.data.tasks import iterate, quiet, run_tasks
+from pipeline.data.user_masks import MaskReader, OwnMasks
 from pipeline.runs.cluster import start_ray
+from pipeline.runs.lease import Lease
 
 BLOCK_BYTES = 2**20
 """Small, so that the next files are on their way while these are decoded."""
@@ -103,7 +103,7 @@ class ShardMaker:
     """What it takes to make shards of files that were read; picklable, because Ray's tasks get it."""
 
     masks: OwnMasks | None
-    claim: Claim
+    lease: Lease
     config: PrepareConfig
     inputs: Mapping[int, str]
     """What each shard is made of, as `ShardPlan.inputs` tells it, for its receipt."""
@@ -151,7 +151,7 @@ class ShardMaker:
         A row with its receipt, which is written last.
         """
         index = made["shard"][0].as_py()
-        self.claim.write(facts_file(index), encode_facts(_flat(made["facts"], FACTS_SCHEMA)))
+        self.lease.write(facts_file(index), encode_facts(_flat(made["facts"], FACTS_SCHEMA)))
         drops = [json.loads(drop) for drop in made["drop"].drop_null().to_pylist()]
         receipt = {"index": index, "inputs": self.inputs[index], "images": len(made), "drops": drops}
         if self.config.mask_from != "family":
@@ -165,7 +165,7 @@ class ShardMaker:
         """Write a shard anew without the copies among its receipt's drops; as `write`."""
         schema = self.config.record_schema
         there = receipt["rows"] > 0
-        table = open_shard(self.claim.folder, receipt["file"]).read(columns=schema.names) if there else None
+        table = open_shard(self.lease.folder, receipt["file"]).read(columns=schema.names) if there else None
         table = schema.empty_table() if table is None else table
         left_out = pa.array([drop["key"] for drop in receipt["drops"]], pa.string())
         copied = pc.is_in(pc.struct_field(table["source"], "key"), value_set=left_out)
@@ -173,7 +173,7 @@ class ShardMaker:
 
     def _write(self, table: pa.Table, receipt: dict[str, Any]) -> pa.Table:
         """*table* is without the windows' pixels."""
-        config, claim = self.config, self.claim
+        config, lease = self.config, self.lease
         sink = pa.BufferOutputStream()
         rows = config.row_group_rows
         groups = with_patches(table, rows=rows, patch_size=config.patch_size) if config.pool_pixels else iter([table])
@@ -184,9 +184,9 @@ class ShardMaker:
         data = sink.getvalue().to_pybytes()
         file = shard_file(receipt["index"], "parquet")
         if len(table):
-            claim.write(file, data)
+            lease.write(file, data)
         else:
-            claim.remove(file)
+            lease.remove(file)
         keys = pc.struct_field(table["source"], "key").to_pylist()
         receipt = {
             **receipt,
@@ -199,7 +199,7 @@ class ShardMaker:
             "holes": summarise_holes(pc.list_flatten(table["hole_fraction"]).to_numpy()),
         }
         text = json.dumps(receipt, sort_keys=True)
-        claim.write(shard_file(receipt["index"], "json"), text.encode())
+        lease.write(shard_file(receipt["index"], "json"), text.encode())
         return pa.table({"receipt": [text]})
 
 

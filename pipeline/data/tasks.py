@@ -1,4 +1,4 @@
-"""How Ray works for the data plane: a list of small tasks in, a stream of Arrow tables out, a task at a time.
+"""Ray Data for the data plane: a list of small tasks in, a stream of Arrow tables out.
 
 Tasks are plain values that name what to read; the tables hold encoded images, never decoded ones.
 """

@@ -1,4 +1,4 @@
-"""Two evaluations of the same set, image by image: mean differences with intervals, and what changed most."""
+"""Compares two evaluations of one set, image by image: mean differences with intervals, largest changes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipeline.evaluation.measure import FORMAT, Evaluation, read_rows
 from pipeline.evaluation.pictures import Choice
 from pipeline.evaluation.summary import Intervals, photograph_weights, rows_of_images
 from pipeline.storage import absolute, exists, join, read_bytes, redact
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 
 REPORT = "report.json"
-CHANGE_MEASURE = "psnr_hole"
+CHANGE_METRIC = "psnr_hole"
 """Ranks the images that changed most."""
 
 
@@ -74,11 +74,11 @@ def compare(evaluation: Evaluation, place: str) -> Comparison:
     methods = [name for name in _measured(mine) if name in _measured(other)]
     if not methods:
         raise ValueError(f"against {redact(place)}: it has none of the methods {', '.join(_measured(mine))}")
-    measures = [
-        name for name in MEASURES
-        if all(name in summary["methods"][method]["measures"] for summary in (mine, other) for method in methods)
+    metrics = [
+        name for name in METRICS
+        if all(name in summary["methods"][method]["metrics"] for summary in (mine, other) for method in methods)
     ]  # fmt: skip
-    of_images = [name for name in measures if MEASURES[name].function or name == "lpips_full"]
+    of_images = [name for name in metrics if METRICS[name].function or name == "lpips_full"]
     config = evaluation.job.config
     intervals = Intervals(len(methods) * len(of_images), config.resamples)
     changes: list[tuple[float, int, Choice]] = []
@@ -90,7 +90,7 @@ def compare(evaluation: Evaluation, place: str) -> Comparison:
                     values[row, column] = here[method][name] - there[method][name]
         facts = here[methods[0]]
         intervals.add(values.ravel(), photograph_weights(config.seed, facts["key"], config.resamples))
-        if CHANGE_MEASURE in of_images and np.isfinite(change := values[0, of_images.index(CHANGE_MEASURE)]):
+        if CHANGE_METRIC in of_images and np.isfinite(change := values[0, of_images.index(CHANGE_METRIC)]):
             one = Choice(facts["image_id"], facts["variant"], facts["part"], "changed", float(change))
             changes.append((-abs(one.value or 0.0), number, one))
             changes = heapq.nsmallest(2 * config.num_extremes, changes, key=lambda entry: entry[:2])
@@ -102,10 +102,10 @@ def compare(evaluation: Evaluation, place: str) -> Comparison:
             name: intervals.entry(row * len(of_images) + column, config.confidence)
             for column, name in enumerate(of_images)
         }
-        for name in measures:
+        for name in metrics:
             if name not in entries:
                 entries[name] = _set_difference(mine, other, method, name, intervals.images)
-        differences[method] = {name: entries[name] for name in measures}
+        differences[method] = {name: entries[name] for name in metrics}
     names = ("model", "model_digest", "data_digest")
     summary = {
         "report": redact(folder_of(place)),
@@ -113,7 +113,7 @@ def compare(evaluation: Evaluation, place: str) -> Comparison:
         "images": intervals.images,
         "differences": differences,
         "changed": [
-            {"image_id": one.image_id, "variant": one.variant, CHANGE_MEASURE: one.value} for _, _, one in changes
+            {"image_id": one.image_id, "variant": one.variant, CHANGE_METRIC: one.value} for _, _, one in changes
         ],
     }
     return Comparison(summary, [one for _, _, one in changes], folder_of(place), methods[0])
@@ -136,8 +136,8 @@ def _measured(summary: Mapping[str, Any]) -> list[str]:
 def _set_difference(
     mine: Mapping[str, Any], other: Mapping[str, Any], method: str, name: str, common: int
 ) -> dict[str, Any]:
-    """Of a measure of a whole set: none unless both were made of the same images, as many as are *common*."""
-    ends = [summary["methods"][method]["measures"][name]["mean"] for summary in (mine, other)]
+    """Of a metric of a whole set: none unless both were made of the same images, as many as are *common*."""
+    ends = [summary["methods"][method]["metrics"][name]["mean"] for summary in (mine, other)]
     known = None not in ends and common == mine["images"] == other["images"]
     return {"mean": ends[0] - ends[1] if known else None, "low": None, "high": None, "images": common}
 

@@ -1,4 +1,4 @@
-"""What an evaluation is asked for."""
+"""Settings of an evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.data.schema import set_folder
 from pipeline.storage import absolute, redact
 from pipeline.tracking import resolve_tracking_uri
 from tmad.config import STRICT, PositiveInt
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 
 Method = Literal["tmad", "coarse", "blended", "patchmatch", "telea", "navier_stokes", "biharmonic"]
 
@@ -41,7 +41,7 @@ class NetworkConfig:
 
     network: str | None = None
     """Path, URI or https address of the TorchScript file, or a name, `inception` for fid and `vgg16` for lpips, whose
-    file is downloaded once; without one, its measures are skipped."""
+    file is downloaded once; without one, its metrics are skipped."""
     sha256: str | None = None
     """SHA-256 of the file, 16 digits of it or more: nothing else is loaded. Names have their own."""
 
@@ -70,8 +70,8 @@ class EvaluateConfig:
     """Results of other methods, NAME=FOLDER each, named like the set's images (docs/evaluation.md)."""
     coarse_from: tuple[str, ...] = ()
     """The same, and T-MAD's retrieval and PSNet behind them: a row NAME and a row NAME + PSNet (Table V)."""
-    measures: tuple[str, ...] = ()
-    """Only these measures, by name (docs/measures.md); default: all."""
+    metrics: tuple[str, ...] = ()
+    """Only these metrics, by name (docs/metrics.md); default: all."""
     fid: NetworkConfig = NetworkConfig()
     """The features of fid_full and kid_full."""
     lpips: NetworkConfig = NetworkConfig()
@@ -107,30 +107,36 @@ class EvaluateConfig:
     tracking_uri: str | None = None
     """MLflow server or sqlite:///file, for a models:/ reference and for `mlflow_run`; default: MLFLOW_TRACKING_URI."""
     mlflow_run: str | None = None
-    """Id of the MLflow run that gets the measures, tables and pictures too."""
+    """Id of the MLflow run that gets the metrics, tables and pictures too."""
 
     def __post_init__(self) -> None:
         if not self.methods and not self.external and not self.coarse_from:
             raise ValueError(f"methods must name at least one of {', '.join(METHODS)}")
-        for name in self.measures:
-            if name not in MEASURES:
-                near = difflib.get_close_matches(name, MEASURES, n=3, cutoff=0.5) or list(MEASURES)
-                raise ValueError(f"no measure is called {name!r}; did you mean {', '.join(near)}?")
-        names = [*self.methods, *(name for name, _ in self.folders), *(name for name, _ in self.donors)]
+        for name in self.metrics:
+            if name not in METRICS:
+                near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5) or list(METRICS)
+                raise ValueError(f"no metric is called {name!r}; did you mean {', '.join(near)}?")
+        names = [
+            *self.methods,
+            *(name for name, _ in self.external_folders),
+            *(name for name, _ in self.coarse_folders),
+        ]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two methods are called {', '.join(sorted(twice))}: give each a NAME=FOLDER of its own")
-        if unknown := [name for name in self.keep if name not in (*names, *METHODS, *map(behind, dict(self.donors)))]:
+        if unknown := [
+            name for name in self.keep if name not in (*names, *METHODS, *map(behind, dict(self.coarse_folders)))
+        ]:
             raise ValueError(f"keep must name methods of this evaluation, got {', '.join(unknown)}")
         if self.mlflow_run is not None and self.tracking is None:
             raise ValueError("mlflow_run needs tracking_uri (or MLFLOW_TRACKING_URI), the server or file that holds it")
 
     @property
-    def folders(self) -> tuple[tuple[str, str], ...]:
+    def external_folders(self) -> tuple[tuple[str, str], ...]:
         """Name and place of each entry of `external`."""
         return tuple(_named_folder(text, "external") for text in self.external)
 
     @property
-    def donors(self) -> tuple[tuple[str, str], ...]:
+    def coarse_folders(self) -> tuple[tuple[str, str], ...]:
         """Name and place of each entry of `coarse_from`."""
         return tuple(_named_folder(text, "coarse_from") for text in self.coarse_from)
 
@@ -145,9 +151,9 @@ class EvaluateConfig:
         """Whether anything in the table comes from the model."""
         return bool({"tmad", "coarse", "blended"} & set(self.methods) or self.coarse_from)
 
-    def shown_measures(self) -> tuple[str, ...]:
-        """The measures that are asked for, in the order of tables."""
-        return tuple(name for name in MEASURES if not self.measures or name in self.measures)
+    def shown_metrics(self) -> tuple[str, ...]:
+        """The metrics that are asked for, in the order of tables."""
+        return tuple(name for name in METRICS if not self.metrics or name in self.metrics)
 
     def deciding(self) -> dict[str, Any]:
         """What decides the content of a part, beside the set, the model and the folders' files."""
@@ -155,7 +161,7 @@ class EvaluateConfig:
             "methods",
             "external",
             "coarse_from",
-            "measures",
+            "metrics",
             "fid",
             "lpips",
             "mask_variant",

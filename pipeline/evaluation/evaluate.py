@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.claim import claim_folder, holder_of
 from pipeline.data.schema import read_manifest
 from pipeline.errors import FolderInUse
 from pipeline.evaluation.compare import REPORT, Comparison, compare, folder_of, read_summary
@@ -18,6 +17,7 @@ from pipeline.evaluation.page import markdown, sections
 from pipeline.evaluation.pictures import Shown, choose, paint
 from pipeline.report.page import render
 from pipeline.report.pictures import Row, picture_grid, png_bytes
+from pipeline.runs.lease import holder_of, lease_folder
 from pipeline.storage import absolute, check_room, file_sizes, join, read_bytes, redact
 from pipeline.tracking import Tracker, check_run
 
@@ -41,7 +41,7 @@ class Evaluated:
 
     @property
     def means(self) -> dict[str, dict[str, float | None]]:
-        """Method, then measure, then its mean or value."""
+        """Method, then metric, then its mean or value."""
         return self.evaluation.means
 
     def sections(self) -> dict[str, Any]:
@@ -58,19 +58,19 @@ def evaluate(config: EvaluateConfig) -> Evaluated:
     """
     opened = _open(config)
     _room(opened)
-    with claim_folder(config.out) as claim:
-        claim.remove(REPORT)
-        evaluation = measure_set(opened, claim)
+    with lease_folder(config.out) as lease:
+        lease.remove(REPORT)
+        evaluation = measure_set(opened, lease)
         comparison = None if config.against is None else compare(evaluation, config.against)
         changed = [] if comparison is None else comparison.changed
         shown = paint(evaluation, [*(choose(evaluation) if evaluation.summary["images"] else []), *changed])
         done = Evaluated(evaluation, shown, comparison)
-        claim.write("report.html", render("evaluation.html", e=done.sections()).encode())
-        claim.write("report.md", markdown(done.summary, comparison).encode())
+        lease.write("report.html", render("evaluation.html", e=done.sections()).encode())
+        lease.write("report.md", markdown(done.summary, comparison).encode())
         if grid := grid_rows(shown):
-            claim.write("pictures.png", png_bytes(picture_grid(grid)))
+            lease.write("pictures.png", png_bytes(picture_grid(grid)))
         text = json.dumps(done.summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        claim.write(REPORT, text.encode())
+        lease.write(REPORT, text.encode())
     if config.mlflow_run is not None:
         _track(done, config.out, Tracker(config.tracking, config.mlflow_run))
     return done

@@ -1,4 +1,4 @@
-"""From settings to a table: what is asked for is checked, measured in parts on Ray, and summed up.
+"""From settings to a table: inputs are checked, parts are measured on Ray, results are aggregated.
 
 Every image goes by itself through every method, on one thread, and sums are taken in the order of the set: the same
 set, model and settings give the same table, whatever the number of workers or the size of the parts, and however often
@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from pipeline.claim import Claim
 from pipeline.data.schema import Manifest, read_manifest, set_folder
 from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import MissingInput
@@ -43,14 +42,15 @@ from pipeline.evaluation.sets import measure_sets
 from pipeline.evaluation.summary import Table, rows_of_images
 from pipeline.models import ARTIFACT_FILES, find_model
 from pipeline.runs.cluster import joined, models_side_by_side, require, start_ray
+from pipeline.runs.lease import Lease
 from pipeline.runs.progress import Progress
 from pipeline.storage import absolute, file_sizes, join, list_files, read_bytes, redact
 from tmad.checkpoint import load_model, model_digest
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 from tmad.retrieval import retrieval_gain
 from tmad.swd import SMALLEST_LEVEL, VARIANTS
 
-FORMAT = 2
+FORMAT = 3
 """Of report.json; also part of what decides whether parts of an earlier version are kept."""
 
 log = logging.getLogger(__name__)
@@ -71,15 +71,15 @@ class Evaluation:
 
     @property
     def means(self) -> dict[str, dict[str, float | None]]:
-        """Method, then measure, then its mean over the images, or its value for the set."""
+        """Method, then metric, then its mean over the images, or its value for the set."""
         return {
-            method: {name: value["mean"] for name, value in entry["measures"].items()}
+            method: {name: value["mean"] for name, value in entry["metrics"].items()}
             for method, entry in self.summary["methods"].items()
         }
 
     @property
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Per-image results, in the order of the set: `parts.FACTS` and each measure (or none)."""
+        """Per-image results, in the order of the set: `parts.FACTS` and each metric (or none)."""
         return read_rows(self.out, len(self.parts))
 
 
@@ -91,7 +91,7 @@ class Opened:
     files: dict[str, Any]
     """Of the model and of the measuring networks, by name."""
     reasons: dict[str, str]
-    """Why measures have no figures, by measure."""
+    """Why metrics have no figures, by metric."""
     model: str | None
     """Its digest; `None` if nothing in the table comes from it."""
 
@@ -113,7 +113,7 @@ def open_inputs(config: EvaluateConfig) -> Opened:
         folder = find_model(config.model, tracking_uri=config.tracking)
     externals = {
         name: open_results(name, place, data=config.data, manifest=manifest, variants=variants, limit=config.limit)
-        for name, place in (*config.folders, *config.donors)
+        for name, place in (*config.external_folders, *config.coarse_folders)
     }
     files: dict[str, Any] = {}
     reasons = _read_networks(config, files)
@@ -125,21 +125,21 @@ def open_inputs(config: EvaluateConfig) -> Opened:
     return Opened(_job(config, manifest, variants, externals, model, reasons), files, reasons, model)
 
 
-def measure_set(opened: Opened, claim: Claim) -> Evaluation:
+def measure_set(opened: Opened, lease: Lease) -> Evaluation:
     """Measure everything that is asked for and write per_image/; pages and report.json are the caller's.
 
     Images that cannot be filled (nothing but hole) are left out and listed in the summary. Raises `ClusterTooSmall`.
     """
     job = opened.job
     parts = plan_parts(job.manifest, job.config)
-    receipts = _measure_parts(job, parts, opened.files, claim)
-    _remove_other_parts(len(parts), claim)
-    table, failed = _summed_up(job, len(parts), receipts, claim.folder)
+    receipts = _measure_parts(job, parts, opened.files, lease)
+    _remove_other_parts(len(parts), lease)
+    table, failed = _summed_up(job, len(parts), receipts, lease.folder)
     start_ray()
-    sets = measure_sets(job, len(parts), claim.folder)
+    sets = measure_sets(job, len(parts), lease.folder)
     summary = _summary(job, table, sets, failed, opened.reasons, opened.model)
-    claim.write("timing.json", _timing(job, receipts).encode())
-    return Evaluation(summary, job, parts, claim.folder, opened.files)
+    lease.write("timing.json", _timing(job, receipts).encode())
+    return Evaluation(summary, job, parts, lease.folder, opened.files)
 
 
 def read_rows(out: str, num_parts: int | None = None) -> Iterator[dict[str, Any]]:
@@ -164,9 +164,9 @@ def _variants(config: EvaluateConfig, manifest: Manifest) -> tuple[int, ...]:
 
 
 def _read_networks(config: EvaluateConfig, files: dict[str, Any]) -> dict[str, str]:
-    """Read the measuring networks into *files*; why measures have no figures, by measure."""
+    """Read the measuring networks into *files*; why metrics have no figures, by metric."""
     reasons: dict[str, str] = {}
-    shown = config.shown_measures()
+    shown = config.shown_metrics()
     for option, names in (("fid", ("fid_full", "kid_full")), ("lpips", ("lpips_full",))):
         if not (wanted := [name for name in names if name in shown]):
             continue
@@ -174,7 +174,7 @@ def _read_networks(config: EvaluateConfig, files: dict[str, Any]) -> dict[str, s
             files[option] = read_network(getattr(config, option))
         except NotMeasured as reason:
             reasons |= dict.fromkeys(wanted, str(reason))
-            if getattr(config, option).network is not None or config.measures:
+            if getattr(config, option).network is not None or config.metrics:
                 log.warning("%s: not measured: %s", ", ".join(wanted), reason)
     return reasons
 
@@ -191,20 +191,20 @@ def _job(
     for row in rows:
         if row.not_measured:
             log.warning("%s: not measured: %s", row.title, row.not_measured)
-    measures = tuple(name for name in config.shown_measures() if name not in reasons)
+    metrics = tuple(name for name in config.shown_metrics() if name not in reasons)
     resolved = replace(config, data=absolute(config.data))
     decides = [
-        *(FORMAT, manifest.digest, model, resolved.deciding(), measures, variants),
+        *(FORMAT, manifest.digest, model, resolved.deciding(), metrics, variants),
         *({name: results.digest for name, results in externals.items()}, [dataclasses.asdict(row) for row in rows]),
         min(manifest.records, config.limit or manifest.records),
     ]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    return Job(resolved, manifest, rows, measures, variants, externals, digest)
+    return Job(resolved, manifest, rows, metrics, variants, externals, digest)
 
 
-def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], claim: Claim) -> dict[int, dict[str, Any]]:
+def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], lease: Lease) -> dict[int, dict[str, Any]]:
     """Receipts of all parts by number; those that are not there yet are measured by tasks of Ray Data."""
-    receipts = finished_parts(job, parts, claim.folder)
+    receipts = finished_parts(job, parts, lease.folder)
     todo = [part for part in parts if part.index not in receipts]
     total, before = sum(part.records for part in parts), sum(receipt["images"] for receipt in receipts.values())
     if receipts:
@@ -217,7 +217,7 @@ def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], claim
     require({"CPU": workers, "GPU": workers if job.config.use_gpu else 0})
     dataset = run_tasks(
         [dataclasses.asdict(part) for part in todo],
-        partial(measure_part, files=shared, job=job, claim=claim),
+        partial(measure_part, files=shared, job=job, lease=lease),
         **resources(job.config, workers),
     )
     with Progress(total, done=before) as progress:
@@ -242,20 +242,20 @@ def _summed_up(
     job: Job, num_parts: int, receipts: Mapping[int, dict[str, Any]], out: str
 ) -> tuple[Table, dict[str, str]]:
     """The table of all parts, in order, and what could not be filled."""
-    measures = [name for name in row_schema(job).names if name in MEASURES]
-    table = Table(job.measured_methods, measures, resamples=job.config.resamples, seed=job.config.seed)
+    metrics = [name for name in row_schema(job).names if name in METRICS]
+    table = Table(job.measured_methods, metrics, resamples=job.config.resamples, seed=job.config.seed)
     for rows in rows_of_images(read_rows(out, num_parts)):
         table.add(rows)
     failed = {name: reason for index in range(num_parts) for name, reason in receipts[index]["failed"].items()}
     return table, failed
 
 
-def _remove_other_parts(num_parts: int, claim: Claim) -> None:
+def _remove_other_parts(num_parts: int, lease: Lease) -> None:
     """Remove what an evaluation with more, smaller parts left."""
-    for file in file_sizes(claim.folder):
+    for file in file_sizes(lease.folder):
         number = file.rpartition("/")[2].split(".")[0]
         if file.startswith(("parts/", "per_image/")) and (not number.isdigit() or int(number) >= num_parts):
-            claim.remove(file)
+            lease.remove(file)
 
 
 def _summary(
@@ -270,18 +270,18 @@ def _summary(
     overall = table.overall(config.confidence)
     small = manifest.crop_size < SMALLEST_LEVEL
     methods: dict[str, Any] = {}
-    gains = retrieval_gains(overall) if "retrieval_gain" in job.measures else {}
+    gains = retrieval_gains(overall) if "retrieval_gain" in job.metrics else {}
     for row in job.rows:
-        measures = dict(overall.get(row.name, {}))
+        metrics = dict(overall.get(row.name, {}))
         if row.name in gains:
-            measures["retrieval_gain"] = {"mean": gains[row.name], "low": None, "high": None, "images": table.images}
+            metrics["retrieval_gain"] = {"mean": gains[row.name], "low": None, "high": None, "images": table.images}
         for name, value in sets.get(row.name, {}).items():
-            measures[name] = {"mean": value, "low": None, "high": None, "images": table.images}
-        ordered = {name: measures[name] for name in MEASURES if name in measures}
-        methods[row.name] = {"title": row.title, "not_measured": row.not_measured, "measures": ordered}
+            metrics[name] = {"mean": value, "low": None, "high": None, "images": table.images}
+        ordered = {name: metrics[name] for name in METRICS if name in metrics}
+        methods[row.name] = {"title": row.title, "not_measured": row.not_measured, "metrics": ordered}
     legend = {}
-    for name in config.shown_measures():
-        entry = MEASURES[name]
+    for name in config.shown_metrics():
+        entry = METRICS[name]
         legend[name] = {"unit": entry.unit, "better": entry.better, "formula": entry.formula}
         if name in reasons:
             legend[name]["not_measured"] = reasons[name]
@@ -308,7 +308,7 @@ def _summary(
         "failed": dict(failed),
         "methods": methods,
         "groups": table.groups(config.confidence),
-        "measures": legend,
+        "metrics": legend,
     }
 
 

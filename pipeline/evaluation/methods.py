@@ -41,8 +41,8 @@ class Row:
 def table_rows(config: EvaluateConfig) -> tuple[Row, ...]:
     """The methods of the table in its order: T-MAD's, other methods and PSNet behind them, classical fills."""
     own = [Row(name, TITLES[name], why_not(name)) for name in config.methods]
-    others = [Row(name, name) for name, _ in config.folders]
-    for name, _ in config.donors:
+    others = [Row(name, name) for name, _ in config.external_folders]
+    for name, _ in config.coarse_folders:
         others += [Row(name, name), Row(behind(name), f"{name} + PSNet")]
     learned = [row for row in own if row.name not in FILLS]
     return (*learned, *others, *(row for row in own if row.name in FILLS))
@@ -63,7 +63,7 @@ class Filled:
     result: InpaintResult | None
     """T-MAD's, with the candidates that were retrieved."""
     retrieval: dict[str, dict[str, float]]
-    """`retrieval_measures` of the methods that retrieve."""
+    """`retrieval_metrics` of the methods that retrieve."""
 
     def add(
         self,
@@ -85,12 +85,12 @@ class Filler:
         rows: Sequence[Row],
         inpainter: Inpainter | None,
         externals: Mapping[str, Results],
-        donors: Sequence[str],
+        coarse: Sequence[str],
         manifest: Manifest,
         seed: int,
     ) -> None:
         self._names = [row.name for row in rows if row.not_measured is None]
-        self._inpainter, self._externals, self._donors = inpainter, externals, donors
+        self._inpainter, self._externals, self._coarse = inpainter, externals, coarse
         self._untrained = untrained(inpainter) if inpainter is not None else None
         self._manifest, self._seed = manifest, seed
 
@@ -126,23 +126,23 @@ class Filler:
             for place, result in enumerate(results):
                 outputs = {"tmad": np.asarray(result.output), "coarse": result.coarse}
                 filled[place] = replace(filled[place], result=result)
-                filled[place].add(outputs, {"tmad": seconds}, {"tmad": retrieval_measures(result, some[place].truth)})
+                filled[place].add(outputs, {"tmad": seconds}, {"tmad": retrieval_metrics(result, some[place].truth)})
             if self._untrained is not None and "blended" in names:
                 for place, result in enumerate(_timed_batch(self._untrained, some, coarse)[0]):
-                    measured = retrieval_measures(result, some[place].truth)
+                    measured = retrieval_metrics(result, some[place].truth)
                     filled[place].add({"blended": np.asarray(result.output)}, {}, {"blended": measured})
         for name, results_of in self._externals.items() if only is None else ():
-            donors = []
+            given = []
             for one in some:
                 pixels = results_of.read(
                     result_name(one.image_id, one.variant, manifest=self._manifest), one.truth.shape
                 )
-                donors.append(np.where(one.hole, pixels, one.truth))
-            for place, donor in enumerate(donors):
-                filled[place].add({name: donor})
-            if name in self._donors:
+                given.append(np.where(one.hole, pixels, one.truth))
+            for place, pixels in enumerate(given):
+                filled[place].add({name: pixels})
+            if name in self._coarse:
                 assert self._inpainter is not None, "coarse_from needs a model"
-                refined, seconds = _timed_batch(self._inpainter, some, donors)
+                refined, seconds = _timed_batch(self._inpainter, some, given)
                 for place, result in enumerate(refined):
                     filled[place].add({behind(name): np.asarray(result.output)}, {behind(name): seconds})
         for name in names:
@@ -219,7 +219,7 @@ def untrained(inpainter: Inpainter) -> Inpainter:
     return Inpainter(model, policy=inpainter.policy, cells_per_chunk=inpainter.cells_per_chunk, seed=inpainter.seed)
 
 
-def retrieval_measures(result: InpaintResult, truth: np.ndarray) -> dict[str, float]:
+def retrieval_metrics(result: InpaintResult, truth: np.ndarray) -> dict[str, float]:
     """`retrieval_top_l1`, `retrieval_best_l1` and `retrieval_distinct` of `tmad.metrics` for one image; nothing where
     no cell lies wholly in it."""
     side = result.candidates.shape[2]

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class NotMeasured(Exception):
-    """Why a measure has no figures, in words for the table."""
+    """Why a metric has no figures, in words for the table."""
 
 
 def read_network(config: NetworkConfig) -> bytes:

@@ -6,19 +6,19 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.evaluation.compare import CHANGE_MEASURE, Comparison, name_of
+from pipeline.evaluation.compare import CHANGE_METRIC, Comparison, name_of
 from pipeline.evaluation.measure import Evaluation
 from pipeline.evaluation.pictures import Shown
-from pipeline.report.page import Cell, Table, decimals, interval, measure_cells, measures_table, render
+from pipeline.report.page import Cell, Table, decimals, interval, measure_cells, metrics_table, render
 from pipeline.report.pictures import Picture, Row
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 
 GROUPS = {
     "hole": ("By share of hole", "share of hole"),
     "family": ("By kind of hole", "kind of hole"),
     "label": ("By category", "category"),
 }
-GROUP_MEASURES = ("psnr_hole", "l1_hole_pct", "ssim_full")
+GROUP_METRICS = ("psnr_hole", "l1_hole_pct", "ssim_full")
 """Of the tables of groups, as far as they were measured; report.json has all."""
 
 
@@ -40,17 +40,17 @@ def markdown(summary: Mapping[str, Any], comparison: Comparison | None = None) -
 
 
 def tables(summary: Mapping[str, Any], comparison: Comparison | None = None) -> dict[str, Any]:
-    """Facts, and the tables of measures, of groups and of differences."""
+    """Facts, and the tables of metrics, of groups and of differences."""
     measured = {name: entry for name, entry in summary["methods"].items() if not entry["not_measured"]}
     return {
-        "measures": measures_table(
-            {entry["title"]: entry["measures"] for entry in measured.values()},
+        "metrics": metrics_table(
+            {entry["title"]: entry["metrics"] for entry in measured.values()},
             not_measured={
-                name: entry["not_measured"] for name, entry in summary["measures"].items() if "not_measured" in entry
+                name: entry["not_measured"] for name, entry in summary["metrics"].items() if "not_measured" in entry
             },
-            note=f"Means over the images, the best of each measure in bold. With them the {summary['confidence']:.0%} "
+            note=f"Means over the images, the best of each metric in bold. With them the {summary['confidence']:.0%} "
             f"bootstrap interval of the mean ({summary['resamples']} draws of photographs, with all their crops and "
-            "masks); measures of a whole set have none.",
+            "masks); metrics of a whole set have none.",
         ),
         "facts": facts(summary),
         "groups": list(group_tables(summary)),
@@ -71,7 +71,7 @@ def facts(summary: Mapping[str, Any]) -> dict[str, str]:
     capped = [
         f"{entry['title']}, {name}: {value['at_cap']}"
         for entry in summary["methods"].values()
-        for name, value in entry["measures"].items()
+        for name, value in entry["metrics"].items()
         if "at_cap" in value
     ]
     if capped:
@@ -85,22 +85,22 @@ def facts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def group_tables(summary: Mapping[str, Any]) -> Iterator[Table]:
-    """Of each kind of groups: a row a group and measure, a column a method."""
+    """Of each kind of groups: a row a group and metric, a column a method."""
     titles = [entry["title"] for entry in summary["methods"].values() if not entry["not_measured"]]
     for kind, groups in summary["groups"].items():
         heading, first = GROUPS[kind]
         rows = [
-            [name, group["images"], measure, *measure_cells(measure, [one[measure] for one in entries])]
+            [name, group["images"], metric, *measure_cells(metric, [one[metric] for one in entries])]
             for name, group in groups.items()
             for entries in [list(group["methods"].values())]
-            for measure in GROUP_MEASURES
-            if measure in entries[0]
+            for metric in GROUP_METRICS
+            if metric in entries[0]
         ]
-        yield Table([first, "images", "measure", *titles], rows, heading)
+        yield Table([first, "images", "metric", *titles], rows, heading)
 
 
 def difference_table(against: Mapping[str, Any], methods: Mapping[str, Any]) -> Table:
-    """A row a measure, a column a method; bold where the interval leaves out 0."""
+    """A row a metric, a column a method; bold where the interval leaves out 0."""
     differences = against["differences"]
 
     def cell(name: str, entry: Mapping[str, Any]) -> Cell | None:
@@ -113,9 +113,9 @@ def difference_table(against: Mapping[str, Any], methods: Mapping[str, Any]) -> 
 
     rows = []
     for name in next(iter(differences.values())):
-        arrow = MEASURES[name].direction[:1].replace("l", "")
+        arrow = METRICS[name].direction[:1].replace("l", "")
         rows.append([f"{name} {arrow}", *(cell(name, one[name]) for one in differences.values())])
-    header = ["measure, better", *(methods[name]["title"] for name in differences)]
+    header = ["metric, better", *(methods[name]["title"] for name in differences)]
     return Table(header, rows, f"Against {against['report']} (this one minus the other)")
 
 
@@ -131,6 +131,6 @@ def _changed(evaluation: Evaluation, shown: Sequence[Shown], comparison: Compari
         if other is not None:
             pictures[f"{mine}, the other"] = other
         pictures["truth"] = one.pictures["truth"]
-        caption = f"{one.choice.image_id}: {one.choice.value or 0:+.2f} dB {CHANGE_MEASURE}"
+        caption = f"{one.choice.image_id}: {one.choice.value or 0:+.2f} dB {CHANGE_METRIC}"
         found.append(((caption, pictures), one.zoom))
     return sorted(found, key=lambda row: -len(row[0][1]))

@@ -1,4 +1,4 @@
-"""A part of the set measured by every method, and what is kept of it: rows, texture samples, features, a receipt.
+"""Measures one part of the set with every method and stores rows, texture samples, features and a receipt.
 
 A part is a stretch of records of one shard. Its files lie below the results; the receipt is written last, and with it
 the part is finished, whatever becomes of the job. What a part holds depends on its images alone: on a CPU every image
@@ -23,16 +23,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from pipeline.claim import Claim
 from pipeline.data.schema import Manifest, Record, open_shard, set_folder
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.external import Results, result_name
 from pipeline.evaluation.methods import Filler, Row
 from pipeline.evaluation.networks import ScriptedNetwork
 from pipeline.report.pictures import png_bytes
+from pipeline.runs.lease import Lease
 from pipeline.storage import file_sizes, join, read_bytes
 from tmad.inpaint import Inpainter, UnusableInput
-from tmad.metrics import MEASURES, measure
+from tmad.metrics import METRICS, measure
 from tmad.swd import SMALLEST_LEVEL, VARIANTS, SlicedWasserstein
 
 ONE_THREAD = {"env_vars": {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}}
@@ -41,11 +41,11 @@ ONE_THREAD = {"env_vars": {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENB
 TOGETHER = 16
 """Images that the methods get at once."""
 
-RETRIEVAL_MEASURES = ("retrieval_top_l1", "retrieval_best_l1", "retrieval_distinct")
-"""What `methods.retrieval_measures` gives of one image."""
+RETRIEVAL_METRICS = ("retrieval_top_l1", "retrieval_best_l1", "retrieval_distinct")
+"""What `methods.retrieval_metrics` gives of one image."""
 
 FACTS = ("image_id", "key", "variant", "mask_family", "label", "hole_fraction", "method")
-"""Columns of the per-image results before the measures."""
+"""Columns of the per-image results before the metrics."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Job:
     config: EvaluateConfig
     manifest: Manifest
     rows: tuple[Row, ...]
-    measures: tuple[str, ...]
+    metrics: tuple[str, ...]
     """Those that can be had."""
     variants: tuple[int, ...]
     externals: dict[str, Results]
@@ -80,23 +80,23 @@ class Job:
     @property
     def has_features(self) -> bool:
         """Whether images go through a feature network."""
-        return bool({"fid_full", "kid_full"} & set(self.measures))
+        return bool({"fid_full", "kid_full"} & set(self.metrics))
 
     @property
-    def one_image_measures(self) -> tuple[str, ...]:
+    def one_image_metrics(self) -> tuple[str, ...]:
         """Those that `tmad.metrics.measure` knows and that are asked for."""
-        return tuple(name for name in self.measures if MEASURES[name].function)
+        return tuple(name for name in self.metrics if METRICS[name].function)
 
     @property
-    def retrieval_measures(self) -> tuple[str, ...]:
-        """Those of `methods.retrieval_measures` that are asked for, or are needed for `retrieval_gain`."""
-        wanted = RETRIEVAL_MEASURES if "retrieval_gain" in self.measures else ()
-        return tuple(name for name in RETRIEVAL_MEASURES if name in (*self.measures, *wanted))
+    def retrieval_metrics(self) -> tuple[str, ...]:
+        """Those of `methods.retrieval_metrics` that are asked for, or are needed for `retrieval_gain`."""
+        wanted = RETRIEVAL_METRICS if "retrieval_gain" in self.metrics else ()
+        return tuple(name for name in RETRIEVAL_METRICS if name in (*self.metrics, *wanted))
 
     def texture_samples(self) -> SlicedWasserstein | None:
         """A collector for a part or for the whole set; none where the images are too small or nothing was asked for."""
         side = self.manifest.crop_size
-        if side < SMALLEST_LEVEL or not set(VARIANTS) & set(self.measures):
+        if side < SMALLEST_LEVEL or not set(VARIANTS) & set(self.metrics):
             return None
         images = min(self.manifest.records, self.config.limit or self.manifest.records) * len(self.variants)
         return SlicedWasserstein(side=side, seed=self.config.seed, num_images=images)
@@ -152,14 +152,14 @@ def inputs_of(job: Job, part: Part) -> str:
     return hashlib.sha256(json.dumps([job.digest, asdict(part)]).encode()).hexdigest()[:16]
 
 
-def measure_part(task: dict[str, Any], *, files: Any, job: Job, claim: Claim) -> pa.Table:
+def measure_part(task: dict[str, Any], *, files: Any, job: Job, lease: Lease) -> pa.Table:
     """A task of Ray: measure `Part` *task* and write its files; the receipt as JSON. *files*: see `opened`."""
     filler, networks = opened(files, job)
-    return pa.table({"receipt": [json.dumps(_measure(Part(**task), filler, networks, job, claim))]})
+    return pa.table({"receipt": [json.dumps(_measure(Part(**task), filler, networks, job, lease))]})
 
 
 def _measure(
-    part: Part, filler: Filler, networks: Mapping[str, ScriptedNetwork], job: Job, claim: Claim
+    part: Part, filler: Filler, networks: Mapping[str, ScriptedNetwork], job: Job, lease: Lease
 ) -> dict[str, Any]:
     """Write the part's files, the receipt last; doing it twice writes the same twice."""
     rows: list[dict[str, Any]] = []
@@ -183,10 +183,10 @@ def _measure(
                     output,
                     filled.truth,
                     filled.mask,
-                    job.one_image_measures,
+                    job.one_image_metrics,
                     patch_size=job.manifest.patch_size,
                 )
-                values |= {key: filled.retrieval.get(name, {}).get(key) for key in job.retrieval_measures}
+                values |= {key: filled.retrieval.get(name, {}).get(key) for key in job.retrieval_metrics}
                 if "lpips" in networks:
                     values["lpips_full"] = networks["lpips"].distance(output, filled.truth)
                 if "fid" in networks:
@@ -198,7 +198,7 @@ def _measure(
                 if name in job.config.keep:
                     key = f"results/{name}/{result_name(record.image_id, variant, manifest=job.manifest)}.png"
                     data = png_bytes(output)
-                    claim.write(key, data)
+                    lease.write(key, data)
                     files[key] = len(data)
     contents = {"rows": table_bytes(rows, job)}
     for name, texture in textures.items():
@@ -207,13 +207,13 @@ def _measure(
     if "fid" in networks:
         contents["features.npz"] = _npz({name or "truth": np.stack(vectors) for name, vectors in features.items()})
     for kind, data in contents.items():
-        claim.write(part_file(part.index, kind), data)
+        lease.write(part_file(part.index, kind), data)
         files[part_file(part.index, kind)] = len(data)
     receipt = {
         **{"index": part.index, "inputs": inputs_of(job, part), "files": files, "failed": failed},
         **{"images": part.records, "seconds": seconds},
     }
-    claim.write(part_file(part.index, "json"), json.dumps(receipt).encode())
+    lease.write(part_file(part.index, "json"), json.dumps(receipt).encode())
     return receipt
 
 
@@ -247,8 +247,8 @@ def _open(files: Mapping[str, Any], job: Job) -> tuple[Filler, dict[str, Scripte
                 Path(folder, name).write_bytes(content)
             model = load_model(folder, device=device)
         inpainter = Inpainter(model, cells_per_chunk=job.config.cells_per_chunk, seed=job.config.seed)
-    donors = [name for name, _ in job.config.donors]
-    filler = Filler(job.rows, inpainter, job.externals, donors, job.manifest, job.config.seed)
+    coarse = [name for name, _ in job.config.coarse_folders]
+    filler = Filler(job.rows, inpainter, job.externals, coarse, job.manifest, job.config.seed)
     networks = {name: ScriptedNetwork(files[name], device=device) for name in ("fid", "lpips") if files.get(name)}
     return filler, networks
 
@@ -267,14 +267,14 @@ def facts_of(record: Record, variant: int, manifest: Manifest) -> dict[str, Any]
 
 
 def row_schema(job: Job) -> pa.Schema:
-    """Of the per-image results: `FACTS`, then each measure of one image, without a value where it has none."""
+    """Of the per-image results: `FACTS`, then each metric of one image, without a value where it has none."""
     kinds = {"variant": pa.int64(), "label": pa.int64(), "hole_fraction": pa.float64()}
     names = [
-        *job.one_image_measures,
-        *job.retrieval_measures,
-        *(["lpips_full"] if "lpips_full" in job.measures else []),
+        *job.one_image_metrics,
+        *job.retrieval_metrics,
+        *(["lpips_full"] if "lpips_full" in job.metrics else []),
     ]
-    ordered = [name for name in MEASURES if name in names]
+    ordered = [name for name in METRICS if name in names]
     return pa.schema(
         [*((name, kinds.get(name, pa.string())) for name in FACTS), *((name, pa.float64()) for name in ordered)]
     )

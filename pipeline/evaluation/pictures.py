@@ -1,4 +1,4 @@
-"""Pictures for the report: which images are shown, and everything that is shown of each, made anew on Ray.
+"""Pictures for the report: selects images and renders them again on Ray.
 
 Results are the same every time, so none has to be kept for the report while a large set is measured.
 """
@@ -49,7 +49,7 @@ class Choice:
     part: int
     why: Why
     value: float | None = None
-    """The measure that it was chosen by."""
+    """The metric that it was chosen by."""
     detailed: bool = False
     """With its retrieval and a series of mask sizes."""
 

@@ -1,4 +1,4 @@
-"""Measures of a whole set of results: sliced Wasserstein, FID and KID, from what the parts kept."""
+"""Metrics of a whole set of results: sliced Wasserstein, FID and KID, from what the parts kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_KID_IMAGES = 8192
 
 
 def measure_sets(job: Job, num_parts: int, out: str) -> dict[str, dict[str, float | None]]:
-    """Method, measure -> value, for the measures of a set that can be had; a task of Ray for each method."""
+    """Method, metric -> value, for the metrics of a set that can be had; a task of Ray for each method."""
     methods = job.measured_methods
     if not (job.texture_samples() or job.has_features):
         return {method: {} for method in methods}
@@ -29,7 +29,7 @@ def measure_sets(job: Job, num_parts: int, out: str) -> dict[str, dict[str, floa
     shared = ray.put(job)
     found = ray.get([task.remote(shared, method, num_parts, out) for method in methods])
     return {
-        method: {name: value for name, value in values.items() if name in job.measures}
+        method: {name: value for name, value in values.items() if name in job.metrics}
         for method, values in zip(methods, found, strict=True)
     }
 

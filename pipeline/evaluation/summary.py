@@ -1,8 +1,8 @@
-"""Means with bootstrap intervals, of all images and of groups of them, from rows that go by once.
+"""Means with bootstrap intervals, of all images and of groups, in one pass over the rows.
 
 Poisson bootstrap (Hanley & MacGibbon 2006): in each draw every photograph counts as often as a Poisson number with mean
 1 says, with all its crops and masks. The number is keyed by (seed, photograph), so it needs no memory of the set, does
-not depend on its division, and is the same for every method, measure and report: differences are paired.
+not depend on its division, and is the same for every method, metric and report: differences are paired.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 from tmad.rng import numpy_generator
 
 HOLE_BINS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 """Ends of the bins of hole fractions, as in the irregular masks of Liu et al. 2018; the last one is open."""
-LABEL_MEASURES = ("l1_hole_pct", "psnr_hole", "ssim_full")
-"""Measures that stand in the table of categories, which may be many."""
+LABEL_METRICS = ("l1_hole_pct", "psnr_hole", "ssim_full")
+"""Metrics that stand in the table of categories, which may be many."""
 
 
 def hole_bin(fraction: float) -> str:
@@ -70,12 +70,12 @@ def photograph_weights(seed: int, key: str, resamples: int) -> np.ndarray:
 
 
 class Table:
-    """Means of every method and measure over all images, by hole fraction, by family of holes and by label."""
+    """Means of every method and metric over all images, by hole fraction, by family of holes and by label."""
 
-    def __init__(self, methods: Sequence[str], measures: Sequence[str], *, resamples: int, seed: int) -> None:
-        self.methods, self.measures = list(methods), list(measures)
-        self._columns = {name: number for number, name in enumerate(_pairs(self.methods, self.measures))}
-        self._few = [name for name in self.measures if name in LABEL_MEASURES] or self.measures[:1]
+    def __init__(self, methods: Sequence[str], metrics: Sequence[str], *, resamples: int, seed: int) -> None:
+        self.methods, self.metrics = list(methods), list(metrics)
+        self._columns = {name: number for number, name in enumerate(_pairs(self.methods, self.metrics))}
+        self._few = [name for name in self.metrics if name in LABEL_METRICS] or self.metrics[:1]
         self._label_columns = [self._columns[name] for name in _pairs(self.methods, self._few)]
         self._resamples, self._seed = resamples, seed
         self._all = Intervals(len(self._columns), resamples)
@@ -94,11 +94,11 @@ class Table:
         facts = rows[0]
         values = np.full(len(self._columns), np.nan)
         for row in rows:
-            for name in self.measures:
+            for name in self.metrics:
                 value = row[name]
                 if value is not None:
                     values[self._columns[row["method"], name]] = value
-                    if value == MEASURES[name].cap:
+                    if value == METRICS[name].cap:
                         place = (row["method"], name)
                         self._at_cap[place] = self._at_cap.get(place, 0) + 1
         if facts["key"] != self._weights[0]:
@@ -117,24 +117,24 @@ class Table:
         self._groups[kind][name].add(values, weights)
 
     def overall(self, confidence: float) -> dict[str, dict[str, Any]]:
-        """Method, measure -> mean, interval, images with a value, images at the measure's cap."""
-        found = _entries(self._all, self.methods, self.measures, confidence)
+        """Method, metric -> mean, interval, images with a value, images at the metric's cap."""
+        found = _entries(self._all, self.methods, self.metrics, confidence)
         for (method, name), count in self._at_cap.items():
             found[method][name]["at_cap"] = count
         return found
 
     def groups(self, confidence: float) -> dict[str, dict[str, Any]]:
-        """Kind of group, name -> images, and method, measure -> entry; kinds with a single group are left out, except
+        """Kind of group, name -> images, and method, metric -> entry; kinds with a single group are left out, except
         that of hole fractions."""
         result: dict[str, dict[str, Any]] = {}
         for kind, groups in self._groups.items():
             if len(groups) < 2 and kind != "hole":
                 continue
-            measures = self._few if kind == "label" else self.measures
+            metrics = self._few if kind == "label" else self.metrics
             result[kind] = {
                 name: {
                     "images": groups[name].images,
-                    "methods": _entries(groups[name], self.methods, measures, confidence),
+                    "methods": _entries(groups[name], self.methods, metrics, confidence),
                 }
                 for name in sorted(groups, key=_natural)
             }
@@ -153,15 +153,15 @@ def rows_of_images(rows: Iterable[Mapping[str, Any]]) -> Iterable[list[Mapping[s
         yield pending
 
 
-def _pairs(methods: Sequence[str], measures: Sequence[str]) -> list[tuple[str, str]]:
-    return [(method, measure) for method in methods for measure in measures]
+def _pairs(methods: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, str]]:
+    return [(method, metric) for method in methods for metric in metrics]
 
 
 def _entries(
-    intervals: Intervals, methods: Sequence[str], measures: Sequence[str], confidence: float
+    intervals: Intervals, methods: Sequence[str], metrics: Sequence[str], confidence: float
 ) -> dict[str, dict[str, Any]]:
-    entries = iter(range(len(methods) * len(measures)))
-    return {method: {name: intervals.entry(next(entries), confidence) for name in measures} for method in methods}
+    entries = iter(range(len(methods) * len(metrics)))
+    return {method: {name: intervals.entry(next(entries), confidence) for name in metrics} for method in methods}
 
 
 def _natural(name: str) -> tuple[int, int, str]:

@@ -1,4 +1,4 @@
-"""What a batch inpainting job is asked for."""
+"""Settings of a batch inpainting job."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class InpaintConfig(HolesConfig):
     """Keys the choice of the texture memory; the same seed gives the same bytes."""
     max_pixels: PositiveInt = MAX_PIXELS
     """Images of more pixels are refused before they are decoded."""
-    claim_expiry_s: PositiveFloat = 60.0
+    lease_expiry_s: PositiveFloat = 60.0
     """Seconds without a sign of life after which another job may take the output over."""
 
     def with_absolute_places(self) -> InpaintConfig:
@@ -174,7 +174,7 @@ class InpaintConfig(HolesConfig):
                 "gpus_per_actor",
                 "images_per_task",
                 "max_pixels",
-                "claim_expiry_s",
+                "lease_expiry_s",
                 "masks",
                 "key_column",
             ),

@@ -1,4 +1,4 @@
-"""Where the holes of a batch come from: masks beside the images or in them, colours, boxes, one mask for all."""
+"""Sources of holes for batch inpainting: mask files, alpha, colours, boxes, one mask for all."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.own_masks import MaskReader, OwnMasks, check_hole, open_masks, stem_of
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
+from pipeline.data.user_masks import MaskReader, OwnMasks, check_hole, open_masks, stem_of
 from pipeline.errors import CorruptSource, MissingInput
 from pipeline.inpaint.config import HolesConfig
 from pipeline.storage import absolute, read_bytes, redact

@@ -1,4 +1,4 @@
-"""The ledger: what became of every input, as Parquet.
+"""The ledger: the outcome of every input, as Parquet.
 
 Each task writes its rows as a file of their own, `ledger/*.parquet`, after its results; the end of a job, and the
 beginning of the next one, joins them into `ledger.parquet`. So a job that is killed loses at most the rows of the
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.claim import Claim
+from pipeline.runs.lease import Lease
 from pipeline.storage import join, read_bytes
 
 LEDGER = "ledger.parquet"
@@ -105,14 +105,14 @@ def newest(tables: Sequence[pa.Table]) -> pa.Table:
     return table.filter(pa.array(last)).combine_chunks()
 
 
-def join_ledger(claim: Claim, there: Mapping[str, int]) -> pa.Table:
+def join_ledger(lease: Lease, there: Mapping[str, int]) -> pa.Table:
     """Join what tasks have written into one file; returns its rows."""
-    table, files = read_ledger(claim.folder, there)
+    table, files = read_ledger(lease.folder, there)
     parts = [file for file in files if file != LEDGER]
     if parts or LEDGER not in files:
-        claim.write(LEDGER, encode(table))
+        lease.write(LEDGER, encode(table))
         for file in parts:
-            claim.remove(file)
+            lease.remove(file)
     return table
 
 

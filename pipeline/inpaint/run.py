@@ -1,4 +1,4 @@
-"""The batch job: what is missing is found, worked through by an actor pool, and written down.
+"""The batch job: finds the missing results, fills them with an actor pool, records them.
 
 Tasks name a few images each; results appear atomically, a task's rows after its results. The same command again does
 only what is missing. Results depend on image, mask, model and settings alone, so nothing of what was killed shows.
@@ -26,12 +26,11 @@ import pyarrow.compute as pc
 import ray
 from PIL import Image
 
-from pipeline.claim import claim_folder
 from pipeline.data.collection import UNUSABLE, drop_of
-from pipeline.data.own_masks import stem_of
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import is_ledger, open_source
 from pipeline.data.tasks import iterate, run_on_actors
+from pipeline.data.user_masks import stem_of
 from pipeline.errors import MissingInput
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.holes import Holes, near_misses, open_holes
@@ -39,6 +38,7 @@ from pipeline.inpaint.ledger import LEDGER, PARTS, Row, encode, join_ledger, lef
 from pipeline.inpaint.worker import InpaintWorker, Job, make_inpainter, output_key
 from pipeline.models import find_model, model_version
 from pipeline.runs.cluster import models_side_by_side, real_cpus, require, start_ray
+from pipeline.runs.lease import lease_folder
 from pipeline.runs.progress import Progress
 from pipeline.storage import UnsafeName, check_room, file_sizes, is_remote, join, read_bytes, redact
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri
@@ -93,14 +93,14 @@ def inpaint_all(config: InpaintConfig) -> Summary:
     for line in found.warnings():
         log.warning("%s", line)
     digest = model_digest(found.model)
-    with claim_folder(config.output, expiry_s=config.claim_expiry_s) as claim:
+    with lease_folder(config.output, expiry_s=config.lease_expiry_s) as lease:
         job = Job(
             config=config,
             source=found.source,
             holes=found.holes,
             coarse=found.coarse,
             coarse_names=found.coarse_names,
-            claim=claim,
+            lease=lease,
             token=uuid.uuid4().hex[:12],
             model=model_version(config.model, tracking_uri=_named_tracking(config)),
             model_digest=digest,
@@ -210,11 +210,11 @@ def _sampled_size(found: _Found) -> float:
 
 
 def _inpaint(job: Job, found: _Found, began: float) -> Summary:
-    config, claim, keys = job.config, job.claim, found.keys
+    config, lease, keys = job.config, job.lease, found.keys
     there = file_sizes(config.output)
     _room(found, _sampled_size(found), there)
     made_of = _made_of(found)
-    table = join_ledger(claim, there)
+    table = join_ledger(lease, there)
     kept = set() if config.again else settled(table, there, job.identity, made_of, retry_failed=config.retry_failed)
     # In place, the image of an earlier call is the result.
     earlier = {} if config.output == config.input else results(table, there)
@@ -229,7 +229,7 @@ def _inpaint(job: Job, found: _Found, began: float) -> Summary:
     known |= _rows_beside(job, found.beside)
     keys = [*keys, *found.beside]
     if known:
-        claim.write(f"{PARTS}/{job.token}-known.parquet", encode(to_table(list(known.values()))))
+        lease.write(f"{PARTS}/{job.token}-known.parquet", encode(to_table(list(known.values()))))
     uri = _named_tracking(config)
     shown = {name: value for name, value in asdict(config).items() if value is not None}
     run_id = Tracker.create(uri, EXPERIMENT, Path(config.output).name, shown, {"model_digest": job.model_digest})
@@ -243,7 +243,7 @@ def _inpaint(job: Job, found: _Found, began: float) -> Summary:
                 megapixels = (pc.sum(pc.multiply(filled["height"], filled["width"])).as_py() or 0) / 1e6
                 progress.add(len(table), megapixels=megapixels, reasons=_count(table["reason"]))
         there = file_sizes(config.output)
-        rows = join_ledger(claim, there)
+        rows = join_ledger(lease, there)
         _tell_of_results_left(config, earlier, rows, keys, there)
         rows = rows.filter(pc.is_in(rows["input"], value_set=pa.array(keys, pa.string())))
         _tell_of_losses(rows)
@@ -266,12 +266,12 @@ def _made_of(found: _Found) -> dict[str, str]:
     """What stands for image, hole and coarse result of each key, told from listings: it changes with each."""
     keys, config = found.keys, found.config
     images, holes = found.source.versions(keys), found.holes.versions(keys)
-    donors = [""] * len(keys)
+    coarse = [""] * len(keys)
     if found.coarse is not None:
         names = [found.coarse_names.get(stem_of(key), "") for key in keys]
-        donors = [f"{name} {one}" for name, one in zip(names, found.coarse.versions(names), strict=True)]
+        coarse = [f"{name} {one}" for name, one in zip(names, found.coarse.versions(names), strict=True)]
     made = {}
-    for key, *parts in zip(keys, images, holes, donors, strict=True):
+    for key, *parts in zip(keys, images, holes, coarse, strict=True):
         if config.output == config.input and output_key(key, config, "") == key:
             parts[0] = "replaced by its result"
         made[key] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What one copy of the model does: read ahead, fill, write behind, and put a task's rows into the ledger.
+"""One replica of the model: prefetches, fills, writes behind, and adds a task's rows to the ledger.
 
 Decoding with all that precedes the networks, and what follows them to the written file, run in threads of their own:
 while the device computes, the next images are made ready and the last ones are encoded.
@@ -26,16 +26,16 @@ import ray
 import torch
 from PIL import Image
 
-from pipeline.claim import Claim
 from pipeline.data.collection import OUTAGES
-from pipeline.data.own_masks import stem_of
-from pipeline.data.sources.ahead import read_ahead
 from pipeline.data.sources.base import Source
+from pipeline.data.sources.prefetch import read_ahead
 from pipeline.data.sources.tree import ImageTree
+from pipeline.data.user_masks import stem_of
 from pipeline.errors import MissingInput, StorageFailed
 from pipeline.inpaint.config import InpaintConfig
 from pipeline.inpaint.holes import NO_HOLE, Holes
 from pipeline.inpaint.ledger import PARTS, Row, encode, left_behind, to_table
+from pipeline.runs.lease import Lease
 from pipeline.storage import UnsafeName, absolute, is_remote, join, write_atomic
 from tmad.checkpoint import load_model
 from tmad.files import ENDINGS, ImageFile, allow_pixels, encode_filled, open_file
@@ -61,7 +61,7 @@ class Job:
     """Results of another method."""
     coarse_names: dict[str, str]
     """Their keys by stem."""
-    claim: Claim
+    lease: Lease
     token: str
     """Tells the files of this run's tasks from those of earlier ones."""
     model: str
@@ -171,7 +171,7 @@ class InpaintWorker:
                 settle(self.threads, max(WRITERS, self.threads))
             settle(0, 0)
         table = to_table(rows)
-        self.job.claim.write(f"{PARTS}/{self.job.token}-{task['number']:07d}.parquet", encode(table))
+        self.job.lease.write(f"{PARTS}/{self.job.token}-{task['number']:07d}.parquet", encode(table))
         return table
 
     def _together(self, coming: Iterator[_Image]) -> Iterator[list[_Image]]:
@@ -204,13 +204,13 @@ class InpaintWorker:
         notes = polarity_notes(hole, "")
         if notes and config.refuse_inverted:
             raise UnreadableImage("inverted-mask", notes[0])
-        donor = None
+        coarse = None
         if job.coarse is not None:
             name = job.coarse_names.get(stem_of(key))
             if name is None:
                 raise UnreadableImage("no-coarse", f"no result named {stem_of(key)}.* in {config.coarse_from}")
-            donor = decode_image(job.coarse.read(name), max_pixels=config.max_pixels)
-        return _Loaded(file, hole, self.inpainter.prepare(file.image, hole, image_id=key, filled=donor))
+            coarse = decode_image(job.coarse.read(name), max_pixels=config.max_pixels)
+        return _Loaded(file, hole, self.inpainter.prepare(file.image, hole, image_id=key, filled=coarse))
 
     def _compute(self, images: list[_Image]) -> None:
         """Take loaded images through the networks; one of them that cannot be computed costs no other its result."""

@@ -1,4 +1,4 @@
-"""One loader for every way to name a model: artifact folder, checkpoint, run folder, URI, MLflow registry."""
+"""Resolves every kind of model reference: artifact folder, checkpoint, run folder, URI, MLflow registry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page that goes with a trained model: what it is, what it has seen, how good it was, what not to expect of it."""
+"""The model card: architecture, training data, metrics, limits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_card(
     model, schedule = config.model, config.schedule
     train, val = sets["train"], sets["val"]
     multiple = model.size_multiple
-    rows = [f"| `{measure}` | {value:.4g} |" for measure, value in sorted(summary["validation"].items())]
+    rows = [f"| `{metric}` | {value:.4g} |" for metric, value in sorted(summary["validation"].items())]
     perceptual = {
         "vgg19": "VGG-19's, of ImageNet",
         "untrained": "of an untrained VGG-19: not the paper's method",
@@ -77,11 +77,11 @@ def model_card(
             f"On the first {min(schedule.validation_images, val.records):,} records of validation set `{val.digest}` "
             f"(crops of {val.crop_size} pixels, holes {_holes(val)}):",
             "",
-            "| measure | value |",
+            "| metric | value |",
             "|---|---:|",
             *rows,
             "",
-            "`docs/measures.md` says what each means; `jobs/evaluate.py` gives the whole table with intervals.",
+            "`docs/metrics.md` says what each means; `jobs/evaluate.py` gives the whole table with intervals.",
             "",
             "## What not to expect",
             "",

@@ -1,4 +1,4 @@
-"""Weights that a run needs before it starts: VGG-19 for the perceptual loss (Eq. 8).
+"""Pretrained weights: VGG-19 for the perceptual loss (Eq. 8).
 
 The driver fetches and checks them once, up front, and puts them beside the runs, where every worker reads them: a run
 that cannot have them stops before anything is scheduled, never in the middle and never silently without the term.

@@ -1,9 +1,9 @@
-"""Which registered version carries the alias: a new one has to be measurably better than the one that has it.
+"""Moves the alias to a newly registered version if it is measurably better than the current one.
 
-Both fill the same holes of the same images. The rule (`promotion_rule`) names measures: some the candidate has to be
+Both fill the same holes of the same images. The rule (`promotion_rule`) names metrics: some the candidate has to be
 better in, some it must not be worse in. A version that is equal, or better by luck, stays without the alias.
 
-MLflow has no "set this alias if it still points there". Promotions of one name take turns by a claim in the folder of
+MLflow has no "set this alias if it still points there". Promotions of one name take turns by a lease in the folder of
 comparisons, which therefore has to be one that all of them see, and look again at the alias before they move it.
 """
 
@@ -23,7 +23,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
-from pipeline.claim import Claim, claim_folder, holder_of
 from pipeline.config import check_registered
 from pipeline.data.schema import read_manifest
 from pipeline.errors import ModelNotFound, NotPromoted, TMADError, one_line
@@ -32,8 +31,9 @@ from pipeline.evaluation.evaluate import Evaluated, evaluate
 from pipeline.evaluation.side_by_side import side_by_side
 from pipeline.models import find_model
 from pipeline.promotion.rule import Comparison, Requirement, compare, parse_requirement, shortfall
-from pipeline.report.page import Table, measures_table, render
+from pipeline.report.page import Table, metrics_table, render
 from pipeline.report.pictures import picture_grid, png_bytes
+from pipeline.runs.lease import Lease, holder_of, lease_folder
 from pipeline.tracking import mlflow_client, resolve_tracking_uri
 from tmad.checkpoint import model_digest, read_model
 from tmad.config import STRICT, PositiveFloat, PositiveInt
@@ -65,9 +65,9 @@ class PromoteConfig:
     data: str = "data/val"
     """Folder or URI of the prepared set that both are measured on."""
     better: tuple[str, ...] = ("psnr_hole",)
-    """Measures that the candidate has to be better in; `psnr_hole=0.1`: by more than 0.1."""
+    """Metrics that the candidate has to be better in; `psnr_hole=0.1`: by more than 0.1."""
     not_worse: tuple[str, ...] = ("ssim_full=0.002", "l1_hole_pct=0.05")
-    """Measures that it must not be worse in; `ssim_full=0.002`: by more than 0.002."""
+    """Metrics that it must not be worse in; `ssim_full=0.002`: by more than 0.002."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of the intervals."""
     resamples: PositiveInt = 2000
@@ -90,8 +90,8 @@ class PromoteConfig:
     def __post_init__(self) -> None:
         check_registered("name", self.name, "alias", self.alias)
         if not self.better and not self.rollback:
-            raise ValueError("better must name a measure: without one, an equal version would be promoted")
-        names = [one.measure for one in self.rule]
+            raise ValueError("better must name a metric: without one, an equal version would be promoted")
+        names = [one.metric for one in self.rule]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"better and not_worse name {', '.join(sorted(twice))} twice")
 
@@ -272,7 +272,7 @@ def _write(
     rule = [one.values() for one in decision.comparisons]
     newest_first = {f"version {one}": measured[one] for one in sorted(measured, reverse=True)}
     pictures = side_by_side(newest_first)
-    header = ["measure", "rule", f"version {version}", f"version {champion}", "gain", "low", "high", "images", "met"]
+    header = ["metric", "rule", f"version {version}", f"version {champion}", "gain", "low", "high", "images", "met"]
     page = render(
         "promotion.html",
         name=config.name,
@@ -285,11 +285,11 @@ def _write(
             header,
             [[*list(one.values())[:-1], "yes" if one["met"] else "no"] for one in rule],
             note=f"Intervals of {config.confidence:.0%} from {config.resamples:,} bootstrap draws of photographs, seed "
-            f"{config.seed}. A measure without one is of the whole set.",
+            f"{config.seed}. A metric without one is of the whole set.",
         ),
-        measures=measures_table(
-            {name: one.summary["methods"]["tmad"]["measures"] for name, one in newest_first.items()},
-            note="Means over the images with their intervals; the best of each measure in bold.",
+        metrics=metrics_table(
+            {name: one.summary["methods"]["tmad"]["metrics"] for name, one in newest_first.items()},
+            note="Means over the images with their intervals; the best of each metric in bold.",
         ),
     )
     summary = {
@@ -300,7 +300,7 @@ def _write(
         "reasons": list(reasons),
         "data": storage.redact(config.data),
         "rule": rule,
-        "measures": {str(one): result.means["tmad"] for one, result in measured.items()},
+        "metrics": {str(one): result.means["tmad"] for one, result in measured.items()},
     }
     files = {
         "report.html": page.encode(),
@@ -347,6 +347,6 @@ def _holder(client: Any, config: PromoteConfig) -> int | None:
     return int(held) if held is not None else None
 
 
-def _turn(config: PromoteConfig) -> AbstractContextManager[Claim]:
+def _turn(config: PromoteConfig) -> AbstractContextManager[Lease]:
     """One promotion of a name at a time."""
-    return claim_folder(storage.join(storage.absolute(config.out), config.name), wait_s=config.wait_s)
+    return lease_folder(storage.join(storage.absolute(config.out), config.name), wait_s=config.wait_s)

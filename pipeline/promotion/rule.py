@@ -1,4 +1,4 @@
-"""The rule of a promotion: which measures have to gain how much, and whether two evaluations say so.
+"""The promotion rule: required gains, checked on two evaluations.
 
 Differences and their intervals are those of the evaluation of one version against the other
 (`pipeline.evaluation.compare`); the rule is asked at the interval's unfavourable end.
@@ -14,14 +14,14 @@ import numpy as np
 
 from pipeline.errors import NotPromoted
 from pipeline.evaluation.evaluate import Evaluated
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """What one measure asks of the candidate."""
+    """What one metric asks of the candidate."""
 
-    measure: str
+    metric: str
     margin: float
     must_gain: bool
 
@@ -42,7 +42,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure of both versions."""
+    """One metric of both versions."""
 
     requirement: Requirement
     candidate: float | None
@@ -51,23 +51,23 @@ class Comparison:
     """Mean over the images that both have a value for, positive where the candidate is better."""
     low: float | None
     high: float | None
-    """Interval of the gain; none for a measure of a whole set, which has no value for each image."""
+    """Interval of the gain; none for a metric of a whole set, which has no value for each image."""
     images: int
     met: bool
 
     def values(self) -> dict[str, object]:
         """For the table and for comparison.json."""
         values = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
-        return {"measure": self.requirement.measure, "rule": str(self.requirement), **values}
+        return {"metric": self.requirement.metric, "rule": str(self.requirement), **values}
 
 
 def parse_requirement(word: str, *, must_gain: bool) -> Requirement:
-    """Read `measure` or `measure=margin`. Raises `ValueError` for a name that is no measure, with near ones, and for a
+    """Read `metric` or `metric=margin`. Raises `ValueError` for a name that is no metric, with near ones, and for a
     margin that is no number of 0 or more."""
     name, _, text = word.partition("=")
-    if name not in MEASURES:
-        near = difflib.get_close_matches(name, MEASURES, n=3) or list(MEASURES)
-        raise ValueError(f"no measure is called {name!r}; did you mean {', '.join(near)}?")
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, n=3) or list(METRICS)
+        raise ValueError(f"no metric is called {name!r}; did you mean {', '.join(near)}?")
     try:
         margin = float(text or 0)
     except ValueError:
@@ -78,21 +78,21 @@ def parse_requirement(word: str, *, must_gain: bool) -> Requirement:
 
 
 def compare(candidate: Evaluated, champion: Evaluated, rule: Sequence[Requirement]) -> list[Comparison]:
-    """Every measure of the rule; *candidate* was evaluated against *champion*. Raises `NotPromoted` if they were not
+    """Every metric of the rule; *candidate* was evaluated against *champion*. Raises `NotPromoted` if they were not
     measured on the same images."""
     against = candidate.summary["against"]
     if not candidate.summary["images"] == champion.summary["images"] == against["images"]:
         raise NotPromoted("the two versions were measured on different images; was the set changed meanwhile?")
     found = []
     for requirement in rule:
-        name = requirement.measure
-        sign = 1 if MEASURES[name].better == "higher" else -1
+        name = requirement.metric
+        sign = 1 if METRICS[name].better == "higher" else -1
         values = [one.means["tmad"].get(name) for one in (candidate, champion)]
         entry = against["differences"]["tmad"].get(name, {"mean": None, "low": None, "high": None, "images": 0})
         gain = None if entry["mean"] is None else sign * entry["mean"]
         ends = [] if entry["low"] is None else sorted(sign * entry[end] for end in ("low", "high"))
         # A value that the candidate alone lacks is no small sample, it is a fault.
-        known = champion.summary["methods"]["tmad"]["measures"].get(name, {"images": 0})["images"]
+        known = champion.summary["methods"]["tmad"]["metrics"].get(name, {"images": 0})["images"]
         worst = ends[0] if ends else gain
         met = worst is not None and bool(np.isfinite(worst)) and entry["images"] >= known and requirement.met(worst)
         low, high = ends or (None, None)
@@ -101,8 +101,8 @@ def compare(candidate: Evaluated, champion: Evaluated, rule: Sequence[Requiremen
 
 
 def shortfall(one: Comparison) -> str:
-    """Why a measure stands against the candidate."""
-    name, requirement = one.requirement.measure, one.requirement
+    """Why a metric stands against the candidate."""
+    name, requirement = one.requirement.metric, one.requirement
     if one.gain is None:
         return f"{name} has no value on this set"
     interval = f", interval {one.low:+.4g} to {one.high:+.4g}" if one.low is not None else ""

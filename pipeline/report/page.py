@@ -1,4 +1,4 @@
-"""Templates to text: pages that ask for nothing from outside, tables with their measures' formulas, figures.
+"""Renders templates: self-contained pages, tables with the formulas of their metrics, figures.
 
 A page has no scripts and no fonts, and its pictures are inside it as data. It follows the reader's light or dark
 setting, works on a phone, and a picture that is clicked (or reached with Tab) fills the window.
@@ -17,10 +17,10 @@ from typing import Any
 import jinja2
 
 from pipeline.report.pictures import Picture, png_bytes
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 
 Entry = Mapping[str, Any]
-"""Of a measure: `mean`, and `low` and `high` of its interval, each none where there is none."""
+"""Of a metric: `mean`, and `low` and `high` of its interval, each none where there is none."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Cell:
     small: str = ""
     """Below it, such as an interval."""
     kind: str = ""
-    """`number`, `best`, or `name`: of a measure, with its formula below it."""
+    """`number`, `best`, or `name`: of a metric, with its formula below it."""
     unit: str = ""
     """Behind a name."""
     span: int = 1
@@ -85,12 +85,12 @@ def as_cell(value: object) -> Cell:
 
 
 def measure_cells(name: str, entries: Sequence[Entry | None]) -> list[Cell]:
-    """A row of the measure *name*: means with their intervals; the best are marked, equal figures equally."""
+    """A row of the metric *name*: means with their intervals; the best are marked, equal figures equally."""
     digits = decimals(name)
     means = [None if entry is None else entry["mean"] for entry in entries]
     texts = [None if mean is None or not math.isfinite(mean) else f"{mean:.{digits}f}" for mean in means]
     finite = [text for text in texts if text is not None]
-    choose = {"higher": max, "lower": min}.get(MEASURES[name].better)
+    choose = {"higher": max, "lower": min}.get(METRICS[name].better)
     best = choose(finite, key=float) if choose and finite and len(entries) > 1 else None
     return [
         Cell(text or "–", interval(entry, digits) if entry else "", "best" if text and text == best else "number")
@@ -98,26 +98,26 @@ def measure_cells(name: str, entries: Sequence[Entry | None]) -> list[Cell]:
     ]
 
 
-def measures_table(
+def metrics_table(
     columns: Mapping[str, Mapping[str, Entry]], *, not_measured: Mapping[str, str] | None = None, note: str = ""
 ) -> Table:
-    """A row for each measure, with its formula, and a column for each method: title, then measure, then its entry.
+    """A row for each metric, with its formula, and a column for each method: title, then metric, then its entry.
 
-    *not_measured*: measure, then why it has no values; each reason is one row.
+    *not_measured*: metric, then why it has no values; each reason is one row.
     """
     rows: list[list[object]] = []
     without: dict[str, list[str]] = {}
-    for name, measure in MEASURES.items():
-        unit = (f", {measure.unit}" if measure.unit else "") + f", {measure.direction}"
-        first = Cell(name, measure.formula, "name", unit)
+    for name, metric in METRICS.items():
+        unit = (f", {metric.unit}" if metric.unit else "") + f", {metric.direction}"
+        first = Cell(name, metric.formula, "name", unit)
         if name in (not_measured or {}):
             without.setdefault((not_measured or {})[name], []).append(name)
         elif any(name in entries for entries in columns.values()):
             rows.append([first, *measure_cells(name, [entries.get(name) for entries in columns.values()])])
     for reason, names in without.items():
-        formulas = "; ".join(MEASURES[name].formula for name in names)
+        formulas = "; ".join(METRICS[name].formula for name in names)
         rows.append([Cell(", ".join(names), formulas, "name"), Cell(f"not measured: {reason}", span=len(columns))])
-    return Table(["measure", *columns], rows, note=note)
+    return Table(["metric", *columns], rows, note=note)
 
 
 def interval(entry: Entry, digits: int, *, sign: str = "") -> str:
@@ -126,9 +126,9 @@ def interval(entry: Entry, digits: int, *, sign: str = "") -> str:
     return "" if low is None or high is None else f"{low:{sign}.{digits}f} to {high:{sign}.{digits}f}"
 
 
-def decimals(measure: str) -> int:
-    """Decimals that a measure is shown with."""
-    return 2 if MEASURES[measure].unit in ("dB", "grey levels", "1e-3") else 3
+def decimals(metric: str) -> int:
+    """Decimals that a metric is shown with."""
+    return 2 if METRICS[metric].unit in ("dB", "grey levels", "1e-3") else 3
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The command line of every job: a configuration class, presets, overrides, and errors that are one line.
+"""The command line of every job: a configuration class, presets, overrides, one-line errors.
 
 `parse` makes the options out of the class itself (tyro): the help text is the docstring under each field, a value is
 read by its field's type, and an unknown option lists the near ones. `run_job` sets up logging and turns the errors that

@@ -1,4 +1,4 @@
-"""Starting Ray on this machine, or joining the cluster that is there; resources asked for against resources there."""
+"""Starts Ray on this machine or joins a cluster; compares requested with available resources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, a log line now and then elsewhere."""
+"""Progress: a bar on a terminal, periodic log lines elsewhere."""
 
 from __future__ import annotations
 

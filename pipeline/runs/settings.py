@@ -1,4 +1,4 @@
-"""A job that is resumed keeps the settings that it was begun with, or is refused with the differences."""
+"""A resumed job must have the settings it was started with; otherwise it is refused with the differences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Ray Serve application: requests as the page makes them, answered by replicas that fill several pictures at once.
+"""The Ray Serve application: the page's requests, answered by replicas that fill in batches.
 
 Two deployments. `requests` reads forms and says no; `model` has the networks, decodes, fills and encodes. A replica of
 `model` that is lost takes with it what it had in hand, and `requests` is there to say so.

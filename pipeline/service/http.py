@@ -1,4 +1,4 @@
-"""The addresses of the page, by whatever the pictures are filled.
+"""The HTTP routes of page and service, independent of the backend.
 
 `POST /fill` takes a form (`photo`, `mask` or `boxes`, the fields of `work.FIELDS`) and answers with the file, in the
 photograph's format and with its metadata; a client that accepts `multipart/form-data` gets `picture` and `about`, the

@@ -1,4 +1,4 @@
-"""`tmad web`: the page on this machine, with one process that fills and a queue before it."""
+"""`tmad web`: the page on this machine, with a queue and one worker process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One request: what is asked, how it is read from a form, and the file that answers it. No network, no Ray."""
+"""One request: its form parsed, the picture filled, the answer encoded. No network, no Ray."""
 
 from __future__ import annotations
 

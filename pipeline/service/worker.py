@@ -1,4 +1,4 @@
-"""A process that fills pictures one after the other, and is ended when one takes too long or nobody waits for it."""
+"""A worker process that fills pictures one by one and is killed on timeout or when the client has gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What S3 needs beyond fsspec: how long it is waited for, which causes pass, and what its refusals mean in plain words.
+"""S3 beyond fsspec: timeouts, retryable errors, and refusals in plain words.
 
 Requests are repeated in one place each (`docs/decisions/019-retries.md`): a request that is not answered by botocore,
 a body that arrives cut short by `pipeline.storage`, which is the only user of this module.

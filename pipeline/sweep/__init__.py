@@ -1,2 +1,2 @@
-"""Searching the settings of training with Ray Tune: many runs of `pipeline.train`, compared by measures that do not
+"""Searching the settings of training with Ray Tune: many runs of `pipeline.train`, compared by metrics that do not
 move."""

@@ -15,7 +15,6 @@ import numpy as np
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import storage
-from pipeline.claim import claim_folder
 from pipeline.config import RunConfig
 from pipeline.data.schema import read_records
 from pipeline.errors import SweepFailed
@@ -25,6 +24,7 @@ from pipeline.presets import PRESETS
 from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row as Strip
 from pipeline.runs import cluster
+from pipeline.runs.lease import lease_folder
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import (
     Finished,
@@ -37,16 +37,16 @@ from pipeline.sweep.launch import (
     sweep_folder,
     told,
 )
-from pipeline.sweep.results import as_dict
 from pipeline.sweep.space import Point
 from pipeline.sweep.studies import STUDIES, Study
 from pipeline.sweep.summary import measured
 from pipeline.sweep.trial import trial_folder
+from pipeline.sweep.trials import as_dict
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.launch import resources
 from tmad.config import STRICT, PositiveInt
 from tmad.inpaint import Inpainter, UnusableInput
-from tmad.metrics import MEASURES, Summary, measure
+from tmad.metrics import METRICS, Summary, measure
 from tmad.swd import SMALLEST_LEVEL, SlicedWasserstein
 
 REPORT_FILE = "report.html"
@@ -61,7 +61,7 @@ SHOWN = (
     "retrieval_top_l1",
     "retrieval_distinct",
 )
-"""Measures of the table. The paper's TV has no formula and stands in a column of its own; FID needs its network."""
+"""Metrics of the table. The paper's TV has no formula and stands in a column of its own; FID needs its network."""
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Row:
     """One line of the table: a variant, or a hole's size."""
 
     label: str
-    measures: dict[str, float | None]
+    metrics: dict[str, float | None]
     """Means over seeds."""
     spread: dict[str, float]
     """Largest minus smallest of the seeds; empty with one seed."""
@@ -150,7 +150,7 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
     study = STUDIES[config.study]
     sweep, points, labels = as_sweep(config)
     folder = sweep_folder(sweep)
-    with claim_folder(folder):
+    with lease_folder(folder):
         done = run_trials(sweep, {}, points, kind=f"ablation {config.study}")
         if done.summary:
             log.info("ablation %s is finished: %s; nothing to do", sweep.name, storage.redact(folder))
@@ -183,7 +183,7 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
         storage.write_atomic(storage.join(folder, REPORT_FILE), page.encode())
         summary = {
             "study": config.study,
-            "rows": [{"label": row.label, "measures": row.measures, "spread": row.spread} for row in rows],
+            "rows": [{"label": row.label, "metrics": row.metrics, "spread": row.spread} for row in rows],
             "paper": {label: dict(values) for label, values in study.paper.items()},
             "trials": [as_dict(one) for one in done.trials],
             "config": json.loads(json.dumps(asdict(config))),
@@ -200,7 +200,7 @@ def table(rows: Sequence[Row], study: Study) -> Table:
     for row in rows:
         cells: list[object] = [row.label]
         for name in SHOWN:
-            value = row.measures.get(name)
+            value = row.metrics.get(name)
             spread = f" ±{row.spread[name] / 2:.2g}" if name in row.spread else ""
             cells.append(None if value is None else f"{value:.4g}{spread}")
         body.append(
@@ -238,7 +238,7 @@ def _at_size(model: str, sweep: SweepConfig, share: float) -> Row:
         except UnusableInput as error:
             log.warning("left out: %s", error)
             continue
-        means.add(measure(result, truth, mask, [name for name in SHOWN if MEASURES[name].function]))
+        means.add(measure(result, truth, mask, [name for name in SHOWN if METRICS[name].function]))
         if texture is None and min(mask.shape) >= SMALLEST_LEVEL:
             texture = SlicedWasserstein(side=min(mask.shape))
         if texture is not None:

@@ -1,4 +1,4 @@
-"""What a sweep is asked for."""
+"""Settings of a sweep."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.config import NAME, RunConfig
 from pipeline.presets import PRESETS
 from pipeline.sweep.space import make_space
 from tmad.config import STRICT, PositiveInt
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 
 OBJECTIVES = ("psnr_hole", "l1_hole_pct", "ssim_full", "swd_hole_truthscaled")
-"""What trials are compared by: measures of the validation, of the joint phase. None of them is a weighted loss, which
+"""What trials are compared by: metrics of the validation, of the joint phase. None of them is a weighted loss, which
 would move with the weights."""
 
 DISTORTION, TEXTURE = "psnr_hole", "swd_hole_truthscaled"
@@ -38,7 +38,7 @@ class SweepConfig:
     search: Literal["random", "optuna"] = "random"
     """`random`: seeded points, spread evenly; `optuna`: TPE, which learns from the trials so far ('tmad[sweep]')."""
     objectives: tuple[str, ...] = ("psnr_hole",)
-    """Measures of the validation that trials are compared by. The first one decides who is stopped and who wins; Optuna
+    """Metrics of the validation that trials are compared by. The first one decides who is stopped and who wins; Optuna
     searches for the Pareto front of all of them."""
     stop_early: bool = True
     """Stop trials that lie behind the others at the same number of images (ASHA)."""
@@ -95,9 +95,9 @@ def check_objectives(names: tuple[str, ...]) -> None:
             raise ValueError(f"no objective is called {name!r}{loss}{hint} There are {', '.join(OBJECTIVES)}")
 
 
-def direction(measure: str) -> Literal["max", "min"]:
-    """Which way *measure* improves."""
-    return "max" if MEASURES[measure].better == "higher" else "min"
+def direction(metric: str) -> Literal["max", "min"]:
+    """Which way *metric* improves."""
+    return "max" if METRICS[metric].better == "higher" else "min"
 
 
 def _of(preset: Callable[[], RunConfig]) -> Callable[[], SweepConfig]:

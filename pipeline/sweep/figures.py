@@ -1,4 +1,4 @@
-"""Figures of a sweep: parallel coordinates, importance, Pareto front; what is pointed at tells its settings."""
+"""Figures of a sweep: parallel coordinates, importance, Pareto front, with settings on hover."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from pipeline.report.page import Drawing
 from pipeline.sweep.config import direction
-from pipeline.sweep.results import Trial, pareto, sort_key
 from pipeline.sweep.space import Domain, LogRange
+from pipeline.sweep.trials import Trial, pareto, sort_key
 
 WIDTH = 960
 BLUE, RED, GREY = "#3b7dd8", "#c65f3c", "#9aa5b1"
@@ -18,9 +18,9 @@ BLUE, RED, GREY = "#3b7dd8", "#c65f3c", "#9aa5b1"
 
 def parallel_coordinates(trials: Sequence[Trial], space: Mapping[str, Domain], objective: str) -> Drawing:
     """A line for each trial through an upright axis for each setting, and one for the objective, which colours it."""
-    shown = [trial for trial in trials if objective in trial.measures]
+    shown = [trial for trial in trials if objective in trial.metrics]
     top, height = 30, 240
-    values = [trial.measures[objective] for trial in shown]
+    values = [trial.metrics[objective] for trial in shown]
     axes = {name: _Axis.of_setting(domain, [one.point[name] for one in shown]) for name, domain in space.items()}
     axes[objective] = _Axis.of_numbers(values)
     xs = {name: 60 + place * (WIDTH - 120) / max(1, len(axes) - 1) for place, name in enumerate(axes)}
@@ -32,8 +32,8 @@ def parallel_coordinates(trials: Sequence[Trial], space: Mapping[str, Domain], o
         for share, text in axes[name].ticks:
             drawing.add("text", text, x=x + 4, y=top + height * (1 - share) + 4)
     goodness = _Axis.of_numbers(values, reverse=direction(objective) == "min")
-    for trial in sorted(shown, key=lambda one: goodness.share(one.measures[objective])):
-        row = {**trial.point, objective: trial.measures[objective]}
+    for trial in sorted(shown, key=lambda one: goodness.share(one.metrics[objective])):
+        row = {**trial.point, objective: trial.metrics[objective]}
         places = " ".join(
             f"{xs[name]:.1f},{top + height * (1 - axis.share(row[name])):.1f}" for name, axis in axes.items()
         )
@@ -42,7 +42,7 @@ def parallel_coordinates(trials: Sequence[Trial], space: Mapping[str, Domain], o
             title=_told(trial, objective),
             class_="trial" if trial.status == "finished" else "trial cut",
             points=places,
-            stroke=_colour(goodness.share(trial.measures[objective]) if len(set(values)) > 1 else 1.0),
+            stroke=_colour(goodness.share(trial.metrics[objective]) if len(set(values)) > 1 else 1.0),
         )
     return drawing
 
@@ -64,18 +64,18 @@ def bars(values: Mapping[str, float], label: str) -> Drawing:
 
 
 def front(trials: Sequence[Trial], x_name: str, y_name: str) -> Drawing:
-    """Every trial by two measures, the better to the right and up; the Pareto front of the finished ones as a line."""
-    shown = [trial for trial in trials if x_name in trial.measures and y_name in trial.measures]
+    """Every trial by two metrics, the better to the right and up; the Pareto front of the finished ones as a line."""
+    shown = [trial for trial in trials if x_name in trial.metrics and y_name in trial.metrics]
     best = pareto(trials, (x_name, y_name))
     top, left, height, width = 16, 70, 300, 640
     ends = {"max": "higher is better", "min": "reversed: lower is better"}
     axes = {
-        name: _Axis.of_numbers([trial.measures[name] for trial in shown], reverse=direction(name) == "min")
+        name: _Axis.of_numbers([trial.metrics[name] for trial in shown], reverse=direction(name) == "min")
         for name in (x_name, y_name)
     }
 
     def place(trial: Trial) -> tuple[float, float]:
-        x, y = (axis.share(trial.measures[name]) for name, axis in axes.items())
+        x, y = (axis.share(trial.metrics[name]) for name, axis in axes.items())
         return left + 20 + (width - 40) * x, top + 20 + (height - 40) * (1 - y)
 
     drawing = Drawing(WIDTH, top + height + 40, f"{y_name} against {x_name}")
@@ -147,7 +147,7 @@ def _colour(share: float) -> str:
     return "rgb({},{},{})".format(*(round(a + (b - a) * share) for a, b in zip(worst, best, strict=True)))
 
 
-def _told(trial: Trial, *measures: str) -> str:
-    values = ", ".join(f"{name} {trial.measures[name]:.4g}" for name in measures)
+def _told(trial: Trial, *metrics: str) -> str:
+    values = ", ".join(f"{name} {trial.metrics[name]:.4g}" for name in metrics)
     point = ", ".join(f"{name} {value}" for name, value in trial.point.items())
     return f"{trial.label}, {trial.status}: {values}; {point}"

@@ -20,18 +20,18 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import storage
-from pipeline.claim import claim_folder
 from pipeline.config import to_json
 from pipeline.data.schema import read_manifest
 from pipeline.errors import ClusterTooSmall, ConfigMismatch, Interrupted, SweepFailed, one_line
 from pipeline.models import absolute_model, locate_model
 from pipeline.runs.cluster import require, shortage, shown, start_ray
+from pipeline.runs.lease import lease_folder
 from pipeline.runs.settings import settle
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
-from pipeline.sweep.results import Trial, as_dict, importance, pareto, read_trial, winner
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
 from pipeline.sweep.summary import REPORT_FILE, write_summary
 from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, as_job, encode, run_trial, trial_folder
+from pipeline.sweep.trials import Trial, as_dict, importance, pareto, read_trial, winner
 from pipeline.tracking import Tracker, check_tracking, mlflow_client, read_json_lines, resolve_tracking_uri
 from pipeline.train.footprint import run_bytes
 from pipeline.train.launch import (
@@ -91,7 +91,7 @@ def sweep(config: SweepConfig) -> Finished:
     space = make_space(config.space, config.run)
     points = sample(space, config.trials, config.seed) if config.search == "random" else None
     folder = sweep_folder(config)
-    with claim_folder(folder):
+    with lease_folder(folder):
         done = run_trials(config, space, points, kind="sweep")
         if done.summary:
             log.info("sweep %s is finished: %s; nothing to do", config.name, storage.redact(folder))
@@ -106,21 +106,21 @@ def sweep(config: SweepConfig) -> Finished:
             "name": config.name,
             "objectives": list(config.objectives),
             "space": {name: str(domain) for name, domain in space.items()},
-            "winner": {"number": best.number, "name": best.name, "point": best.point, "measures": best.measures},
+            "winner": {"number": best.number, "name": best.name, "point": best.point, "metrics": best.metrics},
             "pareto": [one.number for one in pareto(done.trials, axes)],
             "importance": importance(done.trials, objective),
             "trials": [as_dict(one) for one in done.trials],
         }
         write_summary(config, folder, done.trials, space, summary)
         finish(config, done, summary, (REPORT_FILE, WINNER_FILE))
-    value, place = best.measures[objective], storage.redact(storage.join(folder, WINNER_FILE))
+    value, place = best.metrics[objective], storage.redact(storage.join(folder, WINNER_FILE))
     log.info("sweep %s: %s wins with %s %.4g: %s", config.name, best.label, objective, value, place)
     return replace(done, summary=summary)
 
 
 def run_trials(config: SweepConfig, space: Space, points: Sequence[Point] | None, *, kind: str) -> Finished:
     """Run every one of *points*, or as many as Optuna is to find in *space*. The result has no summary yet, unless all
-    was done before. The caller holds the claim on the folder."""
+    was done before. The caller holds the lease on the folder."""
     folder = sweep_folder(config)
     if storage.exists(storage.join(folder, "config.json")) and not storage.exists(storage.join(folder, SWEEP_FILE)):
         raise ConfigMismatch(f"{storage.redact(folder)} holds a run, not a sweep: take another --name")
@@ -163,7 +163,7 @@ def finish(config: SweepConfig, trials: Finished, summary: dict[str, Any], files
         tracker.artifact(storage.read_bytes(storage.join(trials.folder, file)), file)
     tracker.artifact(text.encode(), SUMMARY_FILE)
     if best := summary.get("winner"):
-        tracker.metrics({f"winner/{name}": value for name, value in best["measures"].items()}, step=0)
+        tracker.metrics({f"winner/{name}": value for name, value in best["metrics"].items()}, step=0)
     tracker.finish()
     storage.write_atomic(storage.join(trials.folder, SUMMARY_FILE), text.encode())
 
@@ -214,19 +214,19 @@ def room_on_disk(config: SweepConfig) -> str:
 class _Rungs(ASHAScheduler):
     """ASHA that, in a resumed sweep, knows what trials had reported before."""
 
-    def __init__(self, folder: str, measure: str, **kwargs: Any) -> None:
-        super().__init__(time_attr="images", metric=measure, mode=direction(measure), **kwargs)
+    def __init__(self, folder: str, metric: str, **kwargs: Any) -> None:
+        super().__init__(time_attr="images", metric=metric, mode=direction(metric), **kwargs)
         self._folder = folder
-        self._measure = measure
+        self._metric = metric
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
         # Tune keeps trials and searchers over a restart, and begins with empty rungs.
         rows = read_json_lines(storage.join(trial_folder(self._folder, trial.trial_id), "metrics.jsonl"))
         for row in rows:
-            value = row.get(f"val/{self._measure}")
+            value = row.get(f"val/{self._metric}")
             if value is not None:
-                self.on_trial_result(tune_controller, trial, {"images": row["step"], self._measure: value})
+                self.on_trial_result(tune_controller, trial, {"images": row["step"], self._metric: value})
 
 
 class _Watch(tune.Callback):
@@ -366,7 +366,7 @@ def _coarse(config: SweepConfig, folder: str, tracking_uri: str | None, parent: 
     if not run.schedule.coarse_images:
         return None
     tracking = replace(run.tracking, uri=tracking_uri or "none", register=False, parent_run=parent)
-    schedule = replace(run.schedule, joint_images=0, best_measure="coarse_psnr_hole")
+    schedule = replace(run.schedule, joint_images=0, best_metric="coarse_psnr_hole")
     train(replace(run, name="coarse", runs=folder, tracking=tracking, schedule=schedule))
     return storage.join(folder, "coarse")
 

@@ -1,9 +1,8 @@
-"""A sweep before anything is scheduled: trials, resources, expected hours (`--dry-run`)."""
+"""The plan of a sweep (`--dry-run`): trials, resources, expected hours."""
 
 from __future__ import annotations
 
 import os
-import time
 
 from pipeline.config import RunConfig
 from pipeline.runs.cluster import available, joined, shown
@@ -11,12 +10,9 @@ from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.launch import check_points, resolve, room, room_on_disk
 from pipeline.sweep.space import make_space, sample
 from pipeline.tracking import check_tracking, resolve_tracking_uri
-from pipeline.train.footprint import noise_batch, untrained_features
+from pipeline.train.footprint import measured_rates
 from pipeline.train.launch import open_training_set, resources
 from pipeline.train.loop import duration
-from tmad.step import TrainingState
-
-MEASURED_STEPS = 2
 
 
 def plan(config: SweepConfig, *, images_per_s: float | None = None) -> str:
@@ -33,13 +29,13 @@ def plan(config: SweepConfig, *, images_per_s: float | None = None) -> str:
     check_points(config, space, points)
     there = available()
     concurrent = room(config, there)
-    each, measures = resources(run), ", ".join(config.objectives)
+    each, metrics = resources(run), ", ".join(config.objectives)
     of = "the cluster" if joined() else "this machine"
     coarse = 0 if config.init_from else schedule.coarse_images
     lines = [
         f"space        {', '.join(f'{name} {domain}' for name, domain in space.items())}",
         f"trials       {config.trials} by {config.search}, {concurrent} side by side; {schedule.joint_images:,} images "
-        f"each, validated every {schedule.validate_every_images:,} ({measures} of {schedule.validation_images} images)",
+        f"each, validated every {schedule.validate_every_images:,} ({metrics} of {schedule.validation_images} images)",
         f"start        {_start(config, coarse)}",
         f"resources    {shown(each)} a trial with its data, {of} has {shown(there)}",
         f"room         {room_on_disk(config)}",
@@ -50,7 +46,7 @@ def plan(config: SweepConfig, *, images_per_s: float | None = None) -> str:
         # Logical CPUs may be more than there are: trials share those.
         busy = concurrent * run.workers.num_workers * run.threads
         images_per_s = alone * min(1.0, (os.cpu_count() or 1) / busy)
-        rate = f"{images_per_s:.2g} images/s a trial: {alone:.2g} alone, measured here by {MEASURED_STEPS} steps"
+        rate = f"{images_per_s:.2g} images/s a trial: {alone:.2g} alone, measured here"
     elif images_per_s is None:
         return "\n".join([*lines, "duration     unknown; state the rate of one trial with --images-per-s"])
     else:
@@ -81,16 +77,11 @@ def _start(config: SweepConfig, coarse: int) -> str:
 
 
 def _rate_here(run: RunConfig) -> float:
-    """Images per second of joint steps in this process, with the crops of the training set."""
+    """Images per second of a trial's joint steps on this machine's CPU, with the crops of the training set."""
     manifest, _ = open_training_set(run, None)
-    state = TrainingState(run.training, perceptual=untrained_features(run))
-    images = max(1, run.schedule.batch_images // run.workers.num_workers)
-    batch = noise_batch(run, side=manifest.crop_size, images=images, cells=run.schedule.patches_per_image)
-    state.step(batch, "joint", global_batch=images, progress=0.0)
-    began = time.perf_counter()
-    for _ in range(MEASURED_STEPS):
-        state.step(batch, "joint", global_batch=images, progress=0.0)
-    return MEASURED_STEPS * images * run.workers.num_workers / (time.perf_counter() - began)
+    rates = measured_rates(run, crop_size=manifest.crop_size, phases=["joint"])
+    assert rates is not None, "asked for on a CPU only"
+    return rates["joint"] * run.workers.num_workers
 
 
 def _hours(seconds: float) -> str:

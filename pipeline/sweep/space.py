@@ -1,4 +1,4 @@
-"""What a sweep searches: every setting with its range, in one place, and how a command line narrows it.
+"""The search space of a sweep: every setting with its range, and how a command line narrows it.
 
 A range is log-uniform around the paper's value: a decade to either side for the weights of Table II. A setting that is
 not listed here can be searched too, with a range or choices of its own (`schedule.patches_per_image=16,25,64`).
@@ -88,7 +88,7 @@ DOMAINS: Space = MappingProxyType(
         "loss.weight_gan_global": around(0.02),
         # Sec. IV: Adam, 1e-4. The betas are those of the related code bases.
         "optim.lr": around(1e-4, 0.5),
-        "optim.lr_critics": around(1e-4, 0.5),
+        "optim.lr_discriminators": around(1e-4, 0.5),
         "optim.betas": Choice(((0.5, 0.999), (0.0, 0.9), (0.9, 0.999))),
         # Table IV, and Sec. III-B.
         "model.retrieval.num_candidates": Choice((1, 2, 4, 6)),
@@ -100,7 +100,7 @@ DOMAINS: Space = MappingProxyType(
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "weights": tuple(name for name in DOMAINS if name.startswith("loss.weight_")),
-        "rates": ("optim.lr", "optim.lr_critics", "optim.betas"),
+        "rates": ("optim.lr", "optim.lr_discriminators", "optim.betas"),
         "candidates": ("model.retrieval.num_candidates",),
         "memory": ("model.memory.pool_size",),
     }

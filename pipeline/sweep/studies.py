@@ -19,7 +19,7 @@ class Study:
     variants: Mapping[str, Point]
     """Label -> settings on top of the run."""
     paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Label -> measure -> value, where the paper has a table."""
+    """Label -> metric -> value, where the paper has a table."""
     hole_sides: tuple[float, ...] = ()
     """Sides of the square holes that the trained model is measured on, as shares of the image's; default: the masks of
     the validation set."""

@@ -1,4 +1,4 @@
-"""The page that a sweep ends in: trials, figures, the same holes filled by every trial."""
+"""The report of a sweep: trials, figures, the same holes filled by every trial."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.figures import bars, front, parallel_coordinates
-from pipeline.sweep.results import Trial
 from pipeline.sweep.space import Domain
 from pipeline.sweep.trial import trial_folder
+from pipeline.sweep.trials import Trial
 
 REPORT_FILE = "report.html"
 
@@ -44,7 +44,7 @@ def write_summary(
         folder=storage.redact(folder),
         facts={
             "winner": f"trial {best['number']} ({best['name']}): "
-            + ", ".join(f"{name} {value:.4g}" for name, value in best["measures"].items()),
+            + ", ".join(f"{name} {value:.4g}" for name, value in best["metrics"].items()),
             "settings of the winner": ", ".join(f"{name} {value}" for name, value in best["point"].items()),
             "trials": ", ".join(f"{count} {status}" for status, count in counts.items()),
             "search": config.search + (", ASHA" if config.stop_early else ""),
@@ -52,14 +52,14 @@ def write_summary(
         pictures=picture_rows(config, folder, trials),
         table=table(trials, list(space), config.objectives),
         coordinates=parallel_coordinates(trials, space, objective)
-        if any(objective in one.measures for one in trials)
+        if any(objective in one.metrics for one in trials)
         else None,
         importance=bars(found, "rank correlation of settings and objective")
         if (found := summary["importance"])
         else None,
         chance=chance(len(trials)),
         front=front(trials, DISTORTION, TEXTURE)
-        if any(DISTORTION in one.measures and TEXTURE in one.measures for one in trials)
+        if any(DISTORTION in one.metrics and TEXTURE in one.metrics for one in trials)
         else None,
     )
     storage.write_atomic(storage.join(folder, REPORT_FILE), page.encode())
@@ -74,19 +74,19 @@ def chance(trials: int) -> str:
     return f"With {trials} trials, values between -{bound:.1f} and {bound:.1f} may be chance."
 
 
-def table(trials: Sequence[Trial], settings: Sequence[str], measures: Sequence[str]) -> Table:
+def table(trials: Sequence[Trial], settings: Sequence[str], metrics: Sequence[str]) -> Table:
     """The trials, the best first."""
-    wanted = list(dict.fromkeys((*measures, DISTORTION, TEXTURE)))
+    wanted = list(dict.fromkeys((*metrics, DISTORTION, TEXTURE)))
     rows = [
         [
             trial.number,
             trial.status,
             trial.images,
-            *(trial.measures.get(name) for name in wanted),
+            *(trial.metrics.get(name) for name in wanted),
             *(_short(trial.point.get(name)) for name in settings),
             trial.error or "",
         ]
-        for trial in _best_first(trials, measures[0])
+        for trial in _best_first(trials, metrics[0])
     ]
     return Table(["trial", "status", "images", *wanted, *settings, "what went wrong"], rows)
 
@@ -140,7 +140,7 @@ def _best_first(trials: Sequence[Trial], objective: str) -> list[Trial]:
     sign = -1 if direction(objective) == "max" else 1
 
     def key(trial: Trial) -> tuple[Any, ...]:
-        value = trial.measures.get(objective)
+        value = trial.metrics.get(objective)
         return (trial.status != "finished", value is None, sign * (value or 0.0), trial.number)
 
     return sorted(trials, key=key)

@@ -1,7 +1,7 @@
 """One trial: a run of `pipeline.train` at one point of the space, inside Ray Tune.
 
 Ray Tune starts the function here in an actor of its own, and Ray Train starts the workers from there. What a trial
-reports are measures of the validation; the last ones go to Tune when the model is kept, so that a trial is never
+reports are metrics of the validation; the last ones go to Tune when the model is kept, so that a trial is never
 stopped between its last step and its end.
 """
 
@@ -16,10 +16,10 @@ import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from pipeline import storage
-from pipeline.claim import EXPIRY_S
 from pipeline.config import RunConfig, from_json
 from pipeline.errors import MissingInput, TrainingFailed, one_line
 from pipeline.runs.cli import configure_logging
+from pipeline.runs.lease import EXPIRY_S
 from pipeline.sweep.space import Point, apply
 from pipeline.train.launch import train
 
@@ -84,11 +84,11 @@ def run_trial(config: dict[str, Any]) -> None:
     storage.write_atomic(storage.join(folder, POINT_FILE), (json.dumps(point, indent=2) + "\n").encode())
     try:
         run = trial_run(job, point, name)
-        # An attempt before this one, on a machine that was lost, still has the name until its claim expires.
+        # An attempt before this one, on a machine that was lost, still has the name until its lease expires.
         reports = ReportValidations(run.schedule.total_images, job.objectives)
         finished = train(run, [reports], wait_s=2 * EXPIRY_S)
-        last = measures_of(finished["validation"], job.objectives)
-        if missing := [measure for measure in job.objectives if measure not in last]:
+        last = metrics_of(finished["validation"], job.objectives)
+        if missing := [metric for metric in job.objectives if metric not in last]:
             raise MissingInput(
                 f"the validation gave no value of {', '.join(missing)}: no image of "
                 f"{storage.redact(run.data.validation_set)} has one (SSIM needs sides of 11 pixels, texture 16 and "
@@ -116,12 +116,12 @@ class ReportValidations(TuneReportCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Of all workers; the first one's are everyone's."""
-        values = measures_of(metrics[0], self._objectives)
+        values = metrics_of(metrics[0], self._objectives)
         if len(values) == len(self._objectives) and metrics[0]["images"] < self._total_images:
             super().after_report(run_context, [{"images": metrics[0]["images"], **values}], None)
 
 
-def measures_of(validation: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+def metrics_of(validation: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """Those of *names* that a validation (`val/...`) has."""
     return {name: validation[f"val/{name}"] for name in names if validation.get(f"val/{name}") is not None}
 

@@ -1,4 +1,4 @@
-"""What ran where: the commit, the versions, the machine. Written beside every run as `environment.json`."""
+"""Provenance of a run (commit, versions, machine), written as `environment.json`."""
 
 from __future__ import annotations
 

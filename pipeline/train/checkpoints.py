@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the newest one whose files are what its manifest says, alike on all workers.
+"""Chooses the checkpoint to resume from: the newest one that matches its manifest, the same on all workers.
 
 `manifest.json` in a checkpoint names every other file with its size and SHA-256; it is written last. A checkpoint that
 is not what its manifest says is passed over, with a warning, for the one before it.

@@ -1,4 +1,4 @@
-"""What the training loop sees of the machines: who am I, what do the others compute, keep this checkpoint.
+"""The training loop's view of the cluster: rank, collective operations, checkpoints.
 
 The loop is written once against `TrainContext`; `RayContext` runs it in Ray Train's workers, `LocalContext` in the
 calling process, which is both how the loop is tested and the baseline that shows what Ray costs.
@@ -28,9 +28,9 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 from torch import Tensor, nn
 
 from pipeline import storage
-from pipeline.claim import Claim
 from pipeline.errors import CheckpointNotKept, TMADError
-from pipeline.train.ending import Notice, NoticeBoard
+from pipeline.runs.lease import Lease
+from pipeline.train.preemption import Notice, NoticeBoard
 from tmad.step import Workers
 
 COMMIT_TIMEOUT_S = 600.0
@@ -129,11 +129,11 @@ def _everyones(value: Any) -> list[Any]:
 
 class RayContext:
     """A worker of Ray Train; Ray has made the process group and keeps checkpoints in the folder *checkpoints*. *relay*
-    is the driver's, which says when it was told to stop, *claim* what the driver holds on the run's folder."""
+    is the driver's, which says when it was told to stop, *lease* what the driver holds on the run's folder."""
 
-    def __init__(self, checkpoints: str, relay: Any, claim: Claim) -> None:
+    def __init__(self, checkpoints: str, relay: Any, lease: Lease) -> None:
         self._folder = checkpoints
-        self._claim = claim
+        self._lease = lease
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
@@ -200,7 +200,7 @@ class RayContext:
         """What storage, or another job that has taken the run over, says against it, if anything."""
         try:
             if folder is not None:
-                self._claim.check()
+                self._lease.check()
                 storage.upload_folder(folder, place, last=MANIFEST_FILE)
         except TMADError as error:
             return error.message

@@ -1,11 +1,11 @@
-"""Memory and speed of one training worker and size of a checkpoint, from steps of the same networks made here."""
+"""Memory and speed of a training worker and size of a checkpoint, measured with a few steps on this machine."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -123,9 +123,11 @@ def run_bytes(config: RunConfig) -> int:
     return kept_bytes(config, checkpoint=_bytes(state.tensors().values()) + model, model=model)
 
 
-def measured_rates(config: RunConfig, *, crop_size: int) -> dict[Phase, float] | None:
-    """Images/s of one worker of *config* in each phase that it trains in, from steps made here; none where the run
-    wants GPUs and this machine has none.
+def measured_rates(
+    config: RunConfig, *, crop_size: int, phases: Sequence[Phase] = ("coarse", "joint")
+) -> dict[Phase, float] | None:
+    """Images/s of one worker of *config* in each of *phases* that it trains in, from steps made here; none where the
+    run wants GPUs and this machine has none.
 
     On a GPU whole steps of a worker, on a CPU steps with one image. Without input, without other workers.
     """
@@ -144,7 +146,7 @@ def measured_rates(config: RunConfig, *, crop_size: int) -> dict[Phase, float] |
     # A worker elsewhere may have more processors than there are here; more threads than processors take forever.
     torch.set_num_threads(min(config.threads, os.cpu_count() or 1))
     try:
-        for phase in (phase for phase, length in lengths.items() if length):
+        for phase in (phase for phase in phases if lengths[phase]):
             # The penalty is part of every `gp_every`-th step only.
             steps = max(config.loss.gp_every, 8 if on_gpu else 1)
             for timed in (False, True):

@@ -31,7 +31,7 @@ REPORT_FILE = "init_report.json"
 WEIGHTS_FILE = "init.safetensors"
 """In the run's folder: the tensors that were taken."""
 
-TAKEN_NETWORKS = ("model/", "patch_critic/", "global_critic/")
+TAKEN_NETWORKS = ("model/", "patch_discriminator/", "global_discriminator/")
 """Tensors of a training state that can be taken, by the start of their names; the average follows the generator."""
 
 PROBLEMS = ("missing", "unexpected", "reshaped")
@@ -97,8 +97,10 @@ def find_initial(config: RunConfig, tracking_uri: str | None) -> Initial:
     settings, weights = read_model(folder / "model" if whole else folder)
     found = {f"model/{name}": value for name, value in weights.items()}
     if whole:
-        critics = {name: value for name, value in read_state(folder).items() if name.startswith(TAKEN_NETWORKS[1:])}
-        found |= critics
+        discriminators = {
+            name: value for name, value in read_state(folder).items() if name.startswith(TAKEN_NETWORKS[1:])
+        }
+        found |= discriminators
     own = replace(config.training, loss=replace(config.loss, weight_perceptual=0.0, weight_style=0.0))
     wanted = {name: value for name, value in TrainingState(own).tensors().items() if name.startswith(TAKEN_NETWORKS)}
     if config.init_networks == "coarse":

@@ -30,7 +30,6 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 
 from pipeline import storage
-from pipeline.claim import Claim, claim_folder
 from pipeline.config import RunConfig, digest, from_json, refusal, to_json, with_name
 from pipeline.data.onthefly import Photographs, open_photographs, share
 from pipeline.data.reader import start_reader
@@ -41,15 +40,16 @@ from pipeline.models.card import CARD_FILE, model_card
 from pipeline.models.pretrained import resolve_perceptual
 from pipeline.models.registry import reference, register_model
 from pipeline.runs.cluster import joined, require, start_ray
+from pipeline.runs.lease import Lease, lease_folder
 from pipeline.runs.settings import refuse
 from pipeline.tracking import Tracker, check_tracking, resolve_tracking_uri, wait_for_tracking
 from pipeline.tracking.environment import code_state, code_tags, environment
-from pipeline.train.best import best_kept
 from pipeline.train.checkpoints import forget_broken_records
-from pipeline.train.ending import NoticingTorchConfig, Stop, signals_stop
+from pipeline.train.early_stopping import best_kept
 from pipeline.train.footprint import run_bytes
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, keep_initial, kept_initial
-from pipeline.train.relay import relayed_logs
+from pipeline.train.log_relay import relayed_logs
+from pipeline.train.preemption import NoticingTorchConfig, Stop, signals_stop
 from pipeline.train.worker import work
 from tmad.checkpoint import model_digest
 
@@ -79,7 +79,7 @@ log = logging.getLogger(__name__)
 
 def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: float = 0.0) -> dict[str, Any]:
     """Train, keep and register a model; returns the content of `finished.json`. *callbacks* are told of each
-    checkpoint, with the measures of the validation before it. A job that has the name is waited for, *wait_s* at most.
+    checkpoint, with the metrics of the validation before it. A job that has the name is waited for, *wait_s* at most.
 
     Raises `ConfigMismatch` if the name belongs to a run with other settings or other data, `ClusterTooSmall`,
     `TrainingFailed` with the cause and the newest checkpoint, `Interrupted` when a signal stopped it,
@@ -89,11 +89,11 @@ def train(config: RunConfig, callbacks: Sequence[UserCallback] = (), *, wait_s: 
     config = resolve(config)
     assert config.name is not None
     folder = storage.join(config.runs, config.name)
-    with claim_folder(folder, wait_s=wait_s) as claim:
-        return _train(config, folder, claim, callbacks)
+    with lease_folder(folder, wait_s=wait_s) as lease:
+        return _train(config, folder, lease, callbacks)
 
 
-def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[UserCallback]) -> dict[str, Any]:
+def _train(config: RunConfig, folder: str, lease: Lease, callbacks: Sequence[UserCallback]) -> dict[str, Any]:
     check_name(folder)
     finished = storage.read_json(storage.join(folder, "finished.json"))
     train_set, photographs = open_training_set(config, folder)
@@ -125,7 +125,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
         "metrics": metrics,
         "checkpoints": storage.join(folder, "checkpoints"),
         "best": storage.join(folder, "best"),
-        "claim": claim,
+        "lease": lease,
         "live": share(photographs, train_set) if photographs else None,
         "reader": start_reader() if config.workers.num_workers > 1 else None,
         "initial": KeptWeights(storage.join(folder, WEIGHTS_FILE), initial["digest"]) if initial else None,
@@ -135,7 +135,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
             summary = _fit(folder, config, {**job, "relay": relay}, callbacks, stop)
         wait_for_tracking(tracking_uri, config.tracking.wait_s)
         Tracker(tracking_uri, run_id).catch_up(metrics)
-        claim.check()  # a server may have been waited for
+        lease.check()  # a server may have been waited for
         finished = _finish(folder, config, summary, sets, tracking_uri, run_id)
     except BaseException as error:
         told_to_end = isinstance(error, KeyboardInterrupt | Interrupted)
@@ -145,7 +145,7 @@ def _train(config: RunConfig, folder: str, claim: Claim, callbacks: Sequence[Use
     log.info("run %s finished in %.0f s: model %s", config.name, time.time() - began, finished["model"])
     if best := finished["best"]:
         log.info(
-            "best %s was %.4g after %s images: %s", best["measure"], best["value"], f"{best['images']:,}", best["model"]
+            "best %s was %.4g after %s images: %s", best["metric"], best["value"], f"{best['images']:,}", best["model"]
         )
     return finished
 
@@ -163,7 +163,7 @@ def resolve(config: RunConfig) -> RunConfig:
         train=train and storage.absolute(train),
         val=storage.absolute(config.data.validation_set),
         images=images.with_absolute_places(),
-        results=config.data.results and storage.absolute(config.data.results),
+        coarse_from=config.data.coarse_from and storage.absolute(config.data.coarse_from),
     )
     init_from = absolute_model(config.init_from) if config.init_from else None
     runs = storage.absolute(config.runs)
@@ -219,9 +219,9 @@ def check_set(config: RunConfig, manifest: Manifest, which: str) -> None:
             f"data.{which} has crops of {manifest.crop_size} pixels; the model needs a multiple of "
             f"{model.size_multiple} (patch_size and 2^coarse.num_down_blocks): {remedy}"
         )
-    if config.data.results is not None and manifest.num_variants > 1:
+    if config.data.coarse_from is not None and manifest.num_variants > 1:
         raise ValueError(
-            f"data.{which} has {manifest.num_variants} masks an image, data.results one result: prepare {uri} with "
+            f"data.{which} has {manifest.num_variants} masks an image, data.coarse_from one result: prepare {uri} with "
             "masks_per_image 1"
         )
     cells = (manifest.crop_size // model.patch_size) ** 2
@@ -424,7 +424,7 @@ def _finish(
         registered = reference(tracking_uri, named, version, alias)
     finished = {
         **summary,
-        "best": best_kept(storage.join(folder, "best"), config.schedule.best_measure),
+        "best": best_kept(storage.join(folder, "best"), config.schedule.best_metric),
         "name": config.name,
         "model": model_uri,
         "model_digest": model_digest(artifact),

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.errors import Interrupted, TrainingFailed
 from pipeline.tracking import Tracker
-from pipeline.train.best import RUN_FILE, Course, keep_best, write_run_file
 from pipeline.train.checkpoints import checkpoint_name, newest_usable, seal
 from pipeline.train.context import TrainContext, checksums
-from pipeline.train.ending import Notice
+from pipeline.train.early_stopping import RUN_FILE, Course, keep_best, write_run_file
 from pipeline.train.initial import KeptWeights
+from pipeline.train.preemption import Notice
 from pipeline.train.validate import validate
 from tmad.batch import Batch
 from tmad.checkpoint import load_state, save_state
@@ -304,7 +304,7 @@ def _shown(metrics: Mapping[str, float], prefix: str) -> str:
 
 
 def _check_equal(state: TrainingState, context: TrainContext) -> None:
-    sums = checksums([state.model, state.ema_model, state.patch_critic, state.global_critic])
+    sums = checksums([state.model, state.ema_model, state.patch_discriminator, state.global_discriminator])
     if not context.same_everywhere(sums):
         raise TrainingFailed(
             f"the workers' weights differ after {state.images_seen} images, though every gradient is averaged; unequal "

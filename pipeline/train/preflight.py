@@ -1,4 +1,4 @@
-"""A run before anything is scheduled: its plan, and whether all that it needs is there (`--dry-run`).
+"""The plan of a run and a check of everything it needs (`--dry-run`).
 
 Every check is made, so that one call lists all that is wrong. Nothing is left behind: a probe object is written to the
 runs and removed; no set is prepared, no weights are downloaded, no run is begun.
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.claim import holder_of
 from pipeline.config import RunConfig
-from pipeline.data.results import Results
+from pipeline.data.coarse_results import CoarseResults
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
 from pipeline.errors import ClusterTooSmall, CorruptSet, FolderInUse, StorageFailed, TMADError, one_line
 from pipeline.models.pretrained import check_perceptual
 from pipeline.runs.cluster import available, joined, shortage, shown
+from pipeline.runs.lease import holder_of
 from pipeline.storage import mb
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.footprint import Footprint, checkpoint_count, kept_bytes, measure, measured_rates
@@ -105,8 +105,8 @@ def preflight(config: RunConfig, *, images_per_s: float | None = None) -> Prefli
 
     check("data.train", lambda: look_at_set("train"))
     check("data.val", lambda: look_at_set("val"))
-    if config.data.results is not None:
-        check("data.results", lambda: _results(config))
+    if config.data.coarse_from is not None:
+        check("data.coarse_from", lambda: _results(config))
     check("runs", lambda: _writable(config.runs))
     if named:
         check("name", lambda: _state_of_run(config, sets))
@@ -187,13 +187,13 @@ def _complete(folder: str, manifest: Manifest) -> None:
 
 def _results(config: RunConfig) -> str:
     """One of each set is looked for and decoded."""
-    assert config.data.results is not None
+    assert config.data.coarse_from is not None
     assert config.data.training_set is not None
-    results = Results(config.data.results)
+    results = CoarseResults(config.data.coarse_from)
     for place in (config.data.training_set, config.data.validation_set):
         for record in read_records(place, 1):
             results.read(record.image_id, record.height, record.width)
-    return f"{len(results.keys):,} results in {storage.redact(config.data.results)}"
+    return f"{len(results.keys):,} results in {storage.redact(config.data.coarse_from)}"
 
 
 def _writable(uri: str) -> str:

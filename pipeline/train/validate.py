@@ -1,4 +1,4 @@
-"""Measures of the averaged model on fixed validation images with fixed masks, and the pictures that go with them."""
+"""Validation: metrics of the EMA model on fixed images and masks, with pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tmad.retrieval import Retrieval, patch_distances, retrieval_gain, retrieval
 from tmad.step import Phase
 from tmad.swd import SMALLEST_LEVEL, SlicedWasserstein
 
-MEASURES = ("l1_hole_pct", "psnr_hole", "ssim_full", "seam_ratio_hole")
+METRICS = ("l1_hole_pct", "psnr_hole", "ssim_full", "seam_ratio_hole")
 """Of `tmad.metrics`, for the result and, with `coarse_` before the name, for the coarse result."""
 
 TEXTURE = "swd_hole_truthscaled"
@@ -44,14 +44,14 @@ log = logging.getLogger(__name__)
 def validate(
     model: TMAD, phase: Phase, batches: Iterable[Batch], context: TrainContext
 ) -> tuple[dict[str, float], np.ndarray | None]:
-    """Mean measures over the images of all workers, and a grid of this worker's first pictures.
+    """Mean metrics over the images of all workers, and a grid of this worker's first pictures.
 
-    In the coarse phase only the coarse network is run; of a batch with somebody's results, those are the coarse ones.
+    In the coarse phase only the coarse network is run; precomputed coarse results of a batch replace its own.
     Names: `val/psnr_hole` and so on for the result, `val/coarse_psnr_hole` for the coarse result, `val/images`. A
-    measure that no image has a value for is left out.
+    metric that no image has a value for is left out.
     """
     kinds = ("coarse",) if phase == "coarse" else ("coarse", "result")
-    names = [f"{'coarse_' if kind == 'coarse' else ''}{name}" for kind in kinds for name in MEASURES]
+    names = [f"{'coarse_' if kind == 'coarse' else ''}{name}" for kind in kinds for name in METRICS]
     names += [f"retrieval_{name}" for name in RETRIEVAL if phase == "joint"]
     untrained = untrained_retrieval(model.config.retrieval).to(context.device)
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
@@ -73,7 +73,7 @@ def validate(
             values = [
                 value
                 for kind in kinds
-                for value in measure(cells[kind], truth[index], masks[index], MEASURES, patch_size=k).values()
+                for value in measure(cells[kind], truth[index], masks[index], METRICS, patch_size=k).values()
             ]
             values += [float(one[index]) for one in retrieval]
             for row, value in enumerate(values):

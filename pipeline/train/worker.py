@@ -1,4 +1,4 @@
-"""What one worker of Ray Train does: set itself up, read its share, run the loop."""
+"""One worker of Ray Train: sets up, reads its share, runs the loop."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from pipeline import observe
 from pipeline.config import RunConfig, from_json
 from pipeline.data.batches import evaluation_batches, training_batches
+from pipeline.data.coarse_results import CoarseResults
 from pipeline.data.onthefly import LiveSet, Tally
-from pipeline.data.results import Results
 from pipeline.errors import CheckpointNotKept, CheckpointsDamaged, Interrupted
 from pipeline.models.pretrained import load_perceptual
 from pipeline.runs.cli import configure_logging
 from pipeline.tracking import Tracker
 from pipeline.train.context import RayContext, TrainContext
+from pipeline.train.log_relay import RelayHandler
 from pipeline.train.loop import Feed, train_loop
-from pipeline.train.relay import RelayHandler
 from tmad.batch import Batch
 from tmad.step import NonFiniteLoss
 
@@ -37,7 +37,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     where none is wanted.
     """
     config = from_json(job["config"])
-    context = RayContext(job["checkpoints"], job["relay"], job["claim"])
+    context = RayContext(job["checkpoints"], job["relay"], job["lease"])
     _set_up_logging(config, context, job["relay"])
     torch.set_num_threads(config.threads)
     if context.device.type == "cuda":
@@ -76,8 +76,8 @@ def data_feed(config: RunConfig, context: TrainContext, live: LiveSet | None = N
     place: dict[str, Any] = {"rank": context.rank, "world_size": context.world_size}
     # A set may have been prepared with a larger memory.
     place["pool_size"] = config.model.memory.pool_size
-    if config.data.results is not None:
-        place["results"] = Results(config.data.results)
+    if config.data.coarse_from is not None:
+        place["coarse"] = CoarseResults(config.data.coarse_from)
     schedule = config.schedule
 
     def training(start_images: int) -> Iterator[Batch]:

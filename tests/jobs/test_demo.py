@@ -39,7 +39,7 @@ def test_the_metrics_hold_every_method_and_the_registered_model(first: DemoResul
     assert methods.keys() == set(METHODS)
     measured = {name for name, entry in methods.items() if entry["not_measured"] is None}
     assert measured >= {"tmad", "coarse", "patchmatch", "biharmonic"}
-    assert all(methods[name]["measures"]["psnr_hole"]["mean"] > 0 for name in measured)
+    assert all(methods[name]["metrics"]["psnr_hole"]["mean"] > 0 for name in measured)
     assert metrics["evaluation"]["model_digest"] == metrics["training"]["model_digest"]
     assert first.model == metrics["training"]["registered"]["uri"] == "models:/tmad-smoke@champion"
 

@@ -25,10 +25,10 @@ from pathlib import Path
 import pytest
 
 from jobs.inpaint import main as inpaint_main
-from pipeline.claim import CLAIM_NAME
 from pipeline.data.schema import MANIFEST_NAME
 from pipeline.models.registry import register_model
 from pipeline.report.pictures import png_bytes
+from pipeline.runs.lease import LEASE_NAME
 from pipeline.tracking import Tracker, mlflow_client
 from tests.conftest import RAY_ENVIRONMENT, ROOT
 from tests.jobs.conftest import CallJob
@@ -52,7 +52,7 @@ class Asked:
     """How far it is, in files that it has written; it grows to the end."""
     left: Callable[[], object]
     """What it leaves, as it may be compared."""
-    claimed: Path
+    leased: Path
     steps: int = 1
     """So many more than before have to be there before it is ended."""
 
@@ -170,7 +170,7 @@ def sweep(place: Place, out: Path) -> Asked:
 
     def left() -> object:
         ended = folder / "summary.json"
-        return ended.exists() and [one["measures"] for one in json.loads(ended.read_text())["trials"]]
+        return ended.exists() and [one["metrics"] for one in json.loads(ended.read_text())["trials"]]
 
     return Asked(place.job("sweep", *options), count(folder, "trials/*/checkpoints/images_*"), left, folder)
 
@@ -185,7 +185,7 @@ def ablate(place: Place, out: Path) -> Asked:
 
     def left() -> object:
         ended = folder / "summary.json"
-        return ended.exists() and [one["measures"] for one in json.loads(ended.read_text())["rows"]]
+        return ended.exists() and [one["metrics"] for one in json.loads(ended.read_text())["rows"]]
 
     return Asked(place.job("ablate", *options), count(folder, "trials/*/checkpoints/images_*"), left, folder)
 
@@ -240,7 +240,7 @@ def check_end(job: Job, asked: Asked, code: int) -> str:
     assert ended == code, said
     assert "Traceback" not in said, said
     assert ".cc:" not in said, "what Ray's C++ says is not for users"
-    assert not (asked.claimed / CLAIM_NAME).exists(), said
+    assert not (asked.leased / LEASE_NAME).exists(), said
     return said.strip().splitlines()[-1]
 
 
@@ -268,7 +268,7 @@ def test_a_job_that_is_stopped_ends_with_the_code_and_goes_on_to_what_one_in_one
         job = Job(tmp_path / f"log-{number}", asked.command)
         came = job.wait_for(asked.moment(), every_s=0.02)
         assert came, f"{name} ended before {event}: {job.said()}"
-        assert name == "demo" or (asked.claimed / CLAIM_NAME).exists(), "it holds what it writes to"
+        assert name == "demo" or (asked.leased / LEASE_NAME).exists(), "it holds what it writes to"
         # A terminal sends to all processes of the foreground; `kill` to one.
         job.process.send_signal(kind) if kind == signal.SIGTERM else os.killpg(job.process.pid, kind)
         last = check_end(job, asked, code)

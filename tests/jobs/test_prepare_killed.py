@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.claim import CLAIM_NAME
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import MANIFEST_NAME
 from pipeline.errors import FolderInUse
+from pipeline.runs.lease import LEASE_NAME
 from tests.conftest import ROOT, SOAK_S
 from tests.jobs.processes import Job, Moment
 from tests.pipeline.test_contract import run_here
@@ -206,8 +206,8 @@ def test_a_second_job_on_one_output_ends_at_once_and_the_first_is_undisturbed(ki
     arguments, place = source(kind)
     out = f"{place}/set"
     # Stopped, it has the folder for as long as the second one takes, and is not missed for minutes.
-    first = start(arguments, out, with_ray=False, claim_expiry_s=3600)
-    assert first.wait_for(lambda: CLAIM_NAME in storage.file_sizes(out))
+    first = start(arguments, out, with_ray=False, lease_expiry_s=3600)
+    assert first.wait_for(lambda: LEASE_NAME in storage.file_sizes(out))
     first.send(signal.SIGSTOP)
     with pytest.raises(FolderInUse, match=f"another job writes to {out}: process {first.process.pid} "):
         in_one_go(arguments, out)
@@ -222,7 +222,7 @@ def test_a_job_that_was_stopped_for_too_long_ends_without_harm_to_the_one_that_t
 ):
     arguments, place = source("tree")
     out = f"{place}/set"
-    first = start(arguments, out, with_ray=with_ray, claim_expiry_s=2)
+    first = start(arguments, out, with_ray=with_ray, lease_expiry_s=2)
     assert first.wait_for(lambda: "shards/00000.json" in storage.file_sizes(out))
     first.send(signal.SIGSTOP)
     whole = in_one_go(arguments, f"{place}/whole")
@@ -232,16 +232,16 @@ def test_a_job_that_was_stopped_for_too_long_ends_without_harm_to_the_one_that_t
     first.send(signal.SIGCONT)
     code, said = first.end()
     assert code == 1
-    assert f"{CLAIM_NAME} is gone; this job gave no sign of life for too long" in said
+    assert f"{LEASE_NAME} is gone; this job gave no sign of life for too long" in said
     assert content(out) == whole
 
 
 @WITH_RAY
-def test_a_job_that_is_ended_politely_leaves_no_claim(with_ray, start, source):
+def test_a_job_that_is_ended_politely_leaves_no_lease(with_ray, start, source):
     arguments, place = source("tree")
     out = f"{place}/set"
     job = start(arguments, out, with_ray=with_ray)
     assert job.wait_for(lambda: "shards/00000.json" in storage.file_sizes(out))
     job.process.terminate()
     assert job.end()[0] == 143
-    assert CLAIM_NAME not in storage.file_sizes(out)
+    assert LEASE_NAME not in storage.file_sizes(out)

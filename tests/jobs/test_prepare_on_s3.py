@@ -122,7 +122,7 @@ def test_what_is_wrong_from_the_start_ends_the_job_before_anything_is_written(fa
     assert f"there is no bucket 'no-such-bucket' at the endpoint {faulty.url}" in shown
     code, shown = run(photos, "s3://no-such-bucket/set", *debug)
     assert code == 1
-    assert "s3://no-such-bucket/set/claim.json: there is no bucket 'no-such-bucket'" in shown
+    assert "s3://no-such-bucket/set/lease.json: there is no bucket 'no-such-bucket'" in shown
     code, shown = run(photos.replace("s3://", f"s3://AKIAKEY:{SECRET}@"), f"{bucket}/set", *debug)
     assert code == 1
     assert "has credentials in it" in shown
@@ -130,7 +130,7 @@ def test_what_is_wrong_from_the_start_ends_the_job_before_anything_is_written(fa
     faulty.answer("InvalidAccessKeyId")
     code, shown = run(photos, f"{bucket}/set", *debug)
     assert code == 1
-    assert f"{bucket}/set/claim.json: the endpoint {faulty.url} refused the credentials (InvalidAccessKeyId)" in shown
+    assert f"{bucket}/set/lease.json: the endpoint {faulty.url} refused the credentials (InvalidAccessKeyId)" in shown
     assert ("Traceback" in shown) == bool(debug)
 
 

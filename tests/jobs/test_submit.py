@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from jobs.submit import main
-from pipeline import submit
 from pipeline.errors import ClusterUnreachable
+from pipeline.runs import submit
+from pipeline.runs.submit import SubmitConfig
 from pipeline.storage import redact
-from pipeline.submit import SubmitConfig
 
 JOB = ["prepare", "--source", "s3://bucket/photos", "--out", "s3://bucket/sets/train"]
 

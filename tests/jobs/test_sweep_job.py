@@ -97,7 +97,7 @@ def test_eight_trials_killed_in_the_middle_go_on_and_end_in_a_winner_that_can_be
     assert set(statuses) == {"finished", "stopped early"}
     assert all(trial["images"] < 16 for trial in summary["trials"] if trial["status"] == "stopped early")
     best = max(
-        (one for one in summary["trials"] if one["status"] == "finished"), key=lambda one: one["measures"]["psnr_hole"]
+        (one for one in summary["trials"] if one["status"] == "finished"), key=lambda one: one["metrics"]["psnr_hole"]
     )
     assert summary["winner"]["number"] == best["number"]
     preset = from_json((folder / "winner.json").read_text())
@@ -168,7 +168,7 @@ def test_the_coarse_phase_is_a_run_that_trains_the_coarse_network_alone(
     assert _coarse(config, str(tmp_path / "sweep"), None, None) == str(tmp_path / "sweep" / "coarse")
     finished = json.loads((tmp_path / "sweep" / "coarse" / "finished.json").read_text())
     assert (finished["images"], finished["registered"]) == (smoke().schedule.coarse_images, None)
-    assert finished["best"]["measure"] == "val/coarse_psnr_hole"
+    assert finished["best"]["metric"] == "val/coarse_psnr_hole"
 
 
 def test_a_trial_that_always_fails_ends_the_sweep_with_its_error(

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.claim import CLAIM_NAME
 from pipeline.config import from_json
 from pipeline.errors import FolderInUse
+from pipeline.runs.lease import LEASE_NAME
 from pipeline.tracking import read_json_lines
-from pipeline.train.ending import signals_stop
 from pipeline.train.launch import train
-from pipeline.train.relay import relayed_logs
+from pipeline.train.log_relay import relayed_logs
+from pipeline.train.preemption import signals_stop
 from tests.conftest import ROOT
 from tests.jobs.processes import Job, small_sets
 
@@ -77,7 +77,7 @@ def test_ctrl_c_keeps_a_last_checkpoint_and_a_second_job_of_the_name_is_refused(
     assert re.search(told + "the same command with --name stopped continues where it stopped$", said.strip()), said
     assert "Traceback" not in said
     assert training.checkpoints()[-1] >= 4, said
-    assert not (training.folder / CLAIM_NAME).exists()
+    assert not (training.folder / LEASE_NAME).exists()
 
 
 def test_the_first_signal_asks_the_workers_for_a_checkpoint_and_a_second_one_or_the_end_of_the_grace_period_ends_all(
@@ -130,4 +130,4 @@ def test_a_training_that_goes_on_is_ended_at_once_by_a_second_signal(place: Path
     ), said
     assert time.monotonic() - began < 25
     assert "Traceback" not in said
-    assert not (training.folder / CLAIM_NAME).exists()
+    assert not (training.folder / LEASE_NAME).exists()

@@ -22,7 +22,7 @@ from tmad.step import OneWorker
 CONFIG = RunConfig(
     name="test",
     model=TRAINING.model,
-    critics=TRAINING.critics,
+    discriminators=TRAINING.discriminators,
     optim=TRAINING.optim,
     perceptual=PerceptualConfig(features="untrained"),
     schedule=ScheduleConfig(

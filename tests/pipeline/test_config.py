@@ -59,6 +59,23 @@ def test_a_preset_survives_json_unchanged(name: str) -> None:
     assert from_json(to_json(config)) == config
 
 
+def test_former_names_in_the_configuration_of_a_saved_run_are_read(caplog: pytest.LogCaptureFixture) -> None:
+    config = PRESETS["psnet"]()
+    text = to_json(replace(config, optim=replace(config.optim, lr_discriminators=3e-4)))
+    former = text
+    for now, then in {
+        "lr_discriminators": "lr_critics",
+        '"discriminators"': '"critics"',
+        "coarse_from": "results",
+        "best_metric": "best_measure",
+    }.items():
+        assert now in former
+        former = former.replace(now, then)
+    with caplog.at_level("INFO"):
+        assert to_json(from_json(former)) == text
+    assert "the setting results is called coarse_from now" in caplog.text
+
+
 def test_a_misspelt_name_in_json_is_refused_with_the_near_one() -> None:
     values = json.loads(to_json(smoke()))
     values["schedule"]["batch_image"] = values["schedule"].pop("batch_images")

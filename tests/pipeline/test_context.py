@@ -23,11 +23,11 @@ from tmad.step import OneWorker, TrainingState, Workers
 GLOBAL_BATCH = 4
 # A rate so small that Adam, which divides by a gradient's size, cannot blow rounding up into a difference of weights; a
 # penalty weight that lets the relativistic terms be seen beside it.
-CONFIG = with_optim(with_loss(gradient_penalty=0.01), lr=1e-7, lr_critics=1e-7)
+CONFIG = with_optim(with_loss(gradient_penalty=0.01), lr=1e-7, lr_discriminators=1e-7)
 
 
 class Recorder:
-    """Hands everything to *workers* and keeps the averaged gradients: the critics' first, then the generator's."""
+    """Hands everything to *workers* and keeps the averaged gradients, the discriminators' first."""
 
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
@@ -138,13 +138,13 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def test_several_workers_have_the_losses_of_one(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     names = [name for name in alone["metrics"] if name.startswith(("loss/", "penalty/"))]
-    assert {"loss/critic_patch", "loss/gan_patch", "penalty/patch", "penalty/global", "loss/total"} <= set(names)
+    assert {"loss/discriminator_patch", "loss/gan_patch", "penalty/patch", "penalty/global", "loss/total"} <= set(names)
     for name in names:
         mean = sum(float(rank["right"]["metrics"][name]) for rank in ranks) / len(ranks)
         assert mean == pytest.approx(float(alone["metrics"][name]), rel=1e-5), name
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["critics", "generator"])
+@pytest.mark.parametrize("which", [0, 1], ids=["discriminators", "generator"])
 def test_several_workers_have_the_gradients_of_one(
     ranks: list[dict[str, Any]], alone: dict[str, Any], which: int
 ) -> None:
@@ -154,9 +154,9 @@ def test_several_workers_have_the_gradients_of_one(
 
 def test_a_joint_step_sends_each_gradient_once_in_two_messages_and_seven_scalars(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        sent, (generator, critics) = rank["messages"]["sent"], rank["messages"]["weights"]
+        sent, (generator, discriminators) = rank["messages"]["sent"], rank["messages"]["weights"]
         # Both expectations of the discriminators' loss and back, those of the generator's and back through one.
-        assert sent == [4] * 4 + [critics] + [4] * 3 + [generator]
+        assert sent == [4] * 4 + [discriminators] + [4] * 3 + [generator]
 
 
 def test_relativistic_means_of_one_share_would_be_another_gradient(

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from pipeline.claim import Claim
 from pipeline.data import prepare as prepare_module
 from pipeline.data.contract import (
     NO_HASH,
@@ -27,7 +26,7 @@ from pipeline.data.contract import (
     polarity_warning,
     summarise_holes,
 )
-from pipeline.data.copies import first_equal, first_similar, similar_in, similar_values
+from pipeline.data.duplicates import first_equal, first_similar, similar_in, similar_values
 from pipeline.data.photograph import Photograph, open_photograph
 from pipeline.data.plan import ShardPlan
 from pipeline.data.prepare import PrepareConfig, prepare
@@ -36,6 +35,7 @@ from pipeline.data.shards import ShardMaker, read_files
 from pipeline.data.sources.base import Source
 from pipeline.demo.photographs import PHOTOGRAPHS, installed_file
 from pipeline.errors import MissingInput, SharedImages, TooManyBadImages, UnfinishedSet, VanishedImages
+from pipeline.runs.lease import Lease
 from tests.conftest import make_photo
 from tmad.config import MemoryConfig
 from tmad.images import UnreadableImage, decode_image, to_rgb
@@ -261,16 +261,16 @@ def test_a_run_that_was_stopped_anywhere_is_completed_to_the_same_bytes(
 ) -> None:
     whole, out = photos.parent / "whole", photos.parent / "set"
     prepare(settings(photos, whole))
-    write = Claim.write
+    write = Lease.write
     left = iter(range(writes))
 
-    def until_stopped(claim: Claim, key: str, data: bytes) -> None:
+    def until_stopped(lease: Lease, key: str, data: bytes) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        write(claim, key, data)
+        write(lease, key, data)
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(Claim, "write", until_stopped)
+        stopped.setattr(Lease, "write", until_stopped)
         try:
             prepare(settings(photos, out))
         except KeyboardInterrupt:

@@ -32,7 +32,7 @@ from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import MODEL, make_image, make_mask
 from tmad.checkpoint import load_model, model_digest
 from tmad.inpaint import Inpainter
-from tmad.metrics import MEASURES, measure
+from tmad.metrics import METRICS, measure
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -107,7 +107,7 @@ def test_an_evaluation_writes_tables_pictures_and_a_page(
     assert summary["model_digest"] == model_digest(model_folder)
     assert summary["data_digest"] == read_manifest(data).digest
     assert summary["mean_hole_fraction"] == pytest.approx(make_mask().mean())
-    assert set(summary["methods"]["tmad"]["measures"]) == set(MEASURES)
+    assert set(summary["methods"]["tmad"]["metrics"]) == set(METRICS)
     assert {"report.html", "report.md", "report.json", "pictures.png", "timing.json"} <= {
         one.name for one in out.iterdir()
     }
@@ -137,7 +137,7 @@ def test_each_row_is_the_measure_of_the_inpainters_own_result(
 
 def test_means_are_means_of_the_rows_and_lie_in_their_intervals(complete: tuple[Evaluated, Path, str]) -> None:
     values = [row["psnr_hole"] for row in complete[0].evaluation.rows if row["method"] == "tmad"]
-    entry = complete[0].summary["methods"]["tmad"]["measures"]["psnr_hole"]
+    entry = complete[0].summary["methods"]["tmad"]["metrics"]["psnr_hole"]
     assert entry["mean"] == pytest.approx(np.mean(values))
     assert min(values) <= entry["low"] <= entry["mean"] <= entry["high"] <= max(values)
 
@@ -280,7 +280,7 @@ def test_other_methods_stand_in_the_table_and_psnet_behind_them(
     )  # fmt: skip
     assert list(result.means) == ["tmad", "perfect", "half", "half+psnet"]
     assert result.means["perfect"]["psnr_hole"] == 100
-    assert result.summary["methods"]["perfect"]["measures"]["psnr_hole"]["at_cap"] == 2
+    assert result.summary["methods"]["perfect"]["metrics"]["psnr_hole"]["at_cap"] == 2
     image, mask = make_image(1), make_mask()
     composite = np.where(mask[..., None] > 0, image // 2, image)
     own = Inpainter(load_model(model_folder))(image, mask, image_id="photo-1.png#0", filled=composite)
@@ -322,7 +322,7 @@ def test_an_image_of_nothing_but_hole_is_left_out_and_listed(
     # An empty hole gives no value rather than a perfect one.
     rows = [row for row in result.evaluation.rows if row["method"] == "tmad"]
     assert rows[1]["psnr_hole"] is None
-    entry = result.summary["methods"]["tmad"]["measures"]
+    entry = result.summary["methods"]["tmad"]["metrics"]
     assert (entry["psnr_hole"]["images"], entry["psnr_hole"]["mean"]) == (1, rows[0]["psnr_hole"])
     assert entry["psnr_full"]["at_cap"] == 1
 
@@ -334,11 +334,11 @@ def test_a_network_that_cannot_be_had_is_a_row_that_says_why_and_the_run_goes_on
     torch.save({"a": torch.zeros(1)}, pickled)
     result = run(
         model_folder, make_set(1), tmp_path / "out", methods=("tmad",),
-        measures=("psnr_hole", "fid_full", "kid_full", "lpips_full"),
+        metrics=("psnr_hole", "fid_full", "kid_full", "lpips_full"),
         fid={"network": str(tmp_path / "gone.pt"), "sha256": "0" * 64}, lpips=network(pickled),
     )  # fmt: skip
     assert list(result.means["tmad"]) == ["psnr_hole"]
-    reasons = {name: entry.get("not_measured", "") for name, entry in result.summary["measures"].items()}
+    reasons = {name: entry.get("not_measured", "") for name, entry in result.summary["metrics"].items()}
     assert "cannot be read" in reasons["fid_full"]
     assert "is no TorchScript file" in reasons["lpips_full"]
     text = (tmp_path / "out" / "report.html").read_text()
@@ -352,8 +352,8 @@ def test_wrong_settings_are_refused_by_name(model_folder: Path, make_set: SetMak
         run(model_folder, data, tmp_path, mask_variant=1)
     with pytest.raises(ValueError, match="methods must name at least one of tmad, coarse, blended, patchmatch"):
         run(model_folder, data, tmp_path, methods=())
-    with pytest.raises(ValueError, match="no measure is called 'psnr'; did you mean psnr_"):
-        run(model_folder, data, tmp_path, measures=("psnr",))
+    with pytest.raises(ValueError, match="no metric is called 'psnr'; did you mean psnr_"):
+        run(model_folder, data, tmp_path, metrics=("psnr",))
     with pytest.raises(ValueError, match="needs sha256"):
         run(model_folder, data, tmp_path, fid={"network": "inception.pt"})
     with pytest.raises(ValueError, match="two methods are called lama"):

@@ -66,16 +66,16 @@ def test_an_artifact_gives_the_generator_and_its_average_and_leaves_the_discrimi
     generator = {name.replace("ema/", "model/"): value for name, value in source.items() if name.startswith("ema/")}
     assert _same(started, generator, "model/")
     assert _same({name.replace("ema/", "model/"): started[name] for name in started if "ema/" in name}, generator, "")
-    assert _same(started, fresh, "patch_critic/")
+    assert _same(started, fresh, "patch_discriminator/")
     assert not any(name.startswith("adam/") for name in started)
 
 
 def test_a_checkpoint_gives_the_discriminators_too(checkpoint: Path, trained: TrainingState) -> None:
     started, source = _started(_from(checkpoint)), trained.tensors()
-    assert _same(started, source, "patch_critic/")
-    assert _same(started, source, "global_critic/")
+    assert _same(started, source, "patch_discriminator/")
+    assert _same(started, source, "global_discriminator/")
     report = find_initial(_from(checkpoint), None).report
-    assert report["networks"] == ["coarse", "retrieval", "psnet", "patch_critic", "global_critic"]
+    assert report["networks"] == ["coarse", "retrieval", "psnet", "patch_discriminator", "global_discriminator"]
     assert report["model_digest"] == model_digest(checkpoint / "model")
     assert report["missing"] == report["unexpected"] == report["reshaped"] == report["settings"] == []
 
@@ -85,7 +85,7 @@ def test_an_unfinished_run_and_a_registered_model_are_taken(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(checkpoint, run / "checkpoints" / checkpoint.name)
-    assert "global_critic" in find_initial(_from(run), None).report["networks"]
+    assert "global_discriminator" in find_initial(_from(run), None).report["networks"]
     run_id = Tracker.create(tracking_uri, "tests", "initial")
     assert run_id is not None
     register_model(checkpoint / "model", tracking_uri=tracking_uri, run_id=run_id, name="tests", alias="champion")
@@ -130,7 +130,7 @@ def test_what_fits_is_taken_on_request_layer_by_layer(
     started, fresh = _started(config), make_state(config.training).tensors()
     assert _same(started, fresh, layer)
     assert _same(started, fresh, "model/psnet.gains")
-    assert _same({k: v for k, v in started.items() if k.startswith("global_critic/")}, trained.tensors(), "")
+    assert _same({k: v for k, v in started.items() if k.startswith("global_discriminator/")}, trained.tensors(), "")
 
 
 def test_the_coarse_network_alone_is_taken_from_a_model_with_another_psnet(

@@ -349,13 +349,13 @@ def test_masks_that_look_inverted_are_refused_if_asked(here, job, tmp_path) -> N
 
 
 def test_another_methods_results_are_refined(here, job, tmp_path, model_folder) -> None:
-    donor = make_image(5)
-    write(tmp_path / "lama", {"a.jpg.png": b"", "a.png": png_bytes(donor)})
+    coarse = make_image(5)
+    write(tmp_path / "lama", {"a.jpg.png": b"", "a.png": png_bytes(coarse)})
     config = job({"a.png": PHOTO, "b.png": PHOTO}, {"a.png": MASK, "b.png": MASK}, coarse_from=tmp_path / "lama")
     summary = inpaint_all(config)
     assert (summary.done, summary.reasons) == (1, {"no-coarse": 1})
     inpainter = Inpainter(load_model(model_folder), policy="crop")
-    own = inpainter(make_image(0), make_mask(), image_id="a.png", filled=donor).output
+    own = inpainter(make_image(0), make_mask(), image_id="a.png", filled=coarse).output
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "a.png")), own)
 
 
@@ -612,20 +612,20 @@ def test_a_mask_that_shows_something_but_no_hole_is_a_failure_that_names_the_opt
 OTHER = png_bytes(make_mask(left=40, width=8) * np.uint8(255))
 
 
-@pytest.mark.parametrize("kind", ["paired", "one", "boxes", "elsewhere", "column", "image", "repaired", "donor", "s3"])
+@pytest.mark.parametrize("kind", ["paired", "one", "boxes", "elsewhere", "column", "image", "repaired", "coarse", "s3"])
 def test_a_result_is_done_again_when_its_image_or_its_hole_has_changed_and_not_otherwise(
     here, job, tmp_path, kind, request
 ) -> None:
     images = {"a.png": PHOTO, "b.png": png_bytes(make_image(1))}
     boxes = {"a.png": [[12, 20, 30, 30]], "b.png": [[12, 20, 30, 30]]}
     places: dict[str, object] = {}
-    if kind in ("paired", "elsewhere", "image", "repaired", "donor"):
+    if kind in ("paired", "elsewhere", "image", "repaired", "coarse"):
         first = png_bytes(make_mask() * np.uint8(0)) if kind == "repaired" else MASK
         write(tmp_path / "masks", {"a.png": first, "b.png": MASK})
         places = {"masks": tmp_path / "masks"}
-    if kind == "donor":
-        write(tmp_path / "donor", images)
-        places["coarse_from"] = tmp_path / "donor"
+    if kind == "coarse":
+        write(tmp_path / "coarse", images)
+        places["coarse_from"] = tmp_path / "coarse"
     if kind == "one":
         write(tmp_path, {"one.png": MASK})
         places = {"mask_from": "one", "masks": tmp_path / "one.png"}
@@ -657,15 +657,15 @@ def test_a_result_is_done_again_when_its_image_or_its_hole_has_changed_and_not_o
         pq.write_table(pa.table({**table, "hole": [OTHER, MASK]}), tmp_path / "t.parquet")
     elif kind == "image":
         write(tmp_path / "images", {"a.png": png_bytes(make_image(7))})
-    elif kind == "donor":
-        write(tmp_path / "donor", {"a.png": png_bytes(make_image(9))})
+    elif kind == "coarse":
+        write(tmp_path / "coarse", {"a.png": png_bytes(make_image(9))})
     else:
         storage.write_atomic(f"{config.masks}/a.png", OTHER)
     summary = inpaint_all(config)
     everything = kind in ("elsewhere", "one", "column")
     assert (summary.done, summary.kept) == ((2, 0) if everything else (1, 1))
     assert inpaint_all(config).kept == 2
-    if kind not in ("image", "donor", "s3"):
+    if kind not in ("image", "coarse", "s3"):
         found = changed(tmp_path, "a.png", make_image(0))
         assert found[20:50, 40:48].mean() > 0.9, "the new hole"
         assert not found[:, :40].any(), "nothing of the old one"

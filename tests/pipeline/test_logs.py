@@ -13,7 +13,7 @@ import pytest
 from pipeline.observe import logs
 from pipeline.runs.cli import configure_logging
 from pipeline.tracking import Tracker
-from pipeline.train.relay import RelayHandler, relayed_logs
+from pipeline.train.log_relay import RelayHandler, relayed_logs
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +54,13 @@ def test_text_stays_text_and_an_unknown_kind_is_said_and_is_text(monkeypatch, ca
 @pytest.mark.ray
 def test_a_workers_line_arrives_at_the_driver_with_the_workers_place(ray_session, caplog) -> None:
     logs.set_place(run="first", rank=1, step=16)
-    with caplog.at_level(logging.INFO, "pipeline.train.relay"), relayed_logs() as lines:
+    with caplog.at_level(logging.INFO, "pipeline.train.log_relay"), relayed_logs() as lines:
         RelayHandler(lines, "worker 1: ").emit(
             logging.LogRecord("pipeline.x", logging.WARNING, "", 0, "slow", (), None)
         )
         logs._place.clear()
         time.sleep(0.1)
-    [record] = [one for one in caplog.records if one.name == "pipeline.train.relay"]
+    [record] = [one for one in caplog.records if one.name == "pipeline.train.log_relay"]
     said = json.loads(logs.JsonFormatter().format(record))
     assert said["message"] == "worker 1: slow"
     assert (said["run"], said["rank"], said["step"]) == ("first", 1, 16)

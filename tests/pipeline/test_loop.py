@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pipeline.errors import Interrupted, TrainingFailed
 from pipeline.train.context import LocalContext
-from pipeline.train.ending import Kind, Notice
 from pipeline.train.loop import (
     Meter,
     Stretch,
@@ -27,6 +26,7 @@ from pipeline.train.loop import (
     stretch_at,
     train_loop,
 )
+from pipeline.train.preemption import Kind, Notice
 from pipeline.train.validate import validate
 from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed, run_in
 from tests.tmad.tiny import Features, make_batch
@@ -80,7 +80,7 @@ def test_the_coarse_phase_comes_first_and_trains_no_other_term(
     recorder = unbroken[2]
     coarse = {name for name in recorder.at(4) if name.startswith("loss/")}
     assert coarse == {"loss/coarse_hole", "loss/coarse_valid", "loss/total"}
-    assert {"loss/gan_patch", "loss/perceptual", "loss/critic_global"} <= recorder.at(8).keys()
+    assert {"loss/gan_patch", "loss/perceptual", "loss/discriminator_global"} <= recorder.at(8).keys()
 
 
 def test_each_phase_ends_with_measures_and_pictures(unbroken: tuple[Path, dict[str, Any], Recorder]) -> None:
@@ -181,7 +181,7 @@ def test_the_log_names_terms_and_images_of_a_bad_row_and_where_the_run_goes_on(
     with caplog.at_level(logging.WARNING):
         run_in(tmp_path, HEALING, feed=make_feed(nan_at=BAD))
     first, back = (record.getMessage() for record in caplog.records)
-    assert re.search(r"not finite: grad_norm/critics, .*\(after 8 images, with image-8-0, image-8-1\)", first)
+    assert re.search(r"not finite: grad_norm/discriminators, .*\(after 8 images, with image-8-0, image-8-1\)", first)
     assert back.startswith(
         f"back to the weights of checkpoint {checkpoint_name(8)}; data continue after 12 images: 2 steps"
     )

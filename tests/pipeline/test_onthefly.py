@@ -21,9 +21,9 @@ from pipeline.data import order
 from pipeline.data.batches import training_batches
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.onthefly import PORTION_RECORDS, LiveSet, Tally, open_photographs, share
-from pipeline.data.own_masks import MaskReader
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import Record, read_records
+from pipeline.data.user_masks import MaskReader
 from pipeline.errors import MissingInput, StorageFailed, TooManyBadImages
 from pipeline.storage import join, write_atomic
 from tests.conftest import make_photo

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from pipeline.claim import claim_folder
 from pipeline.config import DataConfig, TrackingConfig
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.prepare import check as check_preparation
@@ -32,6 +31,7 @@ from pipeline.presets import smoke
 from pipeline.promotion.promote import PromoteConfig, promote
 from pipeline.promotion.promote import check as check_promotion
 from pipeline.report.pictures import png_bytes
+from pipeline.runs.lease import lease_folder
 from pipeline.storage import write_atomic
 from pipeline.sweep.ablate import AblateConfig, ablate
 from pipeline.sweep.ablate import check as check_ablation
@@ -99,10 +99,10 @@ def jobs(make_set: SetMaker, model_folder: Path, tracking_uri: str, tmp_path: Pa
 
 @pytest.mark.parametrize("where", ["here", "s3"])
 def test_no_job_begins_in_a_folder_where_another_one_works_and_each_says_who(jobs, where, tmp_path, request) -> None:
-    """Whichever job works there holds the same claim, which `tests/jobs/test_ends.py` sees of each."""
+    """Whichever job works there holds the same lease, which `tests/jobs/test_ends.py` sees of each."""
     runs = str(tmp_path / "runs") if where == "here" else f"{request.getfixturevalue('bucket')}/runs"
     for name, config in jobs(runs).items():
-        with claim_folder(f"{runs}/x-blending" if name == "ablate" else f"{runs}/same"):
+        with lease_folder(f"{runs}/x-blending" if name == "ablate" else f"{runs}/same"):
             with pytest.raises(FolderInUse, match=rf"another job writes to .*: process {os.getpid()} on ") as refused:
                 BEGIN[name](config)
             assert "\n" not in refused.value.message, name

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.claim import Claim
 from pipeline.data import prepare as prepare_module
 from pipeline.data.plan import extend_plan, read_plan
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest, read_records
 from pipeline.data.sources.choose import open_source
 from pipeline.errors import CorruptSet, UnfinishedSet, VanishedImages
+from pipeline.runs.lease import Lease
 from tests.conftest import make_photo
 from tests.pipeline.test_contract import files_of, run_here
 from tests.pipeline.test_sources import LAYOUTS, PHOTOS, tar_of, write_layout
@@ -136,15 +136,15 @@ def test_an_extension_that_was_stopped_is_the_one_that_was_not(kind, writes, tmp
     prepare(config(kind, tmp_path, [FIRST], whole))
     shutil.copytree(whole, out)
     arguments = config(kind, tmp_path, [FIRST, SECOND], out)
-    write, left = Claim.write, iter(range(writes))
+    write, left = Lease.write, iter(range(writes))
 
-    def until_stopped(claim: Claim, key: str, data: bytes) -> None:
+    def until_stopped(lease: Lease, key: str, data: bytes) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        write(claim, key, data)
+        write(lease, key, data)
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(Claim, "write", until_stopped)
+        stopped.setattr(Lease, "write", until_stopped)
         with pytest.raises(KeyboardInterrupt):
             prepare(arguments)
     with pytest.raises(UnfinishedSet):

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from pipeline import storage, tracking
-from pipeline.claim import claim_folder
 from pipeline.config import DataConfig, PerceptualConfig, RunConfig, TrackingConfig, to_json
 from pipeline.data.collection import ImagesConfig
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest
 from pipeline.errors import TrackingUnreachable
 from pipeline.presets import smoke
+from pipeline.runs.lease import lease_folder
 from pipeline.train import footprint
 from pipeline.train.context import LocalContext
 from pipeline.train.footprint import checkpoint_count, measure, peak_bytes
@@ -166,7 +166,7 @@ def test_a_name_that_belongs_to_another_run_is_told(place: Path, tmp_path: Path)
     storage.write_atomic(f"{tmp_path}/old/data.json", str(sets).replace("'", '"').encode())
     assert "old was started before and would be continued" in preflight(config).text()
     assert "begun with other settings (seed: 0 -> 1)" in _failed(preflight(replace(config, seed=1)))["name"]
-    with claim_folder(f"{tmp_path}/old"):
+    with lease_folder(f"{tmp_path}/old"):
         assert f"another job trains old: process {os.getpid()} on" in _failed(preflight(config))["name"]
 
 

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.claim import claim_folder
 from pipeline.data import prepare as prepare_module
 from pipeline.data import shards
 from pipeline.data.prepare import PrepareConfig, prepare
@@ -31,6 +30,7 @@ from pipeline.errors import (
     UnfinishedSet,
     WrongVersion,
 )
+from pipeline.runs.lease import lease_folder
 from tests.conftest import make_photo
 from tests.pipeline.test_contract import run_here
 from tests.tmad.test_images import bomb_png
@@ -348,8 +348,8 @@ def test_an_image_that_vanishes_after_it_was_listed_is_left_out(tmp_path):
     detail = f"cannot read {tmp_path}/a.png: it is not there"
     dropped = {"key": "a.png", "reason": "missing", "detail": detail, "bytes": 0}
     assert json.loads(files["drop"][0].as_py()) == dropped
-    with claim_folder(str(tmp_path)) as claim:
-        maker = ShardMaker(None, claim, settings("x", tmp_path), {0: "x"})
+    with lease_folder(str(tmp_path)) as lease:
+        maker = ShardMaker(None, lease, settings("x", tmp_path), {0: "x"})
         receipt = json.loads(maker.write(maker.make_records(files))["receipt"][0].as_py())
     assert (receipt["drops"], receipt["images"], receipt["rows"]) == ([dropped], 1, 0)
 

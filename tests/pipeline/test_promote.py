@@ -95,7 +95,7 @@ def test_a_better_version_is_promoted_with_its_comparison_and_can_be_rolled_back
         roll_back(PromoteConfig(**settings, rollback=True))
 
 
-def test_a_worse_version_is_refused_with_measure_and_interval(
+def test_a_worse_version_is_refused_with_metric_and_interval(
     register: Register, settings: dict[str, Any], tracking_uri: str
 ) -> None:
     register("good")
@@ -199,9 +199,9 @@ def test_two_promotions_at_once_leave_the_better_one(
 def test_names_that_are_not_there_and_rules_without_sense_are_refused(tracking_uri: str) -> None:
     with pytest.raises(ModelNotFound, match="no model is registered as nobody; registered models: none"):
         promote(PromoteConfig(name="nobody", tracking_uri=tracking_uri))
-    with pytest.raises(ValueError, match=r"no measure is called 'psnr_hol'; did you mean psnr_hole"):
+    with pytest.raises(ValueError, match=r"no metric is called 'psnr_hol'; did you mean psnr_hole"):
         PromoteConfig(better=("psnr_hol",))
-    with pytest.raises(ValueError, match="better must name a measure"):
+    with pytest.raises(ValueError, match="better must name a metric"):
         PromoteConfig(better=())
     with pytest.raises(ValueError, match="name psnr_hole twice"):
         PromoteConfig(better=("psnr_hole",), not_worse=("psnr_hole=0.1",))

@@ -20,12 +20,12 @@ from pipeline.evaluation.methods import Filler, table_rows
 from pipeline.evaluation.page import markdown, sections
 from pipeline.evaluation.parts import Job
 from pipeline.evaluation.pictures import Choice, _show, candidates_sheet
-from pipeline.report.page import Cell, Table, _templates, measures_table, render
+from pipeline.report.page import Cell, Table, _templates, metrics_table, render
 from pipeline.report.pictures import picture_grid, zoom_on
 from tests.tmad.tiny import make_image, make_mask
 from tmad.checkpoint import load_model
 from tmad.inpaint import Inpainter
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -77,16 +77,16 @@ def evaluation(model_folder: Path) -> tuple[Evaluation, list]:
         },
     }
     titles = {"tmad": "T-MAD", "patchmatch": "PatchMatch", "telea": "Telea (OpenCV)"}
-    names = [name for name in MEASURES if name in ("psnr_hole", "l1_hole_pct", "swd_hole", "fid_full")]
+    names = [name for name in METRICS if name in ("psnr_hole", "l1_hole_pct", "swd_hole", "fid_full")]
     summary = {
         "model": "runs/first", "model_digest": "abc", "data": "data/val", "data_digest": "def", "images": 2,
         "mask": "brush", "mean_hole_fraction": 0.2, "resamples": 50, "confidence": 0.95, "networks": {}, "failed": {},
         "methods": {
-            **{name: {"title": titles[name], "not_measured": None, "measures": methods[name]} for name in methods},
-            "telea": {"title": titles["telea"], "not_measured": "OpenCV is not installed", "measures": {}},
+            **{name: {"title": titles[name], "not_measured": None, "metrics": methods[name]} for name in methods},
+            "telea": {"title": titles["telea"], "not_measured": "OpenCV is not installed", "metrics": {}},
         },
         "groups": {"hole": {"10% to 20%": {"images": 2, "methods": methods}}},
-        "measures": {name: {} for name in names}
+        "metrics": {name: {} for name in names}
         | {name: {"not_measured": "no network was given"} for name in ("fid_full", "kid_full")},
     }  # fmt: skip
     config = EvaluateConfig(model="runs/first", methods=("tmad", "coarse", "patchmatch"))
@@ -108,7 +108,7 @@ def page(evaluation: tuple[Evaluation, list], tmp_path_factory: pytest.TempPathF
     return path
 
 
-def test_the_page_asks_for_nothing_from_outside_and_explains_each_measure(page: Path) -> None:
+def test_the_page_asks_for_nothing_from_outside_and_explains_each_metric(page: Path) -> None:
     text, found = page.read_text(), References()
     found.feed(text)
     assert found.outside == []
@@ -116,7 +116,7 @@ def test_the_page_asks_for_nothing_from_outside_and_explains_each_measure(page: 
     assert not re.search(r"url\(|@import", text)
     for name in ("psnr_hole", "l1_hole_pct", "fid_full"):
         assert name in found.text
-        assert MEASURES[name].formula in found.text
+        assert METRICS[name].formula in found.text
     assert "not measured: no network was given" in found.text
     assert "OpenCV is not installed" in found.text
     assert "20.00 to 21.00" in found.text
@@ -172,7 +172,7 @@ def test_the_markdown_has_the_same_figures(evaluation: tuple[Evaluation, list]) 
 
 
 def test_the_best_of_each_measure_is_bold_whichever_way_it_counts() -> None:
-    table = measures_table(
+    table = metrics_table(
         {
             "a": {"psnr_hole": entry(20.0), "l1_hole_pct": entry(5.0)},
             "b": {"psnr_hole": entry(21.0), "l1_hole_pct": entry(6.0)},

@@ -20,10 +20,10 @@ from PIL import Image
 from pipeline import storage
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import read_manifest, read_records
-from pipeline.data.sources.ahead import read_ahead
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.choose import open_source
 from pipeline.data.sources.partitions import PARTITIONS, Partition
+from pipeline.data.sources.prefetch import read_ahead
 from pipeline.errors import ConfigMismatch, CorruptSource, MissingInput, StorageFailed, WrongCount
 from tests.conftest import ROOT, make_photo
 from tmad.config import MemoryConfig

@@ -20,11 +20,11 @@ from pipeline.sweep.config import SWEEP_PRESETS, SweepConfig
 from pipeline.sweep.figures import bars, front, parallel_coordinates
 from pipeline.sweep.launch import _Rungs, room
 from pipeline.sweep.plan import _rate_here, expected_images
-from pipeline.sweep.results import Trial, importance, pareto, read_trial, winner
 from pipeline.sweep.space import DOMAINS, GROUPS, Choice, LogRange, apply, make_space, sample
 from pipeline.sweep.studies import STUDIES
 from pipeline.sweep.summary import chance
 from pipeline.sweep.trial import Job, decode, encode, trial_run
+from pipeline.sweep.trials import Trial, importance, pareto, read_trial, winner
 from tests.pipeline.conftest import SetMaker
 from tests.tmad.tiny import MODEL
 from tmad.config import LossConfig
@@ -40,9 +40,9 @@ TABLE_II = {
 }
 
 
-def make_trial(number: int, status: str = "finished", point: dict[str, Any] | None = None, **measures: float) -> Trial:
-    history = [{"images": 8, **measures}] if measures else []
-    return Trial(number, f"t{number}", point or {}, status, 8, measures, history, 1.0, None, None)  # type: ignore[arg-type]
+def make_trial(number: int, status: str = "finished", point: dict[str, Any] | None = None, **metrics: float) -> Trial:
+    history = [{"images": 8, **metrics}] if metrics else []
+    return Trial(number, f"t{number}", point or {}, status, 8, metrics, history, 1.0, None, None)  # type: ignore[arg-type]
 
 
 def test_the_weights_are_those_of_table_ii_with_the_papers_value_in_the_middle_of_a_log_range() -> None:
@@ -218,7 +218,7 @@ def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
     rows = [{"step": 4, "time_s": 10.0, "val/psnr_hole": 12.0}, {"step": 8, "time_s": 13.0, "val/psnr_hole": 14.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trial = read_trial(str(tmp_path), 1, "a")
-    assert (trial.status, trial.images, trial.measures, trial.seconds) == ("stopped early", 8, {"psnr_hole": 14.0}, 3.0)
+    assert (trial.status, trial.images, trial.metrics, trial.seconds) == ("stopped early", 8, {"psnr_hole": 14.0}, 3.0)
     (folder / "error.json").write_text('{"error": "ValueError: no"}')
     assert (read_trial(str(tmp_path), 1, "a").status, read_trial(str(tmp_path), 1, "a").error) == (
         "failed",

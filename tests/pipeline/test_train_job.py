@@ -20,13 +20,13 @@ from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
 from jobs.train_places import main
-from pipeline.claim import CLAIM_NAME
 from pipeline.config import DataConfig, RunConfig, TrackingConfig, WorkersConfig, from_json
 from pipeline.data.schema import read_manifest
 from pipeline.errors import CheckpointsDamaged, ClusterTooSmall, ConfigMismatch, MissingInput, TrainingFailed
 from pipeline.models import load_any_model
 from pipeline.presets import smoke
 from pipeline.runs.cluster import require
+from pipeline.runs.lease import LEASE_NAME
 from pipeline.storage import write_atomic
 from pipeline.tracking import mlflow_client, read_json_lines
 from pipeline.train.launch import _cause, train
@@ -190,15 +190,15 @@ def test_of_several_workers_that_failed_the_one_that_says_why_is_told_without_wh
 
 def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(place: Path, in_this_process: None) -> None:
     run = place / "runs" / "taken"
-    claim = run / CLAIM_NAME
+    lease = run / LEASE_NAME
 
     def take_over() -> None:
         deadline = time.monotonic() + 300
         # A job that has just got its folder removes what others have begun to write there.
         while not (run / "config.json").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        theirs = {**json.loads(claim.read_text()), "token": "another", "process": "elsewhere"}
-        write_atomic(str(claim), json.dumps(theirs).encode())
+        theirs = {**json.loads(lease.read_text()), "token": "another", "process": "elsewhere"}
+        write_atomic(str(lease), json.dumps(theirs).encode())
 
     other = threading.Thread(target=take_over, daemon=True)
     other.start()
@@ -206,7 +206,7 @@ def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(plac
         train(_config(place, "taken"))
     other.join(timeout=10)
     assert not list((run / "checkpoints").glob("images_*"))
-    assert json.loads(claim.read_text())["token"] == "another"
+    assert json.loads(lease.read_text())["token"] == "another"
 
 
 def _unfinished_copy(place: Path, name: str) -> Path:

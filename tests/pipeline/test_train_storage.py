@@ -103,7 +103,7 @@ def test_a_bucket_that_may_not_be_written_to_is_told_before_anything_is_schedule
     sets: Path, bucket: str, faulty_cluster: FaultyProxy
 ) -> None:
     faulty_cluster.answer("AccessDenied", method="PUT|POST", target="/runs/")
-    with pytest.raises(StorageFailed, match=r"cannot write .*/runs/refused/claim.json: .*AccessDenied"):
+    with pytest.raises(StorageFailed, match=r"cannot write .*/runs/refused/lease.json: .*AccessDenied"):
         train(config_of(sets, f"{bucket}/runs", "refused"))
 
 

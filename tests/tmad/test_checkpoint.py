@@ -84,6 +84,23 @@ def test_loading_gives_back_everything_into_a_state_that_was_already_trained(
     assert_same(other, trained)
 
 
+def test_a_checkpoint_with_the_former_names_of_the_discriminators_is_continued(
+    trained: TrainingState, state_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for file in (state_folder / "state.json", state_folder / "state.safetensors"):
+        data = file.read_bytes()
+        assert b"discriminator" in data
+        if file.suffix == ".json":
+            file.write_bytes(data.replace(b"discriminator", b"critic"))
+        else:
+            save_file({name.replace("discriminator", "critic"): value for name, value in load_file(file).items()}, file)
+    again = make_state(trained.config, seed=5)
+    with caplog.at_level("INFO"):
+        load_state(again, state_folder)
+    assert_same(again, trained)
+    assert "the setting critics is called discriminators now" in caplog.text
+
+
 def test_a_bad_step_is_remembered_across_a_checkpoint(tmp_path: Path) -> None:
     state = make_state()
     state.bad_steps, state.bad_steps_in_row = 7, 2
@@ -279,8 +296,8 @@ def test_weights_that_do_not_fit_their_settings_are_refused_one_by_one(
 
 
 def test_a_state_whose_networks_lack_a_tensor_is_refused(state_folder: Path) -> None:
-    edit_tensors(state_folder / "state.safetensors", lambda t: t.pop("global_critic/layers.0.bias"))
-    with pytest.raises(ValueError, match=r"(?s)saved global_critic does not fit.*layers\.0\.bias"):
+    edit_tensors(state_folder / "state.safetensors", lambda t: t.pop("global_discriminator/layers.0.bias"))
+    with pytest.raises(ValueError, match=r"(?s)saved global_discriminator does not fit.*layers\.0\.bias"):
         load_state(make_state(EVERY_OTHER), state_folder)
 
 

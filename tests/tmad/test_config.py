@@ -49,7 +49,7 @@ def test_the_defaults_are_the_papers_values() -> None:
     )
     assert loss.relativistic
     assert config.model.retrieval.temperature == 1
-    assert (config.optim.lr, config.optim.lr_critics) == (1e-4, None)
+    assert (config.optim.lr, config.optim.lr_discriminators) == (1e-4, None)
 
 
 def test_the_memory_stride_is_a_half_for_rectangles_and_a_quarter_for_free_form() -> None:
@@ -71,8 +71,8 @@ def test_the_overlap_is_a_share_of_the_patch_up_to_a_half() -> None:
 
 def test_a_rate_of_zero_for_the_coarse_network_is_a_setting_and_for_others_none() -> None:
     assert OptimConfig(lr_coarse_joint=0).lr_coarse_joint == 0
-    with pytest.raises(ValidationError, match="lr_critics"):
-        OptimConfig(lr_critics=0)
+    with pytest.raises(ValidationError, match="lr_discriminators"):
+        OptimConfig(lr_discriminators=0)
 
 
 @pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__name__)

@@ -164,11 +164,11 @@ def test_feathering_changes_so_many_pixels_around_the_hole_and_no_more(model: TM
 
 def test_refining_another_result_works_under_every_policy(model: TMAD, monkeypatch: pytest.MonkeyPatch) -> None:
     image, mask = make_image(8, 300), holes(300, 300, (100, 100, 250, 250))
-    donor = np.where(mask[..., None] > 0, make_image(9, 300), 0).astype(np.uint8)
+    coarse = np.where(mask[..., None] > 0, make_image(9, 300), 0).astype(np.uint8)
     monkeypatch.setattr(model, "predict_coarse", lambda *_: pytest.fail("the coarse network was asked"))
     for policy in ("original", "resize", "crop"):
-        result = Inpainter(model, policy=policy, context=32, limit=96)(image, mask, filled=donor)
-        assert np.array_equal(result.coarse, np.where(mask[..., None] > 0, donor, image))
+        result = Inpainter(model, policy=policy, context=32, limit=96)(image, mask, filled=coarse)
+        assert np.array_equal(result.coarse, np.where(mask[..., None] > 0, coarse, image))
         assert np.array_equal(result.output[mask == 0], image[mask == 0])
 
 

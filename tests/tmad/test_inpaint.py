@@ -581,8 +581,8 @@ def test_in_bfloat16_a_picture_is_nearly_the_same_and_its_candidates_are_found_i
     difference = np.abs(rounded.output.astype(int) - exact.output)
     assert 0 < difference.mean() < 1
     assert np.array_equal(rounded.output[mask == 0], image[mask == 0])
-    donor = exact.coarse
-    found = [Inpainter(model, precision=one)(image, mask, filled=donor).candidates_yx for one in ("fp32", "bf16")]
+    coarse = exact.coarse
+    found = [Inpainter(model, precision=one)(image, mask, filled=coarse).candidates_yx for one in ("fp32", "bf16")]
     assert np.array_equal(*found)
 
 

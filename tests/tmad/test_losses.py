@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tmad.losses import (
-    global_critic_loss,
+    global_discriminator_loss,
     global_generator_loss,
-    patch_critic_loss,
+    patch_discriminator_loss,
     patch_generator_loss,
     region_l1,
     total_variation,
@@ -125,9 +125,9 @@ def test_an_empty_region_costs_nothing_and_gives_no_gradient() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000))
-def test_the_critics_loss_is_equation_6(seed: int) -> None:
+def test_the_discriminators_loss_is_equation_6(seed: int) -> None:
     _, real, fake = scores(seed)
-    loss = patch_critic_loss(real, fake, relativistic=True, mean=same)
+    loss = patch_discriminator_loss(real, fake, relativistic=True, mean=same)
     assert float(loss) == pytest.approx(equation_6(real, fake))
 
 
@@ -151,7 +151,9 @@ def central_difference(function: object, x: Tensor, place: int, step: float = 1e
 def test_the_relativistic_means_are_differentiated_too() -> None:
     memory, real, fake = scores(0)
     real.requires_grad_(), fake.requires_grad_()
-    d_real, d_fake = torch.autograd.grad(patch_critic_loss(real, fake, relativistic=True, mean=same), (real, fake))
+    d_real, d_fake = torch.autograd.grad(
+        patch_discriminator_loss(real, fake, relativistic=True, mean=same), (real, fake)
+    )
     assert float(d_real.flatten()[3]) == pytest.approx(central_difference(lambda r: equation_6(r, fake), real, 3))
     assert float(d_fake.flatten()[3]) == pytest.approx(central_difference(lambda f: equation_6(real, f), fake, 3))
     loss = patch_generator_loss(memory, real.detach(), fake, relativistic=True, mean=same)
@@ -175,8 +177,8 @@ def test_the_compensation_term_draws_the_mean_of_the_synthesized_patches_towards
 def test_without_the_relativistic_terms_each_score_stands_alone() -> None:
     memory, real, fake = scores(0)
     r, f = flat(real), flat(fake)
-    critic = patch_critic_loss(real, fake, relativistic=False, mean=same)
-    assert float(critic) == pytest.approx(mean([softplus(-x) for x in r]) + mean([softplus(x) for x in f]))
+    discriminator = patch_discriminator_loss(real, fake, relativistic=False, mean=same)
+    assert float(discriminator) == pytest.approx(mean([softplus(-x) for x in r]) + mean([softplus(x) for x in f]))
     generator = patch_generator_loss(memory, real, fake, relativistic=False, mean=same)
     assert float(generator) == pytest.approx(mean([softplus(-x) for x in f]))
     assert float(generator) == float(patch_generator_loss(memory + 9, real - 9, fake, relativistic=False, mean=same))
@@ -191,21 +193,21 @@ def test_the_workers_mean_replaces_the_own_one_in_both_expectations() -> None:
         return value + 2.0
 
     r, f = flat(real), flat(fake)
-    critic = patch_critic_loss(real, fake, relativistic=True, mean=common)
+    discriminator = patch_discriminator_loss(real, fake, relativistic=True, mean=common)
     assert asked == pytest.approx([mean(f), mean(r)])
     expected = mean([softplus(-(x - mean(f) - 2)) for x in r]) + mean([softplus(x - mean(r) - 2) for x in f])
-    assert float(critic) == pytest.approx(expected)
+    assert float(discriminator) == pytest.approx(expected)
     generator = patch_generator_loss(memory, real, fake, relativistic=True, mean=common)
     expected = mean([softplus(x - mean(f) - 2) for x in flat(memory)]) + mean([softplus(-(x - mean(r) - 2)) for x in f])
     assert float(generator) == pytest.approx(expected)
 
 
-def test_critic_and_generator_pull_in_opposite_directions() -> None:
+def test_discriminator_and_generator_pull_in_opposite_directions() -> None:
     memory, real, fake = scores(0)
     fake.requires_grad_()
-    critic = patch_critic_loss(real, fake, relativistic=True, mean=same)
+    discriminator = patch_discriminator_loss(real, fake, relativistic=True, mean=same)
     generator = patch_generator_loss(memory, real, fake, relativistic=True, mean=same)
-    assert torch.autograd.grad(critic, fake)[0].sum() > 0
+    assert torch.autograd.grad(discriminator, fake)[0].sum() > 0
     assert torch.autograd.grad(generator, fake)[0].sum() < 0
 
 
@@ -213,16 +215,16 @@ def test_the_blending_losses_of_equation_9_are_the_non_saturating_ones() -> None
     _, real, fake = scores(4)
     r, f = flat(real), flat(fake)
     expected = mean([softplus(-x) for x in r]) + mean([softplus(x) for x in f])
-    assert float(global_critic_loss(real, fake)) == pytest.approx(expected)
+    assert float(global_discriminator_loss(real, fake)) == pytest.approx(expected)
     assert float(global_generator_loss(fake)) == pytest.approx(mean([softplus(-x) for x in f]))
 
 
 def test_huge_scores_stay_finite() -> None:
     huge = torch.tensor([1e4, -1e4])
     losses = [
-        patch_critic_loss(huge, -huge, relativistic=True, mean=same),
+        patch_discriminator_loss(huge, -huge, relativistic=True, mean=same),
         patch_generator_loss(huge, huge, -huge, relativistic=True, mean=same),
-        global_critic_loss(huge, -huge),
+        global_discriminator_loss(huge, -huge),
         global_generator_loss(-huge),
     ]
     assert torch.stack(losses).isfinite().all()

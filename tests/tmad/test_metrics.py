@@ -1,4 +1,4 @@
-"""Measures against their formulas written out, at the edges, and as means over a set."""
+"""Metrics against their formulas written out, at the edges, and as means over a set."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from skimage.color import rgb2gray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from tmad.metrics import MEASURES, PSNR_CAP_DB, Summary, measure
+from tmad.metrics import METRICS, PSNR_CAP_DB, Summary, measure
 
-OF_ONE_IMAGE = [name for name, entry in MEASURES.items() if entry.function]
+OF_ONE_IMAGE = [name for name, entry in METRICS.items() if entry.function]
 OF_THE_HOLE = [name for name in OF_ONE_IMAGE if "hole" in name]
 
 
@@ -177,7 +177,7 @@ def test_only_the_named_measures_are_computed() -> None:
 
 @pytest.mark.parametrize("name", ["psnr", "swd_hole"])
 def test_a_name_that_is_no_measure_of_one_image_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"no measure of one image is called {name}; there are l1_hole_pct, "):
+    with pytest.raises(ValueError, match=rf"no metric of one image is called {name}; there are l1_hole_pct, "):
         measure(*pair(), [name])
 
 
@@ -194,7 +194,7 @@ def test_inputs_of_the_wrong_kind_are_refused_with_what_was_given() -> None:
 
 
 def test_every_name_says_region_and_every_entry_is_complete() -> None:
-    for name, entry in MEASURES.items():
+    for name, entry in METRICS.items():
         assert any(word in name for word in ("hole", "full", "relative", "grad255", "retrieval")), name
         assert entry.better in ("lower", "higher", "neither")
         assert entry.formula
@@ -210,8 +210,8 @@ def test_the_stated_direction_is_that_of_a_result_with_less_noise() -> None:
     )
     bad, good = measure(worse, truth, mask), measure(better, truth, mask)
     # More noise hides a grid of cells, and has more total variation than the photograph.
-    for name in [name for name in OF_ONE_IMAGE if MEASURES[name].better != "neither" and name != "seam_ratio_hole"]:
-        sign = 1 if MEASURES[name].better == "higher" else -1
+    for name in [name for name in OF_ONE_IMAGE if METRICS[name].better != "neither" and name != "seam_ratio_hole"]:
+        sign = 1 if METRICS[name].better == "higher" else -1
         assert sign * good[name] > sign * bad[name], name
 
 
@@ -221,8 +221,8 @@ def test_total_variation_which_a_flat_grey_wins_is_neither_better_high_nor_low()
     flat, real = measure(grey, truth, mask), measure(truth, truth, mask)
     for name in ("tv_grad255", "tv_l1_hole_pct"):
         assert flat[name] < real[name]
-        assert MEASURES[name].better == "neither"
-        assert "photographs" in MEASURES[name].direction
+        assert METRICS[name].better == "neither"
+        assert "photographs" in METRICS[name].direction
 
 
 def seam_twin(image: np.ndarray, mask: np.ndarray, side: int) -> float:

@@ -17,8 +17,8 @@ from tests.tmad.tiny import MODEL, TRAINING, make_state, train
 from tmad.blocks import SPECTRAL_GAIN, DownBlock, ResidualBlock, UpBlock
 from tmad.carafe import Carafe
 from tmad.coarse import CoarseNet, compose
-from tmad.config import CarafeConfig, CoarseConfig, CriticsConfig, PSNetConfig, TMADConfig
-from tmad.discriminators import GlobalCritic, PatchCritic, gradient_penalty
+from tmad.config import CarafeConfig, CoarseConfig, DiscriminatorsConfig, PSNetConfig, TMADConfig
+from tmad.discriminators import GlobalDiscriminator, PatchDiscriminator, gradient_penalty
 from tmad.model import TMAD
 from tmad.mosaic import NUM_BANDS
 from tmad.psnet import PSNet
@@ -82,8 +82,8 @@ def test_psnet_has_the_blocks_of_table_i(full: TMAD) -> None:
 
 
 def test_no_network_has_a_normalisation_layer_or_an_activation_behind_its_last_convolution(full: TMAD) -> None:
-    critics = CriticsConfig()
-    networks = [full, PatchCritic(critics), GlobalCritic(critics)]
+    discriminators = DiscriminatorsConfig()
+    networks = [full, PatchDiscriminator(discriminators), GlobalDiscriminator(discriminators)]
     for network in networks:
         leaves = [part for part in network.modules() if not isinstance(part, nn.Conv2d) and not list(part.children())]
         # Spectral normalisation and its constant are parametrizations of a weight, not layers.
@@ -394,8 +394,8 @@ def test_the_stored_weights_of_all_normalised_layers_turn_equally_fast(residual:
         torch.manual_seed(0)
         networks = [
             PSNet(PSNetConfig(residual=residual), CarafeConfig(), 4),
-            PatchCritic(CriticsConfig()),
-            GlobalCritic(CriticsConfig(global_base_width=16)),
+            PatchDiscriminator(DiscriminatorsConfig()),
+            GlobalDiscriminator(DiscriminatorsConfig(global_base_width=16)),
         ]
     for network in networks:
         shares = {}
@@ -408,21 +408,21 @@ def test_the_stored_weights_of_all_normalised_layers_turn_equally_fast(residual:
         assert min(shares.values()) > 0.7 * max(shares.values()), shares
 
 
-def test_the_patch_critic_scores_a_map_of_a_quarter_of_the_side() -> None:
-    critic = PatchCritic(CriticsConfig(patch_base_width=4))
-    assert count(critic) == {"down": 2, "res": 2, "up": 0}
-    assert critic(rand(6, 3, 32, 32)).shape == (6, 1, 8, 8)
+def test_the_patch_discriminator_scores_a_map_of_a_quarter_of_the_side() -> None:
+    discriminator = PatchDiscriminator(DiscriminatorsConfig(patch_base_width=4))
+    assert count(discriminator) == {"down": 2, "res": 2, "up": 0}
+    assert discriminator(rand(6, 3, 32, 32)).shape == (6, 1, 8, 8)
 
 
-def test_the_global_critic_has_a_field_of_70_pixels() -> None:
-    critic = GlobalCritic(CriticsConfig(global_base_width=2))
-    assert field(critic, rand(1, 3, 160, 160)) == (70, 70)
-    assert critic(rand(2, 3, 64, 96)).shape == (2, 1, 6, 10)
-    assert critic(rand(1, 3, 32, 32)).shape == (1, 1, 2, 2)
+def test_the_global_discriminator_has_a_field_of_70_pixels() -> None:
+    discriminator = GlobalDiscriminator(DiscriminatorsConfig(global_base_width=2))
+    assert field(discriminator, rand(1, 3, 160, 160)) == (70, 70)
+    assert discriminator(rand(2, 3, 64, 96)).shape == (2, 1, 6, 10)
+    assert discriminator(rand(1, 3, 32, 32)).shape == (1, 1, 2, 2)
 
 
-def test_the_global_critic_has_patchgan_widths() -> None:
-    widths = [c.out_channels for c in GlobalCritic(CriticsConfig()).layers if isinstance(c, nn.Conv2d)]
+def test_the_global_discriminator_has_patchgan_widths() -> None:
+    widths = [c.out_channels for c in GlobalDiscriminator(DiscriminatorsConfig()).layers if isinstance(c, nn.Conv2d)]
     assert widths == [64, 128, 256, 512, 1]
 
 
@@ -434,13 +434,13 @@ def normalised_convolutions(network: nn.Module) -> list[nn.Conv2d]:
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_spectral_normalisation_covers_psnet_but_carafe_and_its_output_the_critics_and_nothing_elsewhere(
+def test_spectral_normalisation_covers_psnet_but_carafe_and_its_output_the_discriminators_and_nothing_elsewhere(
     wanted: bool,
 ) -> None:
     config = replace(MODEL, psnet=replace(MODEL.psnet, spectral_norm=wanted))
-    critics = replace(TRAINING.critics, spectral_norm=wanted)
+    discriminators = replace(TRAINING.discriminators, spectral_norm=wanted)
     model = TMAD(config)
-    for module in (model.psnet, PatchCritic(critics), GlobalCritic(critics)):
+    for module in (model.psnet, PatchDiscriminator(discriminators), GlobalDiscriminator(discriminators)):
         convolutions = normalised_convolutions(module)
         assert {nn.utils.parametrize.is_parametrized(part, "weight") for part in convolutions} == {wanted}
     carafes = [part for part in model.psnet.modules() if isinstance(part, Carafe)]
@@ -452,7 +452,7 @@ def test_spectral_normalisation_covers_psnet_but_carafe_and_its_output_the_criti
 def test_the_spectral_bound_holds_after_training_steps_and_binds_there() -> None:
     state = make_state()
     train(state, 12)
-    networks = [state.model.psnet, state.patch_critic, state.global_critic]
+    networks = [state.model.psnet, state.patch_discriminator, state.global_discriminator]
     layers = [part for network in networks for part in normalised_convolutions(network)]
     assert len(layers) > 30
     originals = []
@@ -473,7 +473,7 @@ def test_the_spectral_bound_holds_after_training_steps_and_binds_there() -> None
     assert max(originals) > 1.15
 
 
-def penalty_twin(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor, step: float = 1e-5) -> float:
+def penalty_twin(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor, step: float = 1e-5) -> float:
     """E[(|grad C| - 1)^2] with each partial derivative as a central difference."""
     total = 0.0
     for x_real, x_fake, m in zip(real, fake, mix, strict=True):
@@ -484,13 +484,13 @@ def penalty_twin(critic: nn.Module, real: Tensor, fake: Tensor, mix: Tensor, ste
             for sign in (1, -1):
                 moved = x.clone()
                 moved.view(-1)[place] += sign * step
-                shifted.append(float(critic(moved[None]).mean()))
+                shifted.append(float(discriminator(moved[None]).mean()))
             squares += ((shifted[0] - shifted[1]) / (2 * step)) ** 2
         total += (math.sqrt(squares) - 1) ** 2
     return total / len(real)
 
 
-class SmoothCritic(nn.Module):
+class SmoothDiscriminator(nn.Module):
     """Two convolutions in double precision with a smooth activation, so that finite differences are accurate."""
 
     def __init__(self) -> None:
@@ -511,22 +511,22 @@ def penalty_inputs() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_the_gradient_penalty_equals_finite_differences() -> None:
-    critic, (real, fake, mix) = SmoothCritic(), penalty_inputs()
+    discriminator, (real, fake, mix) = SmoothDiscriminator(), penalty_inputs()
     with torch.no_grad():
-        expected = penalty_twin(critic, real.double(), fake.double(), mix.double())
-    assert float(gradient_penalty(critic, real, fake, mix).detach()) == pytest.approx(expected, rel=1e-4)
+        expected = penalty_twin(discriminator, real.double(), fake.double(), mix.double())
+    assert float(gradient_penalty(discriminator, real, fake, mix).detach()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_gradient_penalty_is_differentiable_in_the_critic() -> None:
-    critic, inputs = SmoothCritic(), penalty_inputs()
-    gradient_penalty(critic, *inputs).backward()
-    weight, step = critic.first.weight, 1e-5
+def test_the_gradient_penalty_is_differentiable_in_the_discriminator() -> None:
+    discriminator, inputs = SmoothDiscriminator(), penalty_inputs()
+    gradient_penalty(discriminator, *inputs).backward()
+    weight, step = discriminator.first.weight, 1e-5
     for place in ((0, 0, 0, 0), (2, 1, 1, 2)):
         values = []
         for sign in (1, -1):
             with torch.no_grad():
                 weight[place] += sign * step
-            values.append(float(gradient_penalty(critic, *inputs).detach()))
+            values.append(float(gradient_penalty(discriminator, *inputs).detach()))
             with torch.no_grad():
                 weight[place] -= sign * step
         # The penalty itself is computed in single precision.
@@ -547,9 +547,9 @@ def test_the_gradient_penalty_vanishes_where_the_gradient_has_norm_one_and_is_on
         assert float(gradient_penalty(Plane(slope), *penalty_inputs())) == pytest.approx(penalty, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", [PatchCritic, GlobalCritic])
-def test_the_penalty_reaches_the_weights_of_the_real_critics(kind: type[nn.Module]) -> None:
-    critic = kind(TRAINING.critics)
-    gradient_penalty(critic, rand(2, 3, 32, 32), rand(2, 3, 32, 32, seed=1), torch.tensor([0.3, 0.6])).backward()
-    gradients = [p.grad for name, p in critic.named_parameters() if name.endswith("original")]
+@pytest.mark.parametrize("kind", [PatchDiscriminator, GlobalDiscriminator])
+def test_the_penalty_reaches_the_weights_of_the_real_discriminators(kind: type[nn.Module]) -> None:
+    discriminator = kind(TRAINING.discriminators)
+    gradient_penalty(discriminator, rand(2, 3, 32, 32), rand(2, 3, 32, 32, seed=1), torch.tensor([0.3, 0.6])).backward()
+    gradients = [p.grad for name, p in discriminator.named_parameters() if name.endswith("original")]
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)

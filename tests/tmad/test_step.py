@@ -54,8 +54,8 @@ WEIGHTS = {
 STILL = 1e-12
 """A learning rate that moves nothing worth mentioning."""
 
-PLAIN_CRITICS = replace(TRAINING, critics=replace(TRAINING.critics, spectral_norm=False))
-"""Without the power iteration a score does not depend on how often the critic was asked before."""
+PLAIN_DISCRIMINATORS = replace(TRAINING, discriminators=replace(TRAINING.discriminators, spectral_norm=False))
+"""Without the power iteration a score does not depend on how often the discriminator was asked before."""
 
 
 def only(name: str, config: TrainingConfig = TRAINING) -> TrainingConfig:
@@ -88,11 +88,11 @@ class Recorder:
 
 
 def gradients(config: TrainingConfig, phase: str = "joint") -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-    """Gradients by name of each update of one step (critics first where they take part), and the step's metrics."""
+    """Gradients by name of each update of one step (discriminators first, if any), and the step's metrics."""
     state, recorder = make_state(config), Recorder()
     names = {
         id(parameter): f"{part}.{name}"
-        for part in ("model", "patch_critic", "global_critic")
+        for part in ("model", "patch_discriminator", "global_discriminator")
         for name, parameter in getattr(state, part).named_parameters()
     }
     metrics = step(state, phase, workers=recorder)
@@ -138,16 +138,16 @@ def test_joint_steps_move_every_parameter_of_every_module(residual: str, steps: 
             [getattr(state.model.psnet, name) for name in ("up_half", "up_full", "decode", "output")]
             + ([state.model.psnet.gains] if residual == "detail" else [])
         ),
-        "patch critic": state.patch_critic,
-        "global critic": state.global_critic,
+        "patch discriminator": state.patch_discriminator,
+        "global discriminator": state.global_discriminator,
         "average": state.ema_model,
     }
     before = {name: snapshot(part) for name, part in parts.items()}
     train(state, steps)
     for name, part in parts.items():
         still = before[name].keys() - moved(before[name], part)
-        # Relative scores do not depend on the last bias of the patch critic (Eq. 6); only rounding may move it.
-        assert still <= ({"layers.6.bias"} if name == "patch critic" else set()), (name, still)
+        # Relative scores do not depend on the last bias of the patch discriminator (Eq. 6); only rounding may move it.
+        assert still <= ({"layers.6.bias"} if name == "patch discriminator" else set()), (name, still)
     assert sum(p.numel() for p in state.model.parameters()) == sum(
         value.numel() for name in list(parts)[:6] for value in before[name].values()
     )
@@ -155,12 +155,12 @@ def test_joint_steps_move_every_parameter_of_every_module(residual: str, steps: 
 
 def test_the_coarse_phase_moves_the_coarse_network_and_nothing_else() -> None:
     state = make_state()
-    before = {name: snapshot(getattr(state, name)) for name in ("model", "patch_critic", "global_critic")}
+    before = {name: snapshot(getattr(state, name)) for name in ("model", "patch_discriminator", "global_discriminator")}
     metrics = step(state, "coarse")
     names = moved(before["model"], state.model)
     assert names == {name for name in before["model"] if name.startswith("coarse.")}
-    assert not moved(before["patch_critic"], state.patch_critic)
-    assert not moved(before["global_critic"], state.global_critic)
+    assert not moved(before["patch_discriminator"], state.patch_discriminator)
+    assert not moved(before["global_discriminator"], state.global_discriminator)
     assert set(metrics) == {
         "loss/coarse_hole",
         "loss/coarse_valid",
@@ -174,7 +174,10 @@ def test_the_coarse_phase_moves_the_coarse_network_and_nothing_else() -> None:
 
 def test_the_gradient_norms_of_the_networks_make_up_those_of_their_optimizers() -> None:
     (metrics,) = train(make_state(), 1)
-    parts = {"generator": ("coarse", "retrieval", "psnet"), "critics": ("patch_critic", "global_critic")}
+    parts = {
+        "generator": ("coarse", "retrieval", "psnet"),
+        "discriminators": ("patch_discriminator", "global_discriminator"),
+    }
     assert {name for name in metrics if name.startswith("grad_norm/")} == {
         f"grad_norm/{name}" for whole, names in parts.items() for name in (whole, *names)
     }
@@ -203,36 +206,36 @@ def test_each_term_falls_when_it_is_the_only_one(weight: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained_critics() -> tuple[TrainingState, list[dict]]:
-    """A state whose critics have learnt one batch by heart while the generator stood still, and how they did it."""
-    state = make_state(with_loss(with_optim(lr=STILL, lr_critics=5e-3), gradient_penalty=0.1))
+def trained_discriminators() -> tuple[TrainingState, list[dict]]:
+    """A state whose discriminators have learnt one batch by heart while the generator stood still, and the steps."""
+    state = make_state(with_loss(with_optim(lr=STILL, lr_discriminators=5e-3), gradient_penalty=0.1))
     return state, train(state, 8, fixed=True)
 
 
-def test_the_critics_tell_real_from_fake_while_the_generator_stands_still(trained_critics: tuple) -> None:
-    _, history = trained_critics
-    for name in ("critic_patch", "critic_global"):
+def test_the_discriminators_tell_real_from_fake_while_the_generator_stands_still(trained_discriminators: tuple) -> None:
+    _, history = trained_discriminators
+    for name in ("discriminator_patch", "discriminator_global"):
         assert history[-1][f"loss/{name}"] < 0.9 * history[0][f"loss/{name}"]
         assert history[-1][f"{name}/real"] > history[-1][f"{name}/fake"] + 0.5
 
 
 @pytest.mark.parametrize("relativistic", [True, False])
 @pytest.mark.parametrize("weight", ["weight_gan_patch", "weight_gan_global"])
-def test_each_adversarial_term_falls_while_the_critics_stand_still(
-    weight: str, relativistic: bool, trained_critics: tuple
+def test_each_adversarial_term_falls_while_the_discriminators_stand_still(
+    weight: str, relativistic: bool, trained_discriminators: tuple
 ) -> None:
-    config = with_loss(with_optim(only(weight), lr_critics=STILL, lr=1e-3), relativistic=relativistic)
-    state, (critics, _) = make_state(config), trained_critics
-    state.restore(critics.tensors(), critics.counters())
+    config = with_loss(with_optim(only(weight), lr_discriminators=STILL, lr=1e-3), relativistic=relativistic)
+    state, (discriminators, _) = make_state(config), trained_discriminators
+    state.restore(discriminators.tensors(), discriminators.counters())
     history = train(state, 8, fixed=True)
     name = WEIGHTS[weight]
     assert history[-1][f"loss/{name}"] < 0.8 * history[0][f"loss/{name}"]
-    fakes = [metrics[f"{name.replace('gan', 'critic')}/fake"] for metrics in history]
+    fakes = [metrics[f"{name.replace('gan', 'discriminator')}/fake"] for metrics in history]
     assert fakes[-1] > fakes[0] + 0.1
 
 
-def test_the_penalty_falls_as_the_critics_are_trained_on_it() -> None:
-    history = train(make_state(with_optim(lr=STILL, lr_critics=5e-3)), 8, fixed=True)
+def test_the_penalty_falls_as_the_discriminators_are_trained_on_it() -> None:
+    history = train(make_state(with_optim(lr=STILL, lr_discriminators=5e-3)), 8, fixed=True)
     for name in ("penalty/patch", "penalty/global"):
         assert history[-1][name] < 0.7 * history[0][name]
 
@@ -247,45 +250,51 @@ def test_the_total_is_the_weighted_sum_of_the_terms() -> None:
 
 
 @pytest.fixture(scope="module")
-def still_critics() -> TrainingConfig:
-    """Critics that stand still and count no questions, so that the generator's terms can be compared between runs."""
-    return with_loss(with_optim(PLAIN_CRITICS, lr_critics=STILL), **dict.fromkeys(WEIGHTS, 0.5))
+def still_discriminators() -> TrainingConfig:
+    """Discriminators that stand still and count no questions, so that the generator's terms are comparable."""
+    return with_loss(with_optim(PLAIN_DISCRIMINATORS, lr_discriminators=STILL), **dict.fromkeys(WEIGHTS, 0.5))
 
 
 @pytest.fixture(scope="module")
-def all_terms(still_critics: TrainingConfig) -> dict[str, Tensor]:
-    return gradients(still_critics)[0][-1]
+def all_terms(still_discriminators: TrainingConfig) -> dict[str, Tensor]:
+    return gradients(still_discriminators)[0][-1]
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
 def test_a_term_contributes_its_own_gradient_and_with_weight_zero_nothing(
-    weight: str, still_critics: TrainingConfig, all_terms: dict[str, Tensor]
+    weight: str, still_discriminators: TrainingConfig, all_terms: dict[str, Tensor]
 ) -> None:
-    without, metrics = gradients(with_loss(still_critics, **{weight: 0.0}))
-    alone, _ = gradients(with_loss(only(weight, still_critics), **{weight: getattr(still_critics.loss, weight)}))
+    without, metrics = gradients(with_loss(still_discriminators, **{weight: 0.0}))
+    alone, _ = gradients(
+        with_loss(only(weight, still_discriminators), **{weight: getattr(still_discriminators.loss, weight)})
+    )
     assert f"loss/{WEIGHTS[weight]}" not in metrics
     assert set(metrics) >= {f"loss/{name}" for other, name in WEIGHTS.items() if other != weight}
     assert_close(minus(all_terms, without[-1]), alone[-1], all_terms)
 
 
-@pytest.mark.parametrize(("weight", "critic"), [("weight_gan_patch", "patch"), ("weight_gan_global", "global")])
-def test_a_critic_whose_weight_is_zero_is_left_untouched(weight: str, critic: str) -> None:
+@pytest.mark.parametrize(("weight", "discriminator"), [("weight_gan_patch", "patch"), ("weight_gan_global", "global")])
+def test_a_discriminator_whose_weight_is_zero_is_left_untouched(weight: str, discriminator: str) -> None:
     state = make_state(with_loss(**{weight: 0.0}))
-    before = copy.deepcopy(getattr(state, f"{critic}_critic").state_dict())
+    before = copy.deepcopy(getattr(state, f"{discriminator}_discriminator").state_dict())
     metrics = train(state, 2)[-1]
-    after = getattr(state, f"{critic}_critic").state_dict()
+    after = getattr(state, f"{discriminator}_discriminator").state_dict()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
-    assert not [name for name in metrics if name.startswith(f"critic_{critic}") or name == f"penalty/{critic}"]
-    assert f"loss/critic_{critic}" not in metrics
-    other = "global" if critic == "patch" else "patch"
-    assert f"loss/critic_{other}" in metrics
+    assert not [
+        name
+        for name in metrics
+        if name.startswith(f"discriminator_{discriminator}") or name == f"penalty/{discriminator}"
+    ]
+    assert f"loss/discriminator_{discriminator}" not in metrics
+    other = "global" if discriminator == "patch" else "patch"
+    assert f"loss/discriminator_{other}" in metrics
 
 
-def test_without_adversarial_terms_no_critic_is_asked() -> None:
+def test_without_adversarial_terms_no_discriminator_is_asked() -> None:
     state = make_state(with_loss(weight_gan_patch=0.0, weight_gan_global=0.0))
-    for critic in (state.patch_critic, state.global_critic):
-        critic.register_forward_hook(lambda *args: pytest.fail("a critic was asked"))
-    assert "grad_norm/critics" not in step(state)
+    for discriminator in (state.patch_discriminator, state.global_discriminator):
+        discriminator.register_forward_hook(lambda *args: pytest.fail("a discriminator was asked"))
+    assert "grad_norm/discriminators" not in step(state)
 
 
 def test_without_the_perceptual_term_no_feature_network_is_needed_and_with_it_it_is() -> None:
@@ -326,7 +335,9 @@ def cells_of(pictures: Tensor) -> Tensor:
 @pytest.mark.parametrize("region", ["cell", "hole"])
 @pytest.mark.parametrize("relativistic", [True, False])
 def test_every_term_of_a_step_equals_its_equation_written_out(relativistic: bool, region: str) -> None:
-    config = with_loss(with_optim(PLAIN_CRITICS, lr_critics=STILL), relativistic=relativistic, patch_region=region)
+    config = with_loss(
+        with_optim(PLAIN_DISCRIMINATORS, lr_discriminators=STILL), relativistic=relativistic, patch_region=region
+    )
     state, batch = make_state(config), make_batch(num_cells=12)
     with_noise(state.model)
     twin = copy.deepcopy(state)
@@ -338,9 +349,9 @@ def test_every_term_of_a_step_equals_its_equation_written_out(relativistic: bool
         target, hole = cells_of(image), cells_of(mask)
         seen = out.patches if region == "cell" else hole * out.patches + (1 - hole) * target
         reals = torch.cat([out.candidates.flatten(0, 2), target.flatten(0, 1)])
-        real, fake = twin.patch_critic(reals), twin.patch_critic(seen.flatten(0, 1))
-        memory = twin.patch_critic(out.pool.flatten(0, 1))
-        global_real, global_fake = twin.global_critic(image), twin.global_critic(out.output)
+        real, fake = twin.patch_discriminator(reals), twin.patch_discriminator(seen.flatten(0, 1))
+        memory = twin.patch_discriminator(out.pool.flatten(0, 1))
+        global_real, global_fake = twin.global_discriminator(image), twin.global_discriminator(out.output)
         maps = [Features()(x.flatten(0, 1)) for x in (seen, target)]
     assert len(reals) == 2 * 9 * (2 + 1)
     # What the memory is compared with: the true cells that have a hole in them, and no others.
@@ -367,20 +378,22 @@ def test_every_term_of_a_step_equals_its_equation_written_out(relativistic: bool
         "retrieval/entropy": float(-(out.weights * out.weights.log()).sum(2)[counted].mean()),
         "loss/perceptual": sum(float((a - b).abs().mean()) for a, b in zip(*maps, strict=True)),
         "loss/tv": variation_twin(out.output, mask),
-        "loss/critic_patch": equation_6(real, fake) if relativistic else alone[0],
+        "loss/discriminator_patch": equation_6(real, fake) if relativistic else alone[0],
         "loss/gan_patch": equation_7(memory, real, fake) if relativistic else alone[1],
-        "loss/critic_global": mean([softplus(-x) for x in blend[0]]) + mean([softplus(x) for x in blend[1]]),
+        "loss/discriminator_global": mean([softplus(-x) for x in blend[0]]) + mean([softplus(x) for x in blend[1]]),
         "loss/gan_global": mean([softplus(-x) for x in blend[1]]),
-        "critic_patch/real": mean(r),
-        "critic_patch/fake": mean(f),
-        "critic_global/real": mean(blend[0]),
-        "critic_global/fake": mean(blend[1]),
+        "discriminator_patch/real": mean(r),
+        "discriminator_patch/fake": mean(f),
+        "discriminator_global/real": mean(blend[0]),
+        "discriminator_global/fake": mean(blend[1]),
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
 
 
 def test_with_the_region_hole_the_patch_terms_see_the_cell_as_it_stands_in_the_result() -> None:
-    config = with_loss(with_optim(PLAIN_CRITICS, lr_critics=STILL), patch_region="hole", relativistic=False)
+    config = with_loss(
+        with_optim(PLAIN_DISCRIMINATORS, lr_discriminators=STILL), patch_region="hole", relativistic=False
+    )
     state, batch = make_state(config), make_batch()
     twin = copy.deepcopy(state)
     metrics = step(state, batch=batch)
@@ -393,13 +406,13 @@ def test_with_the_region_hole_the_patch_terms_see_the_cell_as_it_stands_in_the_r
         expected = {
             "l1": (hole * (out.patches - target).abs()).mean(),
             "perceptual": sum((a - b).abs().mean() for a, b in zip(*maps, strict=True)),
-            "gan_patch": nn.functional.softplus(-twin.patch_critic(seen.flatten(0, 1))).mean(),
+            "gan_patch": nn.functional.softplus(-twin.patch_discriminator(seen.flatten(0, 1))).mean(),
             "tv": variation_twin(out.output, mask),
         }
-        score = float(twin.patch_critic(seen.flatten(0, 1)).mean())
+        score = float(twin.patch_discriminator(seen.flatten(0, 1)).mean())
     for name, value in expected.items():
         assert float(metrics[f"loss/{name}"]) == pytest.approx(float(value), rel=1e-4), name
-    assert float(metrics["critic_patch/fake"]) == pytest.approx(score, rel=1e-4)
+    assert float(metrics["discriminator_patch/fake"]) == pytest.approx(score, rel=1e-4)
 
 
 def test_a_residual_psnet_learns_although_most_pixels_of_its_cells_are_no_hole() -> None:
@@ -481,10 +494,10 @@ def test_a_frozen_coarse_network_is_left_untouched_and_not_differentiated() -> N
 
 def test_the_common_mean_is_asked_of_the_workers_for_both_expectations_of_both_sides() -> None:
     recorder = Recorder()
-    metrics = step(make_state(PLAIN_CRITICS), workers=recorder)
-    # Critic and generator each ask for the mean of the fakes' scores, then of the reals'.
+    metrics = step(make_state(PLAIN_DISCRIMINATORS), workers=recorder)
+    # Discriminator and generator each ask for the mean of the fakes' scores, then of the reals'.
     assert recorder.means[:2] == pytest.approx(
-        [float(metrics["critic_patch/fake"]), float(metrics["critic_patch/real"])]
+        [float(metrics["discriminator_patch/fake"]), float(metrics["discriminator_patch/real"])]
     )
     assert len(recorder.means) == 4
     for config, phase in ((with_loss(relativistic=False), "joint"), (TRAINING, "coarse")):
@@ -496,21 +509,21 @@ def test_the_common_mean_is_asked_of_the_workers_for_both_expectations_of_both_s
 def test_each_update_sees_the_gradients_of_its_own_networks_only() -> None:
     updates, _ = gradients(TRAINING)
     assert len(updates) == 2
-    critics, generator = ({name.split(".")[0] for name in update} for update in updates)
-    assert critics == {"patch_critic", "global_critic"}
+    discriminators, generator = ({name.split(".")[0] for name in update} for update in updates)
+    assert discriminators == {"patch_discriminator", "global_discriminator"}
     assert generator == {"model"}
 
 
 def test_after_a_step_every_network_can_learn_again_and_holds_no_gradient() -> None:
     state = make_state()
     step(state)
-    for module in (state.model, state.patch_critic, state.global_critic):
+    for module in (state.model, state.patch_discriminator, state.global_discriminator):
         assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
 
 
 def test_the_penalty_is_applied_every_nth_step_and_n_times_as_strong() -> None:
     none, one, three = (
-        gradients(with_loss(PLAIN_CRITICS, **changes))[0][0]
+        gradients(with_loss(PLAIN_DISCRIMINATORS, **changes))[0][0]
         for changes in ({"gradient_penalty": 0.0}, {"gp_every": 1}, {"gp_every": 3})
     )
     assert_close(minus(three, none), {name: 3 * value for name, value in minus(one, none).items()})
@@ -548,12 +561,12 @@ def test_the_cosine_falls_from_one_and_restarts_with_each_period() -> None:
 
 
 @pytest.mark.parametrize(("progress", "factor"), [(0.0, 1.0), (0.25, 0.5), (0.5, 1.0), (1.0, 0.0)])
-def test_progress_drives_the_rates_of_generator_and_critics(progress: float, factor: float) -> None:
-    state = make_state(with_optim(lr=1e-3, lr_critics=4e-3, min_lr=1e-5, cosine_periods=2))
+def test_progress_drives_the_rates_of_generator_and_discriminators(progress: float, factor: float) -> None:
+    state = make_state(with_optim(lr=1e-3, lr_discriminators=4e-3, min_lr=1e-5, cosine_periods=2))
     metrics = state.step(make_batch(), "coarse", global_batch=2, progress=progress)
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
     assert rates["generator"] == pytest.approx(1e-5 + factor * (1e-3 - 1e-5))
-    assert rates["critics"] == pytest.approx(1e-5 + factor * (4e-3 - 1e-5))
+    assert rates["discriminators"] == pytest.approx(1e-5 + factor * (4e-3 - 1e-5))
     assert float(metrics["lr"]) == pytest.approx(rates["generator"])
 
 
@@ -578,12 +591,15 @@ def test_the_coarse_network_may_have_a_rate_of_its_own_in_the_joint_phase(phase:
 def test_the_reported_norm_is_the_one_before_clipping_and_the_update_uses_the_clipped_gradient() -> None:
     state, recorder = make_state(with_optim(clip_grad_norm=1e-3, betas=(0.5, 0.999))), Recorder()
     metrics = step(state, workers=recorder)
-    for name, update in zip(("critics", "generator"), recorder.gradients, strict=True):
+    for name, update in zip(("discriminators", "generator"), recorder.gradients, strict=True):
         norm = torch.stack([value.norm() for value in update.values()]).norm()
         torch.testing.assert_close(metrics[f"grad_norm/{name}"], norm)
         assert norm > 0.01
     # The generator as a whole, each discriminator on its own.
-    for name, networks in (("generator", [state.model]), ("critics", [state.patch_critic, state.global_critic])):
+    for name, networks in (
+        ("generator", [state.model]),
+        ("discriminators", [state.patch_discriminator, state.global_discriminator]),
+    ):
         for network in networks:
             assert float(given_to_adam(state, name, network)) == pytest.approx(1e-3, rel=1e-2)
 
@@ -596,12 +612,12 @@ def given_to_adam(state: TrainingState, optimizer: str, network: nn.Module) -> T
 
 def test_a_loud_discriminator_does_not_slow_the_other_one_down() -> None:
     norms = {name: value for name, value in train(make_state(), 1)[0].items() if name.startswith("grad_norm/")}
-    quiet, loud = sorted((norms["grad_norm/patch_critic"], norms["grad_norm/global_critic"]))
-    name = "patch_critic" if quiet == norms["grad_norm/patch_critic"] else "global_critic"
+    quiet, loud = sorted((norms["grad_norm/patch_discriminator"], norms["grad_norm/global_discriminator"]))
+    name = "patch_discriminator" if quiet == norms["grad_norm/patch_discriminator"] else "global_discriminator"
     assert loud > 1.05 * quiet
     state = make_state(with_optim(clip_grad_norm=(quiet + loud) / 2))
     train(state, 1)
-    assert float(given_to_adam(state, "critics", getattr(state, name))) == pytest.approx(quiet, rel=1e-3)
+    assert float(given_to_adam(state, "discriminators", getattr(state, name))) == pytest.approx(quiet, rel=1e-3)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -610,7 +626,7 @@ def test_with_one_discriminator_the_norm_of_all_is_its_own(device: str) -> None:
         pytest.skip("needs a CUDA device")
     state = TrainingState(with_loss(weight_gan_global=0.0), device=device, perceptual=Features())
     (metrics,) = train(state, 1)
-    assert metrics["grad_norm/critics"] == pytest.approx(metrics["grad_norm/patch_critic"])
+    assert metrics["grad_norm/discriminators"] == pytest.approx(metrics["grad_norm/patch_discriminator"])
 
 
 def test_a_limit_of_zero_does_not_clip() -> None:
@@ -655,8 +671,8 @@ def test_a_step_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_seed_of_a_state_fixes_critics_too_and_they_differ_between_seeds() -> None:
-    a, b, c = (make_state(seed=seed).patch_critic.state_dict() for seed in (1, 1, 2))
+def test_the_seed_of_a_state_fixes_discriminators_too_and_they_differ_between_seeds() -> None:
+    a, b, c = (make_state(seed=seed).patch_discriminator.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(value, b[name]) for name, value in a.items())
     weights = [name for name in a if name.endswith("original")]
     assert not any(torch.equal(a[name], c[name]) for name in weights)
@@ -756,13 +772,13 @@ def test_a_nan_in_the_batch_skips_the_step_and_changes_no_weight() -> None:
     train(state, 1)
     mix = batch.mix.clone()
     mix[0, 0] = math.nan
-    everything = ("model", "ema", "patch_critic", "global_critic", "adam")
+    everything = ("model", "ema", "patch_discriminator", "global_discriminator", "adam")
     before = weights_of(state, *everything)
     metrics = step(state, batch=replace(batch, mix=mix))
     assert_unchanged(before, state, *everything)
     assert state.counters() == {"images_seen": 4, "steps": 2, "bad_steps": 1, "bad_steps_in_row": 1}
     assert float(metrics["bad_steps"]) == 1
-    assert not metrics["grad_norm/critics"].isfinite()
+    assert not metrics["grad_norm/discriminators"].isfinite()
 
 
 def test_a_nan_in_a_loss_skips_the_generators_update_and_the_average() -> None:
@@ -779,12 +795,12 @@ def test_a_nan_in_a_loss_skips_the_generators_update_and_the_average() -> None:
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_gradient_of_another_worker_that_is_not_finite_skips_the_step_here_too(phase: str, value: str) -> None:
     state = make_state()
-    everything = ("model", "ema", "patch_critic", "global_critic", "adam")
+    everything = ("model", "ema", "patch_discriminator", "global_discriminator", "adam")
     before = weights_of(state, *everything)
     metrics = step(state, phase, workers=Recorder(poison=value))
     assert_unchanged(before, state, *everything)
     assert state.bad_steps == 1
-    name = "grad_norm/generator" if phase == "coarse" else "grad_norm/critics"
+    name = "grad_norm/generator" if phase == "coarse" else "grad_norm/discriminators"
     assert not metrics[name].isfinite()
 
 
@@ -796,7 +812,7 @@ def test_training_goes_on_after_a_bad_step_and_the_row_is_broken() -> None:
     history = train(state, 2)
     assert (state.bad_steps, state.bad_steps_in_row) == (2, 0)
     assert all(math.isfinite(value) for metrics in history for value in metrics.values())
-    for module in (state.model, state.patch_critic):
+    for module in (state.model, state.patch_discriminator):
         assert all(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -867,10 +883,10 @@ def test_a_step_calls_one_operator_for_all_weights_and_takes_each_spectral_norm_
     def normalised(network: nn.Module) -> int:
         return sum(isinstance(part, parametrizations._SpectralNorm) for part in network.modules())
 
-    # One product for each norm; the critics' weights change within the step.
-    critics = normalised(state.patch_critic) + normalised(state.global_critic)
-    assert seen.calls["vdot"] == normalised(state.model) + 2 * critics
-    assert critics > 0
+    # One product for each norm; the discriminators' weights change within the step.
+    discriminators = normalised(state.patch_discriminator) + normalised(state.global_discriminator)
+    assert seen.calls["vdot"] == normalised(state.model) + 2 * discriminators
+    assert discriminators > 0
 
 
 @pytest.mark.gpu
@@ -918,9 +934,11 @@ def test_a_restored_state_is_independent_of_the_tensors_it_came_from() -> None:
 def test_tensors_of_another_network_are_refused_by_its_name() -> None:
     state = make_state()
     tensors = state.tensors()
-    tensors["patch_critic/layers.0.bias"] = torch.zeros(99)
-    with pytest.raises(ValueError, match=r"(?s)saved patch_critic does not fit this configuration.*layers\.0\.bias"):
+    tensors["patch_discriminator/layers.0.bias"] = torch.zeros(99)
+    with pytest.raises(
+        ValueError, match=r"(?s)saved patch_discriminator does not fit this configuration.*layers\.0\.bias"
+    ):
         make_state().restore(tensors, state.counters())
-    del tensors["patch_critic/layers.0.bias"]
-    with pytest.raises(ValueError, match=r"(?s)saved patch_critic.*Missing key"):
+    del tensors["patch_discriminator/layers.0.bias"]
+    with pytest.raises(ValueError, match=r"(?s)saved patch_discriminator.*Missing key"):
         make_state().restore(tensors, state.counters())

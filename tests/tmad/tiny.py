@@ -12,7 +12,7 @@ from tmad.batch import Batch, collate, make_sample
 from tmad.config import (
     CarafeConfig,
     CoarseConfig,
-    CriticsConfig,
+    DiscriminatorsConfig,
     LossConfig,
     MemoryConfig,
     OptimConfig,
@@ -38,7 +38,7 @@ MODEL = TMADConfig(
 
 TRAINING = TrainingConfig(
     model=MODEL,
-    critics=CriticsConfig(patch_base_width=4, global_base_width=4),
+    discriminators=DiscriminatorsConfig(patch_base_width=4, global_base_width=4),
     loss=LossConfig(),
     optim=OptimConfig(lr=2e-3, cosine_periods=1, ema_halflife_images=20),
 )

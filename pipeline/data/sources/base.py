@@ -1,4 +1,4 @@
-"""What preparation needs of a collection of images: stable keys, the bytes of each, and labels where there are any.
+"""The interface of a collection of images: stable keys, the bytes of each, labels where available.
 
 A key names an image for ever: holes, crops and order are drawn from it, so it must not depend on where the source
 lies or in which order it is listed.

@@ -1,4 +1,4 @@
-"""Which source a URI is."""
+"""Selects the source for a URI."""
 
 from __future__ import annotations
 

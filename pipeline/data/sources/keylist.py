@@ -1,4 +1,4 @@
-"""A text file that names the images, and the place where they lie: the official lists of Places365."""
+"""A text file of image names and their root folder, such as the official lists of Places365."""
 
 from __future__ import annotations
 

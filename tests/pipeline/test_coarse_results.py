@@ -1,4 +1,4 @@
-"""PSNet alone on somebody's results (Table V): pictures paired with records, a run that trains nothing else."""
+"""PSNet alone on precomputed coarse results (Table V): pictures paired with records, a run that trains nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.config import DataConfig, RunConfig
 from pipeline.data.batches import evaluation_batches
-from pipeline.data.results import Results
+from pipeline.data.coarse_results import CoarseResults
 from pipeline.data.schema import read_manifest
 from pipeline.errors import CorruptSource, MissingInput
 from pipeline.train.launch import check_set
@@ -26,18 +26,18 @@ from tmad.checkpoint import load_state
 from tmad.step import TrainingState
 
 
-def save_results(folder: Path, *, side: int = 64, first: int = 0, count: int = 3, ending: str = "png") -> Results:
+def save_results(folder: Path, *, side: int = 64, first: int = 0, count: int = 3, ending: str = "png") -> CoarseResults:
     """Results of the photographs of `make_set`."""
     folder.mkdir(exist_ok=True)
     for number in range(first, first + count):
         Image.fromarray(make_image(50 + number, side)).save(folder / f"photo-{number}.{ending}")
-    return Results(str(folder))
+    return CoarseResults(str(folder))
 
 
 def test_batches_carry_the_result_of_each_image_whatever_its_ending(make_set: SetMaker, tmp_path: Path) -> None:
     results = save_results(tmp_path / "results", count=2, ending="bmp")
     save_results(tmp_path / "results", first=2, count=1)
-    batch = next(evaluation_batches(make_set(), batch_images=3, results=results))
+    batch = next(evaluation_batches(make_set(), batch_images=3, coarse=results))
     assert batch.image_id == [f"photo-{number}.png#0" for number in range(3)]
     for number in range(3):
         assert np.array_equal(batch.filled[number].permute(1, 2, 0).numpy(), make_image(50 + number, 64))
@@ -70,17 +70,17 @@ def test_a_result_that_is_missing_twice_there_of_another_size_or_broken_is_named
         results.read("photo-2.png#0", 64, 64)
     save_results(tmp_path / "results", count=1, ending="bmp")
     with pytest.raises(CorruptSource, match=r"two results of one image: photo-0.bmp and photo-0.png"):
-        Results(str(tmp_path / "results")).read("photo-0.png#0", 64, 64)
+        CoarseResults(str(tmp_path / "results")).read("photo-0.png#0", 64, 64)
 
 
 def test_settings_that_do_not_go_with_results_are_refused(make_set: SetMaker, tmp_path: Path) -> None:
-    data = DataConfig(results="results")
+    data = DataConfig(coarse_from="results")
     with pytest.raises(ValueError, match=r"schedule.coarse_images must be 0, got 7200000"):
         RunConfig(data=data)
     config = replace(CONFIG, data=data, schedule=replace(CONFIG.schedule, coarse_images=0))
     manifest = read_manifest(make_set())
     settings = {**manifest.settings, "masks_per_image": 2, "memory": vars(config.model.memory)}
-    with pytest.raises(ValueError, match=r"has 2 masks an image, data\.results one result"):
+    with pytest.raises(ValueError, match=r"has 2 masks an image, data\.coarse_from one result"):
         check_set(config, replace(manifest, settings=settings), "train")
 
 
@@ -102,7 +102,7 @@ def test_a_run_on_results_trains_all_but_the_coarse_network(tmp_path: Path) -> N
         if not torch.equal(value, ended.model.get_parameter(name))
     }
     assert moved == {"retrieval", "psnet"}
-    for network in ("patch_critic", "global_critic"):
+    for network in ("patch_discriminator", "global_discriminator"):
         before, after = (list(getattr(state, network).parameters()) for state in (begun, ended))
         assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     terms = {name for _, values in recorder.values for name in values}

@@ -1,4 +1,4 @@
-"""Ends that are announced, and how all workers learn of them at the same step.
+"""Announced ends (signals, drained nodes), agreed on by all workers at the same step.
 
 Three ends come with a warning: the job is stopped (a signal to its driver: Ctrl-C, a closed terminal, or SIGTERM as
 `ray job stop` sends it), the process of a worker is (SIGTERM to it), or a machine is taken away (Ray drains it, as

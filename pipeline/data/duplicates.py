@@ -1,4 +1,4 @@
-"""Images that are there twice, in a set or in two sets: found by sorting, for any number of images.
+"""Exact and near duplicates, within a set or across two sets, found by sorting.
 
 Of copies the first in the order of the set stays: that of the source, with what came later at the end. 24 bytes
 an image are compared (digest and perceptual hash), and nothing is decoded again.

@@ -1,4 +1,4 @@
-"""Somebody's results beside a prepared set, in place of the coarse network's (Table V): one picture an image.
+"""Precomputed coarse results that replace the coarse network's (Table V): one file per image, matched by stem.
 
 The result of the image `a/b.jpg` is `a/b` with any ending, of the size of the set's crops. It fills the hole of the one
 mask that each image has; what it shows outside is not looked at.
@@ -11,12 +11,12 @@ from functools import cached_property
 import numpy as np
 
 from pipeline import storage
-from pipeline.data.own_masks import stem_of
+from pipeline.data.user_masks import stem_of
 from pipeline.errors import CorruptSource, MissingInput
 from tmad.images import SUFFIXES, UnreadableImage, decode_rgb
 
 
-class Results:
+class CoarseResults:
     """The pictures in the folder *uri*; listed when the first one is asked for."""
 
     def __init__(self, uri: str) -> None:

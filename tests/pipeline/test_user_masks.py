@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from pipeline import storage
-from pipeline.data.own_masks import MaskReader, OwnMasks, open_masks, stem_of
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.records import RecordConfig, make_records
 from pipeline.data.schema import Manifest, Record, read_records
 from pipeline.data.sources.choose import open_source
+from pipeline.data.user_masks import MaskReader, OwnMasks, open_masks, stem_of
 from pipeline.errors import ConfigMismatch, CorruptSource, MissingInput, TooManyBadImages
 from tests.conftest import make_photo
 from tests.pipeline.test_contract import run_here

@@ -1,4 +1,4 @@
-"""What the trials of a sweep came to, read from their folders."""
+"""Reads trial results from their folders."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pipeline import storage
 from pipeline.sweep.config import OBJECTIVES, direction
 from pipeline.sweep.space import Point
-from pipeline.sweep.trial import DIVERGED_FILE, ERROR_FILE, POINT_FILE, measures_of, trial_folder
+from pipeline.sweep.trial import DIVERGED_FILE, ERROR_FILE, POINT_FILE, metrics_of, trial_folder
 from pipeline.tracking import read_json_lines
-from pipeline.train.best import is_better
+from pipeline.train.early_stopping import is_better
 
 Status = Literal["finished", "stopped early", "diverged", "failed"]
 
@@ -28,10 +28,10 @@ class Trial:
     status: Status
     images: int
     """Images that it was trained on."""
-    measures: dict[str, float]
+    metrics: dict[str, float]
     """Of its last validation."""
     history: list[dict[str, float]]
-    """`images` and measures of each validation."""
+    """`images` and metrics of each validation."""
     seconds: float
     """Between its first and its last sign of training."""
     error: str | None
@@ -49,7 +49,7 @@ def read_trial(folder: str, number: int, name: str) -> Trial:
     place = trial_folder(folder, name)
     rows = read_json_lines(storage.join(place, "metrics.jsonl"))
     history = {
-        int(row["step"]): {"images": row["step"], **found} for row in rows if (found := measures_of(row, OBJECTIVES))
+        int(row["step"]): {"images": row["step"], **found} for row in rows if (found := metrics_of(row, OBJECTIVES))
     }
     finished = storage.read_json(storage.join(place, "finished.json"))
     notes = {file: storage.read_json(storage.join(place, file)) for file in (DIVERGED_FILE, ERROR_FILE)}
@@ -67,7 +67,7 @@ def read_trial(folder: str, number: int, name: str) -> Trial:
         point=storage.read_json(storage.join(place, POINT_FILE)) or {},
         status=status,
         images=int(finished["images"] if finished else max((row["step"] for row in rows), default=0)),
-        measures={measure: value for measure, value in last.items() if measure != "images"},
+        metrics={metric: value for metric, value in last.items() if metric != "images"},
         history=[history[images] for images in sorted(history)],
         seconds=rows[-1]["time_s"] - rows[0]["time_s"] if rows else 0.0,
         error=next((note["error"] for note in notes.values() if note and status in ("diverged", "failed")), None),
@@ -79,20 +79,20 @@ def winner(trials: Sequence[Trial], objective: str) -> Trial | None:
     """The best of the finished ones by *objective*; the earlier one of two that are equal."""
     best: Trial | None = None
     for trial in trials:
-        value = trial.measures.get(objective)
+        value = trial.metrics.get(objective)
         if trial.status != "finished" or value is None:
             continue
-        if best is None or is_better(value, best.measures[objective], objective):
+        if best is None or is_better(value, best.metrics[objective], objective):
             best = trial
     return best
 
 
-def pareto(trials: Sequence[Trial], measures: Sequence[str]) -> list[Trial]:
-    """The finished trials that no other finished one is at least as good as in all *measures*, and better in one."""
-    there = [one for one in trials if one.status == "finished" and all(name in one.measures for name in measures)]
+def pareto(trials: Sequence[Trial], metrics: Sequence[str]) -> list[Trial]:
+    """The finished trials that no other finished one is at least as good as in all *metrics*, and better in one."""
+    there = [one for one in trials if one.status == "finished" and all(name in one.metrics for name in metrics)]
 
     def beats(other: Trial, one: Trial) -> bool:
-        gains = [_sign(name) * (other.measures[name] - one.measures[name]) for name in measures]
+        gains = [_sign(name) * (other.metrics[name] - one.metrics[name]) for name in metrics]
         return min(gains) >= 0 and max(gains) > 0
 
     return [one for one in there if not any(beats(other, one) for other in there)]
@@ -142,8 +142,8 @@ def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return product / spread if spread else 0.0
 
 
-def _sign(measure: str) -> int:
-    return 1 if direction(measure) == "max" else -1
+def _sign(metric: str) -> int:
+    return 1 if direction(metric) == "max" else -1
 
 
 def as_dict(trial: Trial) -> Mapping[str, Any]:
@@ -154,7 +154,7 @@ def as_dict(trial: Trial) -> Mapping[str, Any]:
         "status": trial.status,
         "point": trial.point,
         "images": trial.images,
-        "measures": trial.measures,
+        "metrics": trial.metrics,
         "seconds": round(trial.seconds, 1),
         "error": trial.error,
         "mlflow_run_id": trial.mlflow_run_id,

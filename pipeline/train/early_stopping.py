@@ -1,4 +1,4 @@
-"""What a run carries beside its training state: newest validation, best value so far, how long it has not improved."""
+"""Validation history of a run: newest value, best value, validations since the last improvement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.config import RunConfig, ScheduleConfig
 from pipeline.train.checkpoints import MANIFEST_FILE, checkpoint_name, seal
 from tmad.checkpoint import save_model
-from tmad.metrics import MEASURES
+from tmad.metrics import METRICS
 from tmad.model import TMAD
 from tmad.step import Phase
 
@@ -28,7 +28,7 @@ class Course:
     validation: dict[str, float] = field(default_factory=dict)
     """The newest one."""
     best: float | None = None
-    """Best value of `schedule.best_measure` so far."""
+    """Best value of `schedule.best_metric` so far."""
     best_images: int | None = None
     """Images after which it was reached."""
     stale: int = 0
@@ -37,12 +37,12 @@ class Course:
     """How often the run went back to a checkpoint because its steps were no longer finite."""
 
     def after(self, validation: dict[str, float], phase: Phase, images: int, schedule: ScheduleConfig) -> Course:
-        """With one more validation. A measure that it has no value for changes nothing."""
+        """With one more validation. A metric that it has no value for changes nothing."""
         course = replace(self, validation=validation)
-        value = validation.get(f"val/{schedule.best_measure}")
+        value = validation.get(f"val/{schedule.best_metric}")
         if value is None:
             return course
-        if is_better(value, self.best, schedule.best_measure):
+        if is_better(value, self.best, schedule.best_metric):
             return replace(course, best=value, best_images=images, stale=0)
         return replace(course, stale=self.stale + (phase == "joint"))
 
@@ -52,7 +52,7 @@ class Course:
         if patience is None or self.stale < patience:
             return None
         return (
-            f"val/{schedule.best_measure} has not improved for {self.stale} validations in a row since "
+            f"val/{schedule.best_metric} has not improved for {self.stale} validations in a row since "
             f"{self.best:.4g} after {self.best_images:,} images"
         )
 
@@ -62,11 +62,11 @@ class Course:
         return cls(**{name: content[name] for name in cls.__dataclass_fields__})
 
 
-def is_better(value: float, than: float | None, measure: str) -> bool:
-    """Whether *value* of *measure* (a name in `tmad.metrics`, `coarse_` before it or not) improves on *than*."""
+def is_better(value: float, than: float | None, metric: str) -> bool:
+    """Whether *value* of *metric* (a name in `tmad.metrics`, `coarse_` before it or not) improves on *than*."""
     if than is None:
         return True
-    lower = MEASURES[measure.removeprefix("coarse_")].better == "lower"
+    lower = METRICS[metric.removeprefix("coarse_")].better == "lower"
     return value < than if lower else value > than
 
 
@@ -92,7 +92,7 @@ def keep_best(best: str, model: TMAD, course: Course, config: RunConfig) -> str:
             seal(Path(temporary))
             for key in sorted(storage.file_sizes(temporary), key=lambda key: key == MANIFEST_FILE):
                 storage.write_atomic(storage.join(best, name, key), (Path(temporary) / key).read_bytes())
-    kept = best_kept(best, config.schedule.best_measure)
+    kept = best_kept(best, config.schedule.best_metric)
     assert kept is not None
     for name in {key.split("/", 1)[0] for key in storage.file_sizes(best)} - {kept["name"]}:
         storage.remove(storage.join(best, name, MANIFEST_FILE))
@@ -100,17 +100,17 @@ def keep_best(best: str, model: TMAD, course: Course, config: RunConfig) -> str:
     return storage.join(best, kept["name"])
 
 
-def best_kept(best: str, measure: str) -> dict[str, Any] | None:
-    """The best of the complete models below *best*: `{"name", "model", "measure", "value", "images"}`."""
+def best_kept(best: str, metric: str) -> dict[str, Any] | None:
+    """The best of the complete models below *best*: `{"name", "model", "metric", "value", "images"}`."""
     keys = storage.file_sizes(best) if storage.exists(best) else {}
     found: dict[str, Any] | None = None
     for name in sorted({key.split("/", 1)[0] for key in keys if key.endswith("/" + MANIFEST_FILE)}):
         content = json.loads(storage.read_bytes(storage.join(best, name, RUN_FILE)))
-        if found is None or is_better(content["best"], found["value"], measure):
+        if found is None or is_better(content["best"], found["value"], metric):
             found = {
                 "name": name,
                 "model": storage.join(best, name),
-                "measure": f"val/{measure}",
+                "metric": f"val/{metric}",
                 "value": content["best"],
                 "images": content["best_images"],
             }

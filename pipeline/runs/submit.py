@@ -1,4 +1,4 @@
-"""A job sent to a cluster, after a look at what it would fail of there: settings, places, token, upload, commit."""
+"""Submits a job to a cluster after checking settings, places, token, upload size and commit."""
 
 from __future__ import annotations
 

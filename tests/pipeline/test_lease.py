@@ -17,20 +17,20 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
-from pipeline.claim import CLAIM_NAME, Holder, claim_folder
 from pipeline.errors import FolderInUse
+from pipeline.runs.lease import LEASE_NAME, Holder, lease_folder
 from tests.conftest import ROOT
 from tests.jobs.processes import hear_interrupts
 
 HOLD = """
 import sys, time
-from pipeline.claim import claim_folder
+from pipeline.runs.lease import lease_folder
 
 folder, expiry_s, hold_s, name = sys.argv[1:]
-with claim_folder(folder, expiry_s=float(expiry_s)) as claim:
+with lease_folder(folder, expiry_s=float(expiry_s)) as lease:
     print("held", flush=True)
     time.sleep(float(hold_s))
-    claim.write(name, b"")
+    lease.write(name, b"")
 """
 AS_A_JOB = f"from pipeline.runs.cli import run_job\nrun_job(lambda _: exec({HOLD!r}))"
 
@@ -62,7 +62,7 @@ def hold() -> Iterator:
 
 
 def holder_of(folder: str) -> Holder:
-    return Holder(**json.loads(storage.read_bytes(storage.join(folder, CLAIM_NAME))))
+    return Holder(**json.loads(storage.read_bytes(storage.join(folder, LEASE_NAME))))
 
 
 def until_held(process: subprocess.Popen[str]) -> None:
@@ -71,15 +71,15 @@ def until_held(process: subprocess.Popen[str]) -> None:
 
 
 def change_holder(folder: str, **changes: object) -> None:
-    """The claim as it would be if its holder were another."""
+    """The lease as it would be if its holder were another."""
     changed = dataclasses.asdict(dataclasses.replace(holder_of(folder), **changes))
-    storage.write_atomic(storage.join(folder, CLAIM_NAME), json.dumps(changed).encode())
+    storage.write_atomic(storage.join(folder, LEASE_NAME), json.dumps(changed).encode())
 
 
-def test_a_second_job_is_told_at_once_who_has_the_folder_and_the_claim_is_gone_at_the_end(folder, hold):
-    with claim_folder(folder) as claim:
+def test_a_second_job_is_told_at_once_who_has_the_folder_and_the_lease_is_gone_at_the_end(folder, hold):
+    with lease_folder(folder) as lease:
         began = time.monotonic()
-        with pytest.raises(FolderInUse) as caught, claim_folder(folder):
+        with pytest.raises(FolderInUse) as caught, lease_folder(folder):
             pytest.fail("two jobs in one folder")
         assert time.monotonic() - began < 2
         for part in (folder, f"process {os.getpid()} on", "since 20", "last sign of life", "name another folder"):
@@ -87,32 +87,32 @@ def test_a_second_job_is_told_at_once_who_has_the_folder_and_the_claim_is_gone_a
         out, error = hold(folder).communicate(timeout=60)
         assert out == ""
         assert f"another job writes to {folder}: process {os.getpid()}" in error
-        claim.write("content", b"1")
+        lease.write("content", b"1")
     assert storage.file_sizes(folder) == {"content": 1}
 
 
 def test_whoever_waits_has_the_folder_when_its_holder_has_ended(tmp_path, hold):
     alive = hold(str(tmp_path), hold_s=2, name="theirs")
     until_held(alive)
-    with claim_folder(str(tmp_path), wait_s=60) as claim:
+    with lease_folder(str(tmp_path), wait_s=60) as lease:
         assert alive.wait(60) == 0
-        claim.write("ours", b"")
+        lease.write("ours", b"")
     assert storage.file_sizes(str(tmp_path)).keys() == {"theirs", "ours"}
 
 
-@pytest.mark.parametrize("left", ["nothing", "an expired claim"])
+@pytest.mark.parametrize("left", ["nothing", "an expired lease"])
 def test_of_jobs_that_start_together_one_has_the_folder(folder, left):
-    if left == "an expired claim":
+    if left == "an expired lease":
         expired = Holder("1", "elsewhere", 1, "", since=0, sign=0, expiry_s=0.1)
-        storage.write_atomic(storage.join(folder, CLAIM_NAME), json.dumps(dataclasses.asdict(expired)).encode())
+        storage.write_atomic(storage.join(folder, LEASE_NAME), json.dumps(dataclasses.asdict(expired)).encode())
     start, end = threading.Barrier(6), threading.Barrier(6)
 
     def job(_: int) -> bool:
         start.wait(30)
         try:
-            with claim_folder(folder) as claim:
+            with lease_folder(folder) as lease:
                 end.wait(30)
-                claim.check()
+                lease.check()
                 return True
         except FolderInUse:
             end.wait(30)
@@ -122,7 +122,7 @@ def test_of_jobs_that_start_together_one_has_the_folder(folder, left):
         assert sorted(pool.map(job, range(6))) == [False] * 5 + [True]
 
 
-def test_the_claim_of_a_killed_process_is_taken_over_at_once_and_what_it_had_begun_is_removed(folder, hold):
+def test_the_lease_of_a_killed_process_is_taken_over_at_once_and_what_it_had_begun_is_removed(folder, hold):
     killed = hold(folder)
     until_held(killed)
     killed.kill()
@@ -135,7 +135,7 @@ def test_the_claim_of_a_killed_process_is_taken_over_at_once_and_what_it_had_beg
         left.parent.mkdir()
         left.touch()
     began = time.monotonic()
-    with claim_folder(folder):
+    with lease_folder(folder):
         assert time.monotonic() - began < 4
         assert holder_of(folder).pid == os.getpid()
         assert left is None or not left.exists()
@@ -152,12 +152,12 @@ def test_of_a_process_of_another_machine_the_number_says_nothing_and_silence_is_
     change_holder(str(tmp_path), sign=time.time(), **changes)
     with (
         pytest.raises(FolderInUse, match="takes over 2 s after the last sign"),
-        claim_folder(str(tmp_path)),
+        lease_folder(str(tmp_path)),
     ):
         pytest.fail("taken from a job that may be alive")
     time.sleep(1)
     began = time.time()
-    with claim_folder(str(tmp_path)):
+    with lease_folder(str(tmp_path)):
         assert 0.8 < time.time() - began < 4
     assert "it is taken over if it gives none within" in caplog.text
     assert "taking over" in caplog.text
@@ -169,7 +169,7 @@ def test_a_number_that_another_process_has_by_now_is_no_sign_of_life(tmp_path, h
     killed.kill()
     killed.wait()
     change_holder(str(tmp_path), pid=os.getppid(), sign=time.time())
-    with claim_folder(str(tmp_path)):
+    with lease_folder(str(tmp_path)):
         pass
 
 
@@ -177,7 +177,7 @@ def test_a_holder_whose_clock_is_behind_is_not_taken_for_dead(folder, hold):
     alive = hold(folder, expiry_s=3)
     until_held(alive)
     change_holder(folder, process="elsewhere", sign=time.time() - 3600)
-    with pytest.raises(FolderInUse), claim_folder(folder):
+    with pytest.raises(FolderInUse), lease_folder(folder):
         pytest.fail("taken from a job that is alive")
 
 
@@ -186,13 +186,13 @@ def test_a_job_that_was_stopped_for_too_long_ends_without_a_write(folder, hold):
     until_held(stopped)
     stopped.send_signal(signal.SIGSTOP)
     time.sleep(1)
-    with claim_folder(folder) as claim:
+    with lease_folder(folder) as lease:
         stopped.send_signal(signal.SIGCONT)
         _, error = stopped.communicate(timeout=60)
         assert stopped.returncode == 1
         assert f"was taken over: process {os.getpid()}" in error
         assert "gave no sign of life for too long" in error
-        claim.write("content", b"1")
+        lease.write("content", b"1")
     assert storage.file_sizes(folder) == {"content": 1}
 
 
@@ -208,7 +208,7 @@ def test_a_job_that_was_stopped_and_missed_by_nobody_goes_on(folder, hold):
 
 def test_a_write_that_was_under_way_when_its_job_was_stopped_does_not_land(tmp_path, hold, monkeypatch):
     """The check is passed, the data is on disk, and between that and the renaming another job takes the folder."""
-    with claim_folder(str(tmp_path)) as claim:
+    with lease_folder(str(tmp_path)) as lease:
         replace = os.replace
 
         def too_late(source: str, target: str) -> None:
@@ -219,19 +219,19 @@ def test_a_write_that_was_under_way_when_its_job_was_stopped_does_not_land(tmp_p
 
         monkeypatch.setattr(os, "replace", too_late)
         with pytest.raises(FolderInUse, match="was taken over"):
-            claim.write("shard", b"stale")
-    assert storage.file_sizes(str(tmp_path)).keys() == {CLAIM_NAME}
+            lease.write("shard", b"stale")
+    assert storage.file_sizes(str(tmp_path)).keys() == {LEASE_NAME}
 
 
 def test_what_a_killed_worker_left_is_gone_at_the_end_of_the_job(tmp_path):
-    with claim_folder(str(tmp_path)) as claim:
-        claim.write("a/result", b"whole")
+    with lease_folder(str(tmp_path)) as lease:
+        lease.write("a/result", b"whole")
         (tmp_path / "a" / f".other.{'0' * 32}.tmp").write_bytes(b"half")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["result"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_job_that_is_ended_politely_leaves_no_claim_and_no_folder(tmp_path, hold, number, code):
+def test_a_job_that_is_ended_politely_leaves_no_lease_and_no_folder(tmp_path, hold, number, code):
     ended = hold(str(tmp_path / "set"), code=AS_A_JOB)
     until_held(ended)
     ended.send_signal(number)
@@ -239,22 +239,22 @@ def test_a_job_that_is_ended_politely_leaves_no_claim_and_no_folder(tmp_path, ho
     assert not (tmp_path / "set").exists()
 
 
-def test_a_claim_whose_put_succeeded_though_its_answer_was_lost_is_ones_own(faulty, bucket):
-    faulty.swallow(method="PUT", target=CLAIM_NAME, times=1)
-    with claim_folder(f"{bucket}/set"):
+def test_a_lease_whose_put_succeeded_though_its_answer_was_lost_is_ones_own(faulty, bucket):
+    faulty.swallow(method="PUT", target=LEASE_NAME, times=1)
+    with lease_folder(f"{bucket}/set"):
         pass
     assert faulty.unspent() == 0
     assert storage.file_sizes(f"{bucket}/set") == {}
 
 
-def test_a_claim_that_was_never_written_whole_is_nobodys(tmp_path):
-    (tmp_path / CLAIM_NAME).write_text('{"token": "1')
-    with claim_folder(str(tmp_path)):
+def test_a_lease_that_was_never_written_whole_is_nobodys(tmp_path):
+    (tmp_path / LEASE_NAME).write_text('{"token": "1')
+    with lease_folder(str(tmp_path)):
         pass
 
 
 def test_signs_of_life_are_given_while_the_folder_is_held(folder):
-    with claim_folder(folder, expiry_s=1.2):
+    with lease_folder(folder, expiry_s=1.2):
         first = holder_of(folder)
         time.sleep(1)
         assert holder_of(folder).sign > first.sign

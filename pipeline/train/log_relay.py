@@ -1,4 +1,4 @@
-"""The workers' log lines in the driver's log, as if they were its own, and one word back: stop.
+"""Relays workers' log lines to the driver, and the driver's stop signal to the workers.
 
 Ray can copy the workers' whole stderr to the driver, but with a prefix on each line and among notes of its own. Here
 only records of our loggers travel, through a small actor; the rest stays in Ray's session logs on the worker's machine.

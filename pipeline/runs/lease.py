@@ -1,14 +1,14 @@
-"""One job at a time in a folder, whatever the job makes there: a claim that its holder renews, and that ends with it.
+"""One job at a time per folder: a lease that its holder renews and releases at the end.
 
-The claim is a file, `claim.json`: who holds it, and the last sign of life, which a thread renews. What is promised:
+The lease is a file, `lease.json`: who holds it, and the last sign of life, which a thread renews. What is promised:
 
 - Of jobs that start together one gets the folder: on local file systems (exclusive creation) and on S3 (a put with
-  `If-None-Match`). On other storage, and where an expired claim is taken over, each writes, waits `SETTLE_S` and reads
+  `If-None-Match`). On other storage, and where an expired lease is taken over, each writes, waits `SETTLE_S` and reads
   back; the last to write has it.
-- The claim of a dead process is taken over at once on the same machine (Linux: its boot, its process namespace, the
+- The lease of a dead process is taken over at once on the same machine (Linux: its boot, its process namespace, the
   time the process started), elsewhere when it has expired. Clocks may differ: nothing is taken from a holder that has
   not been watched for longer than it takes to give a sign.
-- A holder that lost its claim writes no more. It looks before every write, workers too, and what it had begun fails on
+- A holder that lost its lease writes no more. It looks before every write, workers too, and what it had begun fails on
   local file systems, since whoever takes over removes temporary files first. On object stores a put that was on its way
   while its sender was stopped may still arrive.
 """
@@ -43,13 +43,13 @@ from pipeline.storage import (
     write_atomic,
 )
 
-CLAIM_NAME = "claim.json"
+LEASE_NAME = "lease.json"
 EXPIRY_S = 60.0
-"""Seconds without a sign of life after which a claim is taken over."""
+"""Seconds without a sign of life after which a lease is taken over."""
 SIGNS = 6
 """Signs of life that are given in that time."""
 SETTLE_S = 1.0
-"""Seconds that whoever could not create a claim exclusively waits before it reads the claim back."""
+"""Seconds that whoever could not create a lease exclusively waits before it reads the lease back."""
 
 _POLL_S = 0.5
 _JOIN_S = 10.0
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has a folder: the content of the claim. Times are seconds since 1970 by the holder's clock."""
+    """Who has a folder: the content of the lease. Times are seconds since 1970 by the holder's clock."""
 
     token: str
     host: str
@@ -96,18 +96,18 @@ class Holder:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim that this job holds; picklable, so that workers write under it."""
+class Lease:
+    """A lease that this job holds; picklable, so that workers write under it."""
 
     folder: str
     token: str
 
     def check(self) -> None:
-        """Raise `FolderInUse` if the claim is another's by now."""
+        """Raise `FolderInUse` if the lease is another's by now."""
         theirs = _read(self.folder)
         if theirs is not None and theirs.token == self.token:
             return
-        taken = f"was taken over: {theirs}" if theirs else f"is no longer claimed by this job: {CLAIM_NAME} is gone"
+        taken = f"was taken over: {theirs}" if theirs else f"is no longer held by this job: {LEASE_NAME} is gone"
         raise FolderInUse(
             f"{redact(self.folder)} {taken}; this job gave no sign of life for too long (a closed lid, a stopped "
             "process, storage out of reach) and ends without writing more; run it again when the other has ended",
@@ -115,7 +115,7 @@ class Claim:
         )
 
     def write(self, key: str, data: bytes) -> None:
-        """`write_atomic` to *key* below the folder, unless the claim is lost. Raises `FolderInUse`."""
+        """`write_atomic` to *key* below the folder, unless the lease is lost. Raises `FolderInUse`."""
         try:
             write_atomic(join(self.folder, key), data, ready=self.check)
         except MissingInput:
@@ -123,13 +123,13 @@ class Claim:
             raise
 
     def remove(self, key: str) -> None:
-        """Delete *key* below the folder, unless the claim is lost. Raises `FolderInUse`."""
+        """Delete *key* below the folder, unless the lease is lost. Raises `FolderInUse`."""
         self.check()
         remove(join(self.folder, key))
 
 
 @contextmanager
-def claim_folder(folder: str, *, expiry_s: float = EXPIRY_S, wait_s: float = 0.0) -> Iterator[Claim]:
+def lease_folder(folder: str, *, expiry_s: float = EXPIRY_S, wait_s: float = 0.0) -> Iterator[Lease]:
     """Hold the *folder*, which is made, against other jobs inside the block.
 
     Raises `FolderInUse` if another job has it and does not end within *wait_s*. One that has given no sign for a while
@@ -141,24 +141,24 @@ def claim_folder(folder: str, *, expiry_s: float = EXPIRY_S, wait_s: float = 0.0
     is_new = not is_remote(folder) and not os.path.isdir(folder)
     now = time.time()
     mine = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), _identity(os.getpid()), now, now, expiry_s)
-    claim = Claim(folder, mine.token)
+    lease = Lease(folder, mine.token)
     stop = threading.Event()
-    thread = threading.Thread(target=_renew, args=(claim, mine, stop), name="claim", daemon=True)
+    thread = threading.Thread(target=_renew, args=(lease, mine, stop), name="lease", daemon=True)
     try:
-        _acquire_within(claim, mine, wait_s)
+        _acquire_within(lease, mine, wait_s)
         thread.start()
         remove_temporary(folder)
-        yield claim
+        yield lease
     finally:
         stop.set()
         held = thread.ident is not None
         if held:
             thread.join(_JOIN_S)
         try:
-            _release(claim)
+            _release(lease)
         except TMADError as error:
             if held:
-                logger.warning("the claim on %s stays until it expires: %s", redact(folder), error.message)
+                logger.warning("the lease on %s stays until it expires: %s", redact(folder), error.message)
         if is_new:
             with suppress(OSError):
                 os.rmdir(folder)  # nothing was written to it
@@ -172,11 +172,11 @@ def holder_of(folder: str) -> Holder | None:
     return theirs
 
 
-def _acquire_within(claim: Claim, mine: Holder, wait_s: float) -> None:
+def _acquire_within(lease: Lease, mine: Holder, wait_s: float) -> None:
     deadline, announced = time.monotonic() + wait_s, False
     while True:
         try:
-            _acquire(claim, mine)
+            _acquire(lease, mine)
             return
         except FolderInUse as error:
             if time.monotonic() >= deadline:
@@ -187,29 +187,29 @@ def _acquire_within(claim: Claim, mine: Holder, wait_s: float) -> None:
             time.sleep(_POLL_S)
 
 
-def _acquire(claim: Claim, mine: Holder) -> None:
-    settle = is_remote(claim.folder)
+def _acquire(lease: Lease, mine: Holder) -> None:
+    settle = is_remote(lease.folder)
     while True:
-        theirs = _read(claim.folder)
+        theirs = _read(lease.folder)
         if theirs is None:
             signed = dataclasses.replace(mine, sign=time.time())
-            if create(join(claim.folder, CLAIM_NAME), _encode(signed)):
+            if create(join(lease.folder, LEASE_NAME), _encode(signed)):
                 break
         elif theirs.token == mine.token:  # the answer to the put was lost
             break
-        elif _has_ended(claim.folder, theirs):
-            _sign(claim, mine)
+        elif _has_ended(lease.folder, theirs):
+            _sign(lease, mine)
             settle = True
             break
     if settle:
         time.sleep(SETTLE_S)
-        theirs = _read(claim.folder)
+        theirs = _read(lease.folder)
         if theirs is not None and theirs.token != mine.token:
-            raise _in_use(claim.folder, theirs)
+            raise _in_use(lease.folder, theirs)
 
 
 def _has_ended(folder: str, theirs: Holder) -> bool:
-    """True if the claim can be taken over, false if it has changed hands. Raises `FolderInUse` if *theirs* is alive."""
+    """True if the lease can be taken over, false if it has changed hands. Raises `FolderInUse` if *theirs* is alive."""
     if theirs.is_dead():
         logger.info("taking over %s: its job is no longer running (%s)", redact(folder), theirs)
         return True
@@ -218,7 +218,7 @@ def _has_ended(folder: str, theirs: Holder) -> bool:
         raise _in_use(folder, theirs)
     wait = max(theirs.expiry_s - silent, 1.5 * theirs.sign_every_s)
     logger.warning(
-        "%s is claimed by another job: %s; it is taken over if it gives none within %.0f s",
+        "%s is held by another job: %s; it is taken over if it gives none within %.0f s",
         redact(folder),
         theirs,
         wait,
@@ -243,27 +243,27 @@ def _in_use(folder: str, theirs: Holder) -> FolderInUse:
     )
 
 
-def _renew(claim: Claim, mine: Holder, stop: threading.Event) -> None:
-    """Give a sign of life again and again, until the end or until the claim is lost."""
+def _renew(lease: Lease, mine: Holder, stop: threading.Event) -> None:
+    """Give a sign of life again and again, until the end or until the lease is lost."""
     while not stop.wait(mine.sign_every_s):
         try:
-            claim.check()
-            _sign(claim, mine)
+            lease.check()
+            _sign(lease, mine)
         except FolderInUse:
             return  # whoever writes next says so
         except TMADError as error:
             logger.warning("no sign of life could be given: %s", error.message)
 
 
-def _release(claim: Claim) -> None:
-    theirs = _read(claim.folder)
-    if theirs is not None and theirs.token == claim.token:
-        remove_temporary(claim.folder)  # of workers that were killed while the job went on
-        remove(join(claim.folder, CLAIM_NAME))
+def _release(lease: Lease) -> None:
+    theirs = _read(lease.folder)
+    if theirs is not None and theirs.token == lease.token:
+        remove_temporary(lease.folder)  # of workers that were killed while the job went on
+        remove(join(lease.folder, LEASE_NAME))
 
 
-def _sign(claim: Claim, mine: Holder) -> None:
-    write_atomic(join(claim.folder, CLAIM_NAME), _encode(dataclasses.replace(mine, sign=time.time())))
+def _sign(lease: Lease, mine: Holder) -> None:
+    write_atomic(join(lease.folder, LEASE_NAME), _encode(dataclasses.replace(mine, sign=time.time())))
 
 
 def _encode(holder: Holder) -> bytes:
@@ -275,7 +275,7 @@ def _read(folder: str) -> Holder | None:
     written, and is then taken for one that never was."""
     for _ in range(4):
         try:
-            return Holder(**json.loads(read_bytes(join(folder, CLAIM_NAME))))
+            return Holder(**json.loads(read_bytes(join(folder, LEASE_NAME))))
         except MissingInput as error:
             if error.details.get("kind"):
                 raise

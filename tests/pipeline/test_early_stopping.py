@@ -12,8 +12,8 @@ import torch
 
 from pipeline import storage
 from pipeline.models import find_model
-from pipeline.train.best import Course, best_kept, is_better, keep_best
 from pipeline.train.checkpoints import checkpoint_name
+from pipeline.train.early_stopping import Course, best_kept, is_better, keep_best
 from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed, run_in
 from tests.tmad.tiny import MODEL
 from tmad.checkpoint import load_model, model_digest
@@ -27,25 +27,25 @@ STANDING_STILL = replace(
     OFTEN,
     optim=OptimConfig(lr=1e-30, min_lr=0, ema_halflife_images=0),
     schedule=replace(
-        OFTEN.schedule, checkpoint_every_images=4, best_measure="coarse_psnr_hole", stop_after_validations=2
+        OFTEN.schedule, checkpoint_every_images=4, best_metric="coarse_psnr_hole", stop_after_validations=2
     ),
 )
 """The coarse network learns nothing, so no validation is better than the first one, after 2 images."""
 
 
-@pytest.mark.parametrize("measure", ["psnr_hole", "l1_hole_pct", "coarse_psnr_hole"])
-def test_the_model_of_the_best_validation_is_kept(tmp_path: Path, measure: str) -> None:
-    config = replace(OFTEN, schedule=replace(OFTEN.schedule, best_measure=measure))
+@pytest.mark.parametrize("metric", ["psnr_hole", "l1_hole_pct", "coarse_psnr_hole"])
+def test_the_model_of_the_best_validation_is_kept(tmp_path: Path, metric: str) -> None:
+    config = replace(OFTEN, schedule=replace(OFTEN.schedule, best_metric=metric))
     recorder = Recorder()
     run_in(tmp_path / "checkpoints", config, tracker=recorder, best=tmp_path / "best")
-    values = {step: row[f"val/{measure}"] for step, row in recorder.values if f"val/{measure}" in row}
-    assert len(values) == (6 if measure.startswith("coarse") else 4)
-    images = (min if measure.startswith("l1") else max)(values, key=lambda step: values[step])
+    values = {step: row[f"val/{metric}"] for step, row in recorder.values if f"val/{metric}" in row}
+    assert len(values) == (6 if metric.startswith("coarse") else 4)
+    images = (min if metric.startswith("l1") else max)(values, key=lambda step: values[step])
     name = checkpoint_name(images)
-    assert best_kept(str(tmp_path / "best"), measure) == {
+    assert best_kept(str(tmp_path / "best"), metric) == {
         "name": name,
         "model": str(tmp_path / "best" / name),
-        "measure": f"val/{measure}",
+        "metric": f"val/{metric}",
         "value": values[images],
         "images": images,
     }

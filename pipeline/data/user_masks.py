@@ -1,4 +1,4 @@
-"""Holes that the user brings: masks paired with their images, drawn from a list, in a column or in the alpha channel.
+"""User-supplied holes: masks paired with images, drawn from a list, in a column, or in the alpha channel.
 
 A mask is read by the one rule of `tmad.holes.MaskRule`; which of black and white is the hole is never guessed.
 What the masks look like is counted, so that a set with the two confused says so.

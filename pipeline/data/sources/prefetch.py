@@ -1,4 +1,4 @@
-"""Reading ahead of the work: while one image is decoded, requests for the next ones are under way.
+"""Prefetching: the next images are requested while one is decoded.
 
 On storage that answers after 30 ms a task would else wait longer than it computes.
 """
