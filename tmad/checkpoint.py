@@ -52,7 +52,8 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> TMA
     """The model in *folder*, in evaluation mode.
 
     Raises `FileNotFoundError` that says which file was looked for where; `ValueError` for another format version, an
-    unknown setting, a damaged file, or weights that do not fit the configuration (missing, unexpected, reshaped).
+    unknown setting, a damaged file, or weights that are not finite or do not fit the configuration (missing,
+    unexpected, reshaped).
     """
     folder = Path(folder)
     stored = _read_json(folder, CONFIG_FILE, "model")
@@ -61,6 +62,8 @@ def load_model(folder: Path | str, *, device: torch.device | str = "cpu") -> TMA
     problems = mismatches(tensors, dict(model.state_dict()))
     if problems:
         raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {'; '.join(problems)}")
+    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{folder / WEIGHTS_FILE} has weights that are not finite: {', '.join(broken)}")
     model.load_state_dict(tensors)
     return model.to(device).eval()
 

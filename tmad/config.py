@@ -31,6 +31,8 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 """Unknown names, infinity and NaN are refused; shared by every settings class of the project."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Width = Annotated[int, Field(gt=0, le=1024)]
+"""Channels of a network's first layer; the upper end keeps a slip from asking for more memory than there is."""
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -49,7 +51,7 @@ class CarafeConfig:
     """Side k_up of the reassembly kernel, in pixels of the input; odd [A]."""
     encoder_kernel: Annotated[int, Field(gt=0)] = 3
     """Side k_enc of the convolution that predicts the kernels; odd [A]."""
-    mid_channels: PositiveInt = 64
+    mid_channels: Width = 64
     """Channels C_mid after compression; never more than the layer has [A]."""
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class CarafeConfig:
 class CoarseConfig:
     """Coarse network, Sec. III-A and Table I, first column."""
 
-    base_width: PositiveInt = 16
+    base_width: Width = 16
     """Channels after the input convolution, doubled by each down-block; 16, 32 or 48 [A]."""
     num_down_blocks: PositiveInt = 3
     """Down-blocks, and as many up-blocks [P]."""
@@ -94,9 +96,9 @@ class RetrievalConfig:
     mode: Literal["sample", "weighted_sum"] = "sample"
     """`sample`: the exact patches, straight-through gradient (Eq. 4-5); `weighted_sum`: their softmax mean (Table IV,
     W-Sum)."""
-    hidden_channels: PositiveInt = 32
+    hidden_channels: Width = 32
     """Channels between conv3x3 and conv1x1 of theta and phi [D]."""
-    embed_channels: PositiveInt = 8
+    embed_channels: Width = 8
     """Channels of theta and phi's output, flattened over the patch [D]."""
     temperature: PositiveFloat = 1.0
     """Divides the similarity before the softmax [P: 1]. Changes no ranking."""
@@ -109,7 +111,7 @@ class RetrievalConfig:
 class PSNetConfig:
     """Patch synthesis network, Sec. III-C and Table I, second and third column."""
 
-    base_width: PositiveInt = 16
+    base_width: Width = 16
     """Channels after the input convolutions of backbone and texture encoder, doubled by each down-block [A]."""
     num_res_blocks: PositiveInt = 5
     """Residual blocks of the backbone [P]."""
@@ -171,9 +173,9 @@ class TMADConfig:
 class DiscriminatorsConfig:
     """The two discriminators, Sec. III-C."""
 
-    patch_base_width: PositiveInt = 16
+    patch_base_width: Width = 16
     """Channels after the patch discriminator's first convolution, doubled by each of its two down-blocks [A]."""
-    global_base_width: PositiveInt = 64
+    global_base_width: Width = 64
     """Channels after the 70x70 discriminator's first convolution, up to 8 times that at the end [A]."""
     spectral_norm: bool = True
     """Spectral normalisation of both [D]."""

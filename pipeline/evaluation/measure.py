@@ -214,7 +214,7 @@ def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], lease
     start_ray()
     workers = num_workers(job.config, len(todo))
     shared = ray.put(files)
-    require({"CPU": workers, "GPU": workers if job.config.use_gpu else 0})
+    require({"CPU": workers, "GPU": workers if job.config.use_gpu else 0}, "--num-workers")
     dataset = run_tasks(
         [dataclasses.asdict(part) for part in todo],
         partial(measure_part, files=shared, job=job, lease=lease),

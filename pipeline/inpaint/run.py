@@ -363,7 +363,7 @@ def _fill_all(job: Job, todo: Mapping[str, str], folder: Path) -> Iterator[pa.Ta
     num_actors = min(side_by_side, len(keys))
     cpus = config.cpus_per_actor or (max(1, real_cpus() // num_actors) if config.use_gpu else 1)
     gpus = config.gpus_per_actor if config.use_gpu else 0
-    require({"CPU": num_actors * cpus, "GPU": num_actors * gpus})
+    require({"CPU": num_actors * cpus, "GPU": num_actors * gpus}, "--num-actors")
     files = ray.put({name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)})
     # Small at the end of a small job, so that no copy waits for another's last task.
     most = config.images_per_task or (256 if config.use_gpu else 16)

@@ -104,7 +104,7 @@ def model_version(ref: str, *, tracking_uri: str | None = None) -> str:
 
 
 def _is_artifact(folder: str) -> bool:
-    return all(storage.exists(storage.join(folder, file)) for file in ARTIFACT_FILES)
+    return all(storage.size(storage.join(folder, file)) is not None for file in ARTIFACT_FILES)
 
 
 def _newest_checkpoint(folder: str) -> str | None:

@@ -192,12 +192,21 @@ def _from_file(kind: type[ConfigT], uri: str) -> ConfigT:
     if not storage.exists(uri):
         raise ValueError(f"--config: there is no {storage.redact(uri)}; runs keep theirs in runs/<name>/config.json")
     try:
-        values = json.loads(storage.read_bytes(uri))
+        values = json.loads(storage.read_bytes(uri), object_pairs_hook=_no_name_twice)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"--config: {storage.redact(uri)} is not JSON: {error}") from error
+        raise ValueError(f"--config: {storage.redact(uri)} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config: {storage.redact(uri)} must hold a JSON object, got {type(values).__name__}")
     return from_dict(kind, values)
+
+
+def _no_name_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, which by itself would keep the last of equal names without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = sorted({name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1})
+        raise ValueError(f"it says {', '.join(twice)} twice")
+    return values
 
 
 def _check_sets(arguments: Sequence[str], start: Any) -> None:

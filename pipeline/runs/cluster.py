@@ -201,8 +201,9 @@ def _watch() -> None:
             give_up(reason, within_s=LOST_AFTER_S / 3)
 
 
-def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:
-    """Raise `ClusterTooSmall` unless the cluster has *resources* (`{"CPU": 3, "GPU": 2}`) in total.
+def require(resources: Mapping[str, float], option: str, *, wait_s: float = 0.0) -> None:
+    """Raise `ClusterTooSmall` unless the cluster has *resources* (`{"CPU": 3, "GPU": 2}`) in total; *option*, which asks
+    for less, is named in it.
 
     Waits up to *wait_s* for a cluster that grows. Ray itself would wait forever, silently.
     """
@@ -211,7 +212,8 @@ def require(resources: Mapping[str, float], *, wait_s: float = 0.0) -> None:
     while missing := shortage(resources, ray.cluster_resources()):
         if time.monotonic() >= deadline:
             raise ClusterTooSmall(
-                f"asked for {shown(resources)}, the cluster has {shown(ray.cluster_resources())}: {missing}"
+                f"asked for {shown(resources)}, the cluster has {shown(ray.cluster_resources())}: {missing}; "
+                f"lower {option}, or take a larger cluster"
             )
         if not announced:
             log.info("waiting up to %.0f s for the cluster to grow: %s", wait_s, missing)

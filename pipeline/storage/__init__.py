@@ -176,9 +176,10 @@ def size(uri: str) -> int | None:
     """Bytes of the file at *uri*, none if there is no such file."""
     fs, path = file_system(uri)
     try:
-        return int(_guard(uri, "look up", lambda: fs.info(path, **_bounded(fs)))["size"])
+        found = _guard(uri, "look up", lambda: fs.info(path, **_bounded(fs)))
     except MissingInput:
         return None
+    return int(found["size"]) if found["type"] == "file" else None
 
 
 def read_bytes(uri: str) -> bytes:

@@ -277,7 +277,7 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     # A trial's traceback, at each attempt; we report its error in one line.
     for noisy in ("ray.tune", "ray.train"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
-    require(resources(config.run))
+    require(resources(config.run), "--run.workers.num-workers")
     concurrent = room(config, ray.cluster_resources())
     trainable: Any = tune.with_resources(run_trial, {"CPU": DRIVER_CPUS})
     root, file_system = storage.for_ray(folder)

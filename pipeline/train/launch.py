@@ -111,7 +111,11 @@ def _train(config: RunConfig, folder: str, lease: Lease, callbacks: Sequence[Use
         check_tracking(tracking_uri)
     weights = resolve_perceptual(config)
     start_ray()
-    require(resources(config), wait_s=config.workers.start_timeout_s if joined() else 0.0)
+    require(
+        resources(config),
+        "--workers.num-workers or --workers.cpus-per-worker",
+        wait_s=config.workers.start_timeout_s if joined() else 0.0,
+    )
     initial = kept_initial(config, folder)
     run_id = _open_tracking(folder, config, tracking_uri, sets, initial)
     log.info("run %s: %s", config.name, plan(config, sets["train"]))

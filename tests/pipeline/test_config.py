@@ -375,10 +375,14 @@ def test_out_of_range_on_the_command_line_names_field_and_value(capsys: pytest.C
     )
 
 
-@pytest.mark.parametrize("text", ['{"a":' * 100_000, '{"seed": ' + "9" * 5000 + "}", "\0"], ids=["deep", "long", "nul"])
+@pytest.mark.parametrize(
+    "text",
+    ['{"a":' * 100_000, '{"seed": ' + "9" * 5000 + "}", "\0", '{"seed": 1, "seed": 2}'],
+    ids=["deep", "long", "nul", "twice"],
+)
 def test_a_configuration_file_that_cannot_be_read_is_one_sentence(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"^--config: .*config\.json is not JSON: "):
+    with pytest.raises(ValueError, match=r"^--config: .*config\.json cannot be read: "):
         parse(RunConfig, ["--config", str(tmp_path / "config.json")], PRESETS)
 
 

@@ -101,6 +101,10 @@ def test_where_nothing_is_every_place_that_was_looked_at_is_named(tmp_path: Path
         match=r"looked for config\.json and model\.safetensors in .*/gone, .*/gone/model, .*/checkpoints/\*",
     ):
         find_model(str(tmp_path / "gone"))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+    with pytest.raises(ModelNotFound, match="no model at"):
+        find_model(str(tmp_path / "folders"))
 
 
 def test_near_misses_get_a_hint(model_folder: Path) -> None:

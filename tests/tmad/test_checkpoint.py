@@ -241,6 +241,14 @@ def test_damaged_weights_are_refused_by_name(damage: Callable[[bytes], bytes], m
         load_model(model_folder)
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(model_folder: Path) -> None:
+    edit_tensors(model_folder / "model.safetensors", lambda t: t["coarse.layers.0.bias"].fill_(float("nan")))
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors has weights that are not finite: coarse\.layers\.0\.bias$"
+    ):
+        load_model(model_folder)
+
+
 def test_a_damaged_state_is_refused_by_name(state_folder: Path) -> None:
     path = state_folder / "state.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
