@@ -202,8 +202,8 @@ def _watch() -> None:
 
 
 def require(resources: Mapping[str, float], option: str, *, wait_s: float = 0.0) -> None:
-    """Raise `ClusterTooSmall` unless the cluster has *resources* (`{"CPU": 3, "GPU": 2}`) in total; *option*, which asks
-    for less, is named in it.
+    """Raise `ClusterTooSmall` unless the cluster has *resources* (`{"CPU": 3, "GPU": 2}`) in total; *option*, which
+    asks for less, is named in it.
 
     Waits up to *wait_s* for a cluster that grows. Ray itself would wait forever, silently.
     """
