@@ -133,9 +133,10 @@ def _client(uri: str) -> MlflowClient:
     """With MLflow imported here because that takes seconds.
 
     MLflow's usage reports to its makers are switched off unless the environment says otherwise: training machines
-    often have no way out, and nobody asked for them.
+    often have no way out, and nobody asked for them. So are its progress bars, among our log lines.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)

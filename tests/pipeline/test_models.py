@@ -51,12 +51,15 @@ def test_a_model_at_a_uri_is_copied_here(model_folder: Path) -> None:
     assert model_digest(folder) == model_digest(model_folder)
 
 
-def test_registry_references_by_alias_and_version(model_folder: Path, tracking_uri: str) -> None:
+def test_registry_references_by_alias_and_version(
+    model_folder: Path, tracking_uri: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     run_id = Tracker.create(tracking_uri, "tests", "models")
     assert run_id is not None
     register_model(model_folder, tracking_uri=tracking_uri, run_id=run_id, name="tests", alias="champion")
     for ref in ("models:/tests@champion", "models:/tests/1", f"runs:/{run_id}/model"):
         assert model_digest(find_model(ref, tracking_uri=tracking_uri)) == model_digest(model_folder)
+    assert "Downloading" not in capfd.readouterr().err, "MLflow's own bar"
 
 
 def test_without_a_server_the_database_of_the_current_folder_is_asked(
