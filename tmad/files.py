@@ -271,9 +271,12 @@ def _as_it_was(picture: Image.Image, file: ImageFile, zone: np.ndarray, opaque: 
 
 def _saved(picture: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    plain = picture.copy()
-    plain.info = {}  # what is not among the options is not meant to be kept
-    plain.save(buffer, format=kind, **options)
+    # What is not among the options is not meant to be kept. Taken off for a moment: a copy would hold every pixel twice.
+    info, picture.info = picture.info, {}
+    try:
+        picture.save(buffer, format=kind, **options)
+    finally:
+        picture.info = info
     return buffer.getvalue()
 
 
@@ -529,8 +532,8 @@ def _check_close(file: ImageFile, again: ImageFile, outside: np.ndarray) -> None
 def _strips(outside: np.ndarray) -> Iterator[tuple[tuple[int, int, int, int], np.ndarray]]:
     """Boxes over the whole width, with what of them is looked at: copies of a whole picture would double its memory."""
     height, width = outside.shape
-    for top in range(0, height, 512):
-        yield (0, top, width, min(top + 512, height)), outside[top : top + 512]
+    for top in range(0, height, 128):
+        yield (0, top, width, min(top + 128, height)), outside[top : top + 128]
 
 
 def _not_kept(count: int, file: ImageFile) -> UnreadableImage:
