@@ -271,7 +271,7 @@ def _as_it_was(picture: Image.Image, file: ImageFile, zone: np.ndarray, opaque: 
 
 def _saved(picture: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    # What is not among the options is not meant to be kept. Taken off for a moment: a copy would hold every pixel twice.
+    # What is not among the options is not meant to be kept. Set aside meanwhile: a copy would hold every pixel twice.
     info, picture.info = picture.info, {}
     try:
         picture.save(buffer, format=kind, **options)
