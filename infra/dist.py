@@ -1,9 +1,9 @@
-"""Wheel and source archive of this checkout, built and then tried where nothing of the checkout can be found.
+"""Builds wheel and source archive of this checkout and tries the wheel where the checkout is not on the path.
 
     python infra/dist.py                          with the packages that this interpreter has
     python infra/dist.py python3.12 python3.13    in an empty environment of each of these, all packages installed
 
-Both files lie in `dist/` afterwards. What is built is what Git tracks, as it stands now.
+Both files are written to `dist/`. They hold what Git tracks, uncommitted changes included.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ assert not taken, f"the wheel takes the names {taken}"
 
 OWN = """
 import pipeline, tmad_jobs.jobs
-assert pipeline.__file__ == MINE, f"{pipeline.__file__} stands for the program's own package"
+assert pipeline.__file__ == MINE, f"{pipeline.__file__} shadows the program's own package"
 try:
     tmad_jobs.jobs.find_model("s3://bucket/model")
 except ImportError as error:
@@ -138,7 +138,7 @@ def attempt(command: Path, wheel: Path, folder: Path) -> None:
 
 
 def _run(command: Sequence[str], folder: Path, **variables: str) -> str:
-    """What *command* printed; it finds no code of the checkout unless it stands there."""
+    """Output of *command*, run in *folder*, without the checkout on its path. Raises `DistFailed`."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**inherited, **variables})
     if done.returncode:
@@ -149,7 +149,7 @@ def _run(command: Sequence[str], folder: Path, **variables: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Build, and try with each interpreter; 1 as soon as one fails."""
+    """Build, and try with each interpreter; returns 1 at the first failure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="interpreters to install for")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where both files are put (default: dist)")

@@ -14,7 +14,7 @@ from pipeline.evaluation.evaluate import Evaluated, check, evaluate, export
 from pipeline.runs.cli import parse, run_job
 
 DESCRIPTION = """
-Metric a model on a prepared set, beside classical fills and the results of other methods. Crops and masks are those
+Measure a model on a prepared set, beside classical fills and the results of other methods. Crops and masks are those
 stored in the set: the same model on the same set gives the same figures, on any number of workers.
 
 Writes into --out: report.html (tables and pictures, one file), report.md, report.json, per_image/ (Parquet), results/

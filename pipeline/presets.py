@@ -58,7 +58,7 @@ def places() -> RunConfig:
     `python jobs/train_places.py --preset places --data.train s3://bucket/places/train --data.val s3://bucket/places/val
     --name places`. Rates grow with the root of the batch; the gradient penalty is taken at every fourth step, four
     times as strong [D]. For another number of GPUs leave the preset out, or set workers.num_workers,
-    schedule.batch_images and the rate. Not trained to the end here: `--dry-run` on a machine with such GPUs metrics
+    schedule.batch_images and the rate. Not trained to the end here: `--dry-run` on a machine with such GPUs measures
     the rate and tells the days.
     """
     base = with_batch(paper(), 4 * GPU_IMAGES)

@@ -32,7 +32,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Width = Annotated[int, Field(gt=0, le=1024)]
-"""Channels of a network's first layer; the upper end keeps a slip from asking for more memory than there is."""
+"""Channels of a layer, capped so that a typo cannot exhaust memory."""
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -301,9 +301,11 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a saved run under their present names."""
     found = {}
     for name, value in values.items():
-        if name in RENAMED:
-            log.info("the setting %s is called %s now", name, RENAMED[name])
-        found[RENAMED.get(name, name)] = renamed(value) if isinstance(value, Mapping) else value
+        # Beside its present name, a former one is refused like any unknown name.
+        present = name if RENAMED.get(name) in values else RENAMED.get(name, name)
+        if present != name:
+            log.info("the setting %s is called %s now", name, present)
+        found[present] = renamed(value) if isinstance(value, Mapping) else value
     return found
 
 

@@ -18,7 +18,7 @@ from tmad.rng import numpy_generator
 HOLE_BINS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 """Ends of the bins of hole fractions, as in the irregular masks of Liu et al. 2018; the last one is open."""
 LABEL_METRICS = ("l1_hole_pct", "psnr_hole", "ssim_full")
-"""Metrics that stand in the table of categories, which may be many."""
+"""Metrics in the table of categories, of which there may be many."""
 
 
 def hole_bin(fraction: float) -> str:

@@ -201,7 +201,7 @@ def _from_file(kind: type[ConfigT], uri: str) -> ConfigT:
 
 
 def _no_name_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, which by itself would keep the last of equal names without a word."""
+    """A JSON object; Python's reader alone would silently keep the last of equal names."""
     values = dict(pairs)
     if len(values) < len(pairs):
         twice = sorted({name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1})

@@ -61,7 +61,7 @@ SHOWN = (
     "retrieval_top_l1",
     "retrieval_distinct",
 )
-"""Metrics of the table. The paper's TV has no formula and stands in a column of its own; FID needs its network."""
+"""Metrics of the table. The paper's TV has no formula and gets a column of its own; FID needs its network."""
 
 log = logging.getLogger(__name__)
 

@@ -256,7 +256,7 @@ def _system(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         found["system/gpu_memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         torch.cuda.reset_peak_memory_stats(device)
-        # NVML's errors share no class with torch's; where a container lacks NVML, training goes on without the figure.
+        # NVML's errors share no class with torch's; a container may lack NVML, and training needs no such figure.
         with suppress(Exception):
             found["system/gpu_utilization_percentage"] = float(torch.cuda.utilization(device))
     return found

@@ -74,6 +74,8 @@ def test_former_names_in_the_configuration_of_a_saved_run_are_read(caplog: pytes
     with caplog.at_level("INFO"):
         assert to_json(from_json(former)) == text
     assert "the setting results is called coarse_from now" in caplog.text
+    with pytest.raises(ValueError, match="unknown setting in RunConfig: critics"):
+        from_json(text.replace("{", '{"critics": {},', 1))
 
 
 def test_a_misspelt_name_in_json_is_refused_with_the_near_one() -> None:
