@@ -16,7 +16,6 @@ import itertools
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +64,7 @@ class TrainContext(Protocol):
     def checkpoints(self) -> dict[str, bool]:
         """Names of the checkpoints in storage, newest first, and whether each is known to have been complete once."""
 
-    def checkpoint(self, name: str) -> AbstractContextManager[Path]:
+    def checkpoint(self, name: str) -> Path:
         """The checkpoint *name* as a folder on this machine, not to be written to."""
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
@@ -163,12 +162,11 @@ class RayContext:
         registered = self._registered()
         return {name: name in registered for name in sorted(filter(CHECKPOINT.fullmatch, names), reverse=True)}
 
-    @contextmanager
-    def checkpoint(self, name: str) -> Iterator[Path]:
+    def checkpoint(self, name: str) -> Path:
         """A copy of this worker's own, or the folder itself where storage is local."""
         # Not the object that the controller hands out: its copy is shared by the processes of a machine, and one that
         # comes late downloads over the files that another reads.
-        yield storage.local_copy(storage.join(self._folder, name))
+        return storage.local_copy(storage.join(self._folder, name))
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
         """Upload, the manifest last, and wait until the controller has it in its books."""
@@ -234,10 +232,9 @@ class LocalContext:
         names = (path.name for path in self._folder.glob("*"))
         return dict.fromkeys(sorted(filter(CHECKPOINT.fullmatch, names), reverse=True), True)
 
-    @contextmanager
-    def checkpoint(self, name: str) -> Iterator[Path]:
+    def checkpoint(self, name: str) -> Path:
         """The folder itself."""
-        yield self._folder / name
+        return self._folder / name
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
         """Copy the folder."""
