@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -219,7 +220,7 @@ def _summary(job: Job, rows: pa.Table, receipts: Sequence[Mapping[str, Any]], ou
         "images": images,
         "mask": ", ".join(families),
         "mask_variants": list(job.variants),
-        "mean_hole_fraction": sum(fractions) / images if images else None,
+        "mean_hole_fraction": float(np.cumsum(fractions)[-1]) / images if images else None,
         "seed": config.seed,
         "resamples": config.resamples,
         "confidence": config.confidence,
