@@ -28,6 +28,7 @@ from pipeline.models import absolute_model, locate_model
 from pipeline.runs.cluster import require, shortage, shown, start_ray
 from pipeline.runs.lease import lease_folder
 from pipeline.runs.settings import settle
+from pipeline.storage.whole import whole_files
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
 from pipeline.sweep.summary import REPORT_FILE, write_summary
@@ -280,9 +281,9 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     concurrent = room(config, ray.cluster_resources())
     trainable: Any = tune.with_resources(run_trial, {"CPU": DRIVER_CPUS})
     root, file_system = storage.for_ray(folder)
+    file_system = file_system or whole_files()
     place = f"{root}/{TUNE_FOLDER}"
-    known = tune.Tuner.can_restore(place, storage_filesystem=file_system)
-    if known:
+    if _has_records(storage.join(folder, TUNE_FOLDER)):
         log.info("sweep %s was begun before: going on with it, %d trials side by side", config.name, concurrent)
         tuner = tune.Tuner.restore(place, trainable=trainable, resume_errored=True, storage_filesystem=file_system)
     else:
@@ -321,6 +322,23 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
             "the same command continues where it stopped"
         )
     log.info("sweep %s: all trials ended, %.0f s in this call", config.name, time.time() - began)
+
+
+def _has_records(place: str) -> bool:
+    """Whether Tune has recorded trials in *place*. Raises `SweepFailed` if it could not read them: it would begin a new
+    sweep there, without settings."""
+    names = [name for name in storage.file_sizes(place) if name.startswith("experiment_state-")]
+    if not names:
+        return False
+    newest = storage.join(place, max(names))
+    try:
+        json.loads(storage.read_bytes(newest))
+    except ValueError:
+        raise SweepFailed(
+            f"{storage.redact(newest)} is damaged, and with it the list of trials; delete {storage.redact(place)} to "
+            "train all of them again"
+        ) from None
+    return True
 
 
 def _scheduler(config: SweepConfig, folder: str) -> TrialScheduler:

@@ -186,12 +186,11 @@ def check_tracking(uri: str | None) -> str:
         _client(uri).search_experiments(max_results=1)
     except Exception as error:
         # Errors of MLflow's HTTP and SQL libraries come through, as everywhere here.
-        what = (
-            f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S} s" if database == uri else f"{shown} is unfit"
-        )
+        server = database == uri
+        what = f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S} s" if server else f"{shown} is unfit"
         raise TrackingUnreachable(
-            f"{what}: {storage.redact(_cause(error))}; start the server, correct the tracking URI "
-            "(MLFLOW_TRACKING_URI or the job's option), or go without where the job can (`none`)"
+            f"{what}: {storage.redact(_cause(error))}; {'start the server, ' if server else ''}correct the tracking "
+            "URI (MLFLOW_TRACKING_URI or the job's option), or go without where the job can (`none`)"
         ) from error
     finally:
         for name, value in before.items():
@@ -202,6 +201,8 @@ def check_tracking(uri: str | None) -> str:
 def _cause(error: Exception) -> str:
     """Why a server does not answer, out of what three libraries say about it."""
     text = one_line(error)
+    if "database is locked" in text:
+        return "another process keeps it locked; end that process"
     if "not in a valid JSON format" in text:
         return "what answers there is no MLflow server"
     if found := re.search(r"too many (\d+) error responses", text):

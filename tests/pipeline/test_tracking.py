@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipeline.models import find_model
 from pipeline.tracking import (
     JsonLines,
     Tracker,
+    check_tracking,
     default_tracking_uri,
     flatten,
     mlflow_client,
@@ -319,6 +321,17 @@ def test_a_server_that_is_dead_and_a_database_of_an_older_mlflow_are_one_line_wi
             assert time.monotonic() - began < 2 * tracking.CHECK_TIMEOUT_S
             assert "\n" not in caught.value.message
             assert "hunter2" not in caught.value.message
+
+
+def test_a_database_that_another_process_keeps_locked_is_one_line_without_sql(tracking_uri: str) -> None:
+    with closing(sqlite3.connect(tracking_uri.removeprefix("sqlite:///"), isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(
+            TrackingUnreachable, match="unfit: another process keeps it locked; end that process"
+        ) as caught:
+            check_tracking(tracking_uri)
+    assert "SELECT" not in caught.value.message
+    assert check_tracking(tracking_uri).endswith("answers")
 
 
 def test_default_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
