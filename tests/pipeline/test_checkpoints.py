@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
 
 from pipeline.errors import CheckpointsDamaged, TrainingFailed
 from pipeline.train.checkpoints import (
@@ -27,8 +26,8 @@ from pipeline.train.checkpoints import (
     newest_usable,
     seal,
 )
-from pipeline.train.context import LocalContext, _everyones, _same_everywhere
-from tests.pipeline.runs import Recorder, run_in
+from pipeline.train.context import RayContext
+from tests.pipeline.runs import LocalContext, Recorder, run_in
 from tmad.step import OneWorker
 
 OLD, NEW = checkpoint_name(8), checkpoint_name(12)
@@ -143,11 +142,8 @@ class Gloo(LocalContext):
         super().__init__(folder, workers=OneWorker())
         self.rank, self.world_size = rank, 2
 
-    def everyones(self, value: Any) -> list[Any]:
-        return _everyones(value)
-
-    def same_everywhere(self, value: Tensor) -> bool:
-        return _same_everywhere(value)
+    everyones = RayContext.everyones
+    same_everywhere = RayContext.same_everywhere
 
 
 def _worker(rank: int, folder: str) -> None:
