@@ -14,10 +14,11 @@ import pytest
 
 from pipeline.config import DataConfig, PerceptualConfig, RunConfig
 from pipeline.errors import SweepFailed
+from pipeline.evaluation.pictures import centred_hole
 from pipeline.presets import places, smoke
 from pipeline.report.page import Drawing, _templates
 from pipeline.storage.whole import whole_files
-from pipeline.sweep.ablate import AblateConfig, Row, as_sweep, centred_hole, scale, table
+from pipeline.sweep.ablate import AblateConfig, Row, as_sweep, scale, table
 from pipeline.sweep.config import SWEEP_PRESETS, SweepConfig
 from pipeline.sweep.figures import bars, front, parallel_coordinates
 from pipeline.sweep.launch import _has_records, _Rungs, room
@@ -276,14 +277,14 @@ def test_studies_are_runs_that_differ_in_what_they_study_alone() -> None:
 
 
 def test_the_papers_figures_stand_beside_ours() -> None:
-    rows = [Row("W-Sum", {"psnr_hole": 20.0}, {"psnr_hole": 1.0}, [])]
+    rows = [Row("W-Sum", {"psnr_hole": 20.0}, {"psnr_hole": 1.0})]
     text = table(rows, STUDIES["candidates"]).text()
     assert "16.872" in text
     assert "20 ±0.5" in text
 
 
 def test_a_hole_of_half_the_side_is_a_quarter_of_the_image() -> None:
-    mask = centred_hole(64, 64, 0.5)
+    mask = centred_hole(64, 64, share=0.5)
     assert mask.sum() == 64 * 64 / 4
     assert mask[32, 32] == 1
 
