@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline.demo.run import DemoConfig, run_demo
 from pipeline.runs.cli import parse, run_job
+from pipeline.storage import check_place
 
 DESCRIPTION = """
 Train a small T-MAD on photographs that ship inside scikit-image and scikit-learn, and show what it does with others.
@@ -27,6 +28,7 @@ Examples:
 def main(argv: Sequence[str]) -> int:
     """Parse, run the demo, print where to look; returns the exit code."""
     command = parse(DemoConfig, argv, prog="demo.py", description=DESCRIPTION)
+    check_place(command.config.out)
     if command.dry_run:
         print(command.resolved())
         return 0

@@ -6,6 +6,7 @@ A fill is (image (H, W, 3) uint8, mask (H, W) {0, 1}, generator) -> (H, W, 3) ui
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -18,41 +19,28 @@ OPENCV_RADIUS_PX = 3.0
 """Radius of OpenCV's neighbourhoods, as in its own examples."""
 
 
-def biharmonic(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The biharmonic equation solved over the hole (Damelin & Hoang 2018, scikit-image)."""
+def _biharmonic(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The biharmonic equation solved over the hole (Damelin & Hoang 2018)."""
     from skimage.restoration import inpaint_biharmonic
 
     filled = inpaint_biharmonic(image, mask, channel_axis=-1)
     return np.where(mask[..., None] > 0, np.rint(np.clip(filled, 0, 1) * 255).astype(np.uint8), image)
 
 
-def telea(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Fast marching from the border inwards (Telea 2004, OpenCV)."""
-    import cv2
-
-    return _opencv(image, mask, cv2.INPAINT_TELEA)
-
-
-def navier_stokes(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Lines of equal brightness continued like a flow (Bertalmio et al. 2001, OpenCV)."""
-    import cv2
-
-    return _opencv(image, mask, cv2.INPAINT_NS)
-
-
-def _opencv(image: np.ndarray, mask: np.ndarray, method: int) -> np.ndarray:
+def _opencv(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, *, method: str) -> np.ndarray:
     import cv2
 
     cv2.setNumThreads(1)
-    filled = cv2.inpaint(np.ascontiguousarray(image), np.ascontiguousarray(mask), OPENCV_RADIUS_PX, method)
+    image, mask = np.ascontiguousarray(image), np.ascontiguousarray(mask)
+    filled = cv2.inpaint(image, mask, OPENCV_RADIUS_PX, getattr(cv2, method))
     return np.where(mask[..., None] > 0, filled, image)
 
 
 FILLS: Mapping[str, Fill] = {
     "patchmatch": patchmatch_fill,
-    "telea": telea,
-    "navier_stokes": navier_stokes,
-    "biharmonic": biharmonic,
+    "telea": partial(_opencv, method="INPAINT_TELEA"),  # fast marching from the border inwards (Telea 2004)
+    "navier_stokes": partial(_opencv, method="INPAINT_NS"),  # lines of equal brightness (Bertalmio et al. 2001)
+    "biharmonic": _biharmonic,
 }
 """By the name of the method."""
 
@@ -61,7 +49,5 @@ _PACKAGES = {"telea": ("cv2", "OpenCV"), "navier_stokes": ("cv2", "OpenCV"), "bi
 
 def why_not(method: str) -> str | None:
     """Why this fill cannot be run here; none if it can."""
-    package, title = _PACKAGES.get(method, (None, ""))
-    if package is None or find_spec(package) is not None:
-        return None
-    return f"{title} is not installed: pip install 'tmad[baselines]'"
+    package, title = _PACKAGES.get(method, ("", ""))
+    return f"{title} is not installed: pip install 'tmad[baselines]'" if package and not find_spec(package) else None

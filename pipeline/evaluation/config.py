@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -19,7 +19,7 @@ from tmad.metrics import METRICS
 
 Method = Literal["tmad", "coarse", "blended", "patchmatch", "telea", "navier_stokes", "biharmonic"]
 
-METHODS: tuple[Method, ...] = ("tmad", "coarse", "blended", "patchmatch", "telea", "navier_stokes", "biharmonic")
+METHODS: tuple[Method, ...] = get_args(Method)
 
 _METRICS = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
 NETWORKS = {
@@ -113,19 +113,12 @@ class EvaluateConfig:
         if not self.methods and not self.external and not self.coarse_from:
             raise ValueError(f"methods must name at least one of {', '.join(METHODS)}")
         for name in self.metrics:
-            if name not in METRICS:
-                near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5) or list(METRICS)
-                raise ValueError(f"no metric is called {name!r}; did you mean {', '.join(near)}?")
-        names = [
-            *self.methods,
-            *(name for name, _ in self.external_folders),
-            *(name for name, _ in self.coarse_folders),
-        ]
+            check_metric(name)
+        names = [*self.methods, *(name for name, _ in (*self.external_folders, *self.coarse_folders))]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two methods are called {', '.join(sorted(twice))}: give each a NAME=FOLDER of its own")
-        if unknown := [
-            name for name in self.keep if name not in (*names, *METHODS, *map(behind, dict(self.coarse_folders)))
-        ]:
+        known = {*names, *METHODS, *map(behind, dict(self.coarse_folders))}
+        if unknown := [name for name in self.keep if name not in known]:
             raise ValueError(f"keep must name methods of this evaluation, got {', '.join(unknown)}")
         if self.mlflow_run is not None and self.tracking is None:
             raise ValueError("mlflow_run needs tracking_uri (or MLFLOW_TRACKING_URI), the server or file that holds it")
@@ -157,20 +150,16 @@ class EvaluateConfig:
 
     def deciding(self) -> dict[str, Any]:
         """What decides the content of a part, beside the set, the model and the folders' files."""
-        names = (
-            "methods",
-            "external",
-            "coarse_from",
-            "metrics",
-            "fid",
-            "lpips",
-            "mask_variant",
-            "seed",
-            "keep",
-            "use_gpu",
-        )
+        names = ("methods", "external", "coarse_from", "metrics", "fid", "lpips", "mask_variant", "seed", "keep")
         values = dataclasses.asdict(self)
-        return {name: values[name] for name in names} | {"data": redact(set_folder(absolute(self.data)))}
+        return {name: values[name] for name in (*names, "use_gpu")} | {"data": redact(set_folder(absolute(self.data)))}
+
+
+def check_metric(name: str) -> None:
+    """Raise `ValueError` with near names unless *name* is a metric."""
+    if name not in METRICS:
+        near = difflib.get_close_matches(name, METRICS, n=3, cutoff=0.5) or list(METRICS)
+        raise ValueError(f"no metric is called {name!r}; did you mean {', '.join(near)}?")
 
 
 def behind(name: str) -> str:

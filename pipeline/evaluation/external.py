@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ _READERS = 16
 
 @dataclass(frozen=True)
 class Results:
-    """The results of one method: where they lie and which file belongs to which name."""
+    """The results of one method."""
 
     name: str
     folder: str
@@ -42,7 +43,7 @@ class Results:
         """(H, W, 3) uint8 of *shape*. Raises `UnfitResults` for another size."""
         pixels = decode_rgb(storage.read_bytes(storage.join(self.folder, self.files[name])))
         if pixels.shape[:2] != shape[:2]:
-            raise _unfit(self.name, self.folder, [], [_size_text(name, pixels.shape[:2], shape[:2])], [])
+            raise _unfit(self.name, self.folder, sizes=[_size_text(name, pixels.shape, shape)])
         return pixels
 
 
@@ -65,35 +66,31 @@ def open_results(
     """
     folder = storage.absolute(folder)
     there = storage.listing(folder) if storage.exists(folder) else {}
-    found = {key: file.version for key, file in there.items() if key.lower().endswith(SUFFIXES)}
-    if not found:
+    files: dict[str, list[str]] = defaultdict(list)
+    for key in there:
+        if key.lower().endswith(SUFFIXES):
+            files[_without_ending(key)].append(key)
+    if not files:
         raise MissingInput(f"no image in {storage.redact(folder)}, the results of {name}")
-    files: dict[str, list[str]] = {}
-    for key in found:
-        files.setdefault(_without_ending(key), []).append(key)
     wanted, known = [], set()
     for number, image_id in enumerate(_image_ids(data, manifest)):
         for variant in range(manifest.num_variants):
-            known.add(result_name(image_id, variant, manifest=manifest))
+            stem = result_name(image_id, variant, manifest=manifest)
+            known.add(stem)
             if variant in variants and (limit is None or number < limit):
-                wanted.append(result_name(image_id, variant, manifest=manifest))
-    missing = [one for one in wanted if one not in files]
-    unknown = [keys[0] for stem, keys in files.items() if stem not in known]
-    twice = [keys for stem in wanted if len(keys := files.get(stem, [])) > 1]
-    if twice:
-        raise UnfitResults(f"{name} has several results for one image in {storage.redact(folder)}: {_few(twice[0])}")
+                wanted.append(stem)
     chosen = {stem: files[stem][0] for stem in wanted if stem in files}
-    side = manifest.crop_size
+    if twice := next((files[stem] for stem in chosen if len(files[stem]) > 1), None):
+        raise UnfitResults(f"{name} has several results for one image in {storage.redact(folder)}: {_few(twice)}")
+    side = (manifest.crop_size, manifest.crop_size)
     with ThreadPoolExecutor(_READERS) as pool:
         sizes = pool.map(lambda key: _size_of(storage.join(folder, key)), chosen.values())
-        wrong = [
-            _size_text(stem, size, (side, side))
-            for stem, size in zip(chosen, sizes, strict=True)
-            if size != (side, side)
-        ]
+        wrong = [_size_text(stem, size, side) for stem, size in zip(chosen, sizes, strict=True) if size != side]
+    missing = [stem for stem in wanted if stem not in files]
+    unknown = [keys[0] for stem, keys in files.items() if stem not in known]
     if missing or wrong or unknown:
         raise _unfit(name, folder, missing, wrong, unknown)
-    text = json.dumps([(key, found[key]) for key in chosen.values()])
+    text = json.dumps([(key, there[key].version) for key in chosen.values()])
     return Results(name, folder, chosen, hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
@@ -104,20 +101,12 @@ def export_inputs(data: str, out: str, *, manifest: Manifest) -> int:
     for record in read_records(data):
         truth = record.pixels()
         for variant in range(manifest.num_variants):
-            name, mask = result_name(record.image_id, variant, manifest=manifest) + ".png", record.mask(variant)
-            for kind, picture in (
-                ("images", with_white_hole(truth, mask)),
-                ("masks", mask * np.uint8(255)),
-                ("truth", truth),
-            ):
-                storage.write_atomic(storage.join(out, kind, name), png_bytes(picture))
+            name, mask = result_name(record.image_id, variant, manifest=manifest), record.mask(variant) * np.uint8(255)
+            pictures = {"images": np.maximum(truth, mask[..., None]), "masks": mask, "truth": truth}
+            for kind, picture in pictures.items():
+                storage.write_atomic(storage.join(out, kind, f"{name}.png"), png_bytes(picture))
             count += 1
     return count
-
-
-def with_white_hole(truth: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture that a reader is shown as the input."""
-    return np.where(mask[..., None] > 0, np.uint8(255), truth)
 
 
 def _without_ending(key: str) -> str:
@@ -145,15 +134,14 @@ def _size_text(name: str, size: tuple[int, ...] | None, wanted: tuple[int, ...])
 
 
 def _unfit(
-    name: str, folder: str, missing: Sequence[str], sizes: Sequence[str], unknown: Sequence[str]
+    name: str, folder: str, missing: Sequence[str] = (), sizes: Sequence[str] = (), unknown: Sequence[str] = ()
 ) -> UnfitResults:
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} images of the set have no result: {_few(missing)}")
-    if sizes:
-        parts.append(f"{len(sizes)} results are of another size: {_few(sizes)}")
-    if unknown:
-        parts.append(f"{len(unknown)} files belong to no image of the set, so their truth is missing: {_few(unknown)}")
+    wrong = {
+        "images of the set have no result": missing,
+        "results are of another size": sizes,
+        "files belong to no image of the set, so their truth is missing": unknown,
+    }
+    parts = [f"{len(names)} {what}: {_few(names)}" for what, names in wrong.items() if names]
     return UnfitResults(
         f"the results of {name} in {storage.redact(folder)} do not fit: {'; '.join(parts)}",
         missing=list(missing),

@@ -7,16 +7,17 @@ the job was stopped. Finished parts are kept, so the same command again does onl
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -25,7 +26,7 @@ from pipeline.data.schema import Manifest, read_manifest, set_folder
 from pipeline.data.tasks import iterate, run_tasks
 from pipeline.errors import MissingInput
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.external import Results, open_results
+from pipeline.evaluation.external import open_results
 from pipeline.evaluation.methods import table_rows
 from pipeline.evaluation.networks import NotMeasured, read_network
 from pipeline.evaluation.parts import (
@@ -36,10 +37,9 @@ from pipeline.evaluation.parts import (
     measure_part,
     part_file,
     plan_parts,
-    row_schema,
 )
 from pipeline.evaluation.sets import measure_sets
-from pipeline.evaluation.summary import Table, rows_of_images
+from pipeline.evaluation.summary import Entries, summarize
 from pipeline.models import ARTIFACT_FILES, find_model
 from pipeline.runs.cluster import joined, models_side_by_side, require, start_ray
 from pipeline.runs.lease import Lease
@@ -56,61 +56,21 @@ FORMAT = 3
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured."""
-
-    summary: dict[str, Any]
-    """The content of report.json."""
-    job: Job
-    parts: list[Part]
-    out: str
-    """The folder of the results, absolute."""
-    files: dict[str, Any] = field(repr=False, default_factory=dict)
-    """The networks' files, for whoever fills more holes with them."""
-
-    @property
-    def means(self) -> dict[str, dict[str, float | None]]:
-        """Method, then metric, then its mean over the images, or its value for the set."""
-        return {
-            method: {name: value["mean"] for name, value in entry["metrics"].items()}
-            for method, entry in self.summary["methods"].items()
-        }
-
-    @property
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Per-image results, in the order of the set: `parts.FACTS` and each metric (or none)."""
-        return read_rows(self.out, len(self.parts))
-
-
-@dataclass(frozen=True)
-class Opened:
-    """All that an evaluation reads, found and held together."""
-
-    job: Job
-    files: dict[str, Any]
-    """Of the model and of the measuring networks, by name."""
-    reasons: dict[str, str]
-    """Why metrics have no figures, by metric."""
-    model: str | None
-    """Its digest; `None` if nothing in the table comes from it."""
-
-
-def open_inputs(config: EvaluateConfig) -> Opened:
-    """Look at everything that is to be measured, before anything is written.
+def open_inputs(config: EvaluateConfig) -> tuple[Job, dict[str, Any]]:
+    """Look at everything that is to be measured, before anything is written; the files are those of the model and of
+    the measuring networks, by name.
 
     Raises `ModelNotFound`, `MissingInput`, `UnfitResults` for results of other methods that do not fit the set, and
     `ValueError` for a damaged model and for a mask variant that the set does not have.
     """
     if config.use_gpu and not (torch.cuda.is_available() or joined()):
         raise ValueError("use_gpu is set, but PyTorch sees no CUDA device here; leave it out to run on the CPU")
+    config = replace(config, data=absolute(config.data))
     manifest = read_manifest(config.data)
     variants = _variants(config, manifest)
     if manifest.records == 0:
         raise MissingInput(f"the prepared set {redact(config.data)} has no image")
-    folder = None
-    if config.needs_model:
-        folder = find_model(config.model, tracking_uri=config.tracking)
+    folder = find_model(config.model, tracking_uri=config.tracking) if config.needs_model else None
     externals = {
         name: open_results(name, place, data=config.data, manifest=manifest, variants=variants, limit=config.limit)
         for name, place in (*config.external_folders, *config.coarse_folders)
@@ -122,34 +82,74 @@ def open_inputs(config: EvaluateConfig) -> Opened:
         load_model(folder)  # a damaged one is found now
         files["model"] = {name: (folder / name).read_bytes() for name in ARTIFACT_FILES}
         model = model_digest(folder)
-    return Opened(_job(config, manifest, variants, externals, model, reasons), files, reasons, model)
+    rows = table_rows(config)
+    for row in rows:
+        if row.not_measured:
+            log.warning("%s: not measured: %s", row.title, row.not_measured)
+    metrics = tuple(name for name in config.shown_metrics() if name not in reasons)
+    decides = [
+        *(FORMAT, manifest.digest, model, config.deciding(), metrics, variants),
+        *({name: results.digest for name, results in externals.items()}, [asdict(row) for row in rows]),
+        min(manifest.records, config.limit or manifest.records),
+    ]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    return Job(config, manifest, rows, metrics, variants, externals, digest, reasons, model), files
 
 
-def measure_set(opened: Opened, lease: Lease) -> Evaluation:
-    """Measure everything that is asked for and write per_image/; pages and report.json are the caller's.
+def measure_set(job: Job, files: dict[str, Any], lease: Lease) -> tuple[dict[str, Any], pa.Table]:
+    """Measure everything that is asked for and write per_image/ and timing.json; the content of report.json, and the
+    rows of `read_rows`.
 
     Images that cannot be filled (nothing but hole) are left out and listed in the summary. Raises `ClusterTooSmall`.
     """
-    job = opened.job
     parts = plan_parts(job.manifest, job.config)
-    receipts = _measure_parts(job, parts, opened.files, lease)
-    _remove_other_parts(len(parts), lease)
-    table, failed = _summed_up(job, len(parts), receipts, lease.folder)
+    receipts = _measure_parts(job, parts, files, lease)
+    for file in file_sizes(lease.folder):
+        # What an evaluation with more, smaller parts left.
+        number = file.rpartition("/")[2].split(".")[0]
+        if file.startswith(("parts/", "per_image/")) and (not number.isdigit() or int(number) >= len(parts)):
+            lease.remove(file)
+    rows = read_rows(lease.folder)
+    summary = _summary(job, rows, receipts, lease.folder)
+    # Seconds are a property of the machine, so they have a file of their own.
+    images = sum(receipt["images"] for receipt in receipts) * len(job.variants)
+    seconds = {
+        name: sum(receipt["seconds"].get(name, 0.0) for receipt in receipts) / images for name in job.measured_methods
+    }
+    lease.write("timing.json", (json.dumps({"seconds_per_image": seconds}, indent=2) + "\n").encode())
+    return summary, rows
+
+
+def read_rows(out: str) -> pa.Table:
+    """Per-image results below the evaluation's folder *out*, in the order of the set: `parts.FACTS`, each metric (or
+    none), and the number of the part."""
+    tables = []
+    for index in range(len(list_files(join(out, "per_image"), (".parquet",)))):
+        table = pq.read_table(io.BytesIO(read_bytes(join(out, part_file(index, "rows")))))
+        tables.append(table.append_column("part", pa.array([index] * len(table), pa.int64())))
+    return pa.concat_tables(tables)
+
+
+def on_workers(
+    job: Job, files: dict[str, Any], tasks: Sequence[Any], function: Callable[..., pa.Table], *, in_order: bool = False
+) -> Iterator[Any]:
+    """What *function* has `made` of each task, a dataclass, by tasks of Ray Data side by side on one thread each.
+    Raises `ClusterTooSmall`."""
     start_ray()
-    sets = measure_sets(job, len(parts), lease.folder)
-    summary = _summary(job, table, sets, failed, opened.reasons, opened.model)
-    lease.write("timing.json", _timing(job, receipts).encode())
-    return Evaluation(summary, job, parts, lease.folder, opened.files)
-
-
-def read_rows(out: str, num_parts: int | None = None) -> Iterator[dict[str, Any]]:
-    """Per-image results below the evaluation's folder *out*, in the order of the set, each with the number of its
-    part; memory of one part."""
-    if num_parts is None:
-        num_parts = len(list_files(join(out, "per_image"), (".parquet",)))
-    for index in range(num_parts):
-        for row in pq.read_table(io.BytesIO(read_bytes(join(out, part_file(index, "rows"))))).to_pylist():
-            yield {**row, "part": index}
+    config = job.config
+    workers = min(config.num_workers or models_side_by_side(use_gpu=config.use_gpu), len(tasks))
+    require({"CPU": workers, "GPU": workers if config.use_gpu else 0}, "--num-workers")
+    dataset = run_tasks(
+        [asdict(task) for task in tasks],
+        partial(function, files=ray.put(files), job=job),
+        in_order=in_order,
+        num_cpus=1,
+        num_gpus=int(config.use_gpu),
+        at_once=workers,
+        runtime_env=ONE_THREAD,
+    )
+    for rows in iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0):
+        yield from rows["made"]
 
 
 def _variants(config: EvaluateConfig, manifest: Manifest) -> tuple[int, ...]:
@@ -179,124 +179,48 @@ def _read_networks(config: EvaluateConfig, files: dict[str, Any]) -> dict[str, s
     return reasons
 
 
-def _job(
-    config: EvaluateConfig,
-    manifest: Manifest,
-    variants: tuple[int, ...],
-    externals: dict[str, Results],
-    model: str | None,
-    reasons: Mapping[str, str],
-) -> Job:
-    rows = table_rows(config)
-    for row in rows:
-        if row.not_measured:
-            log.warning("%s: not measured: %s", row.title, row.not_measured)
-    metrics = tuple(name for name in config.shown_metrics() if name not in reasons)
-    resolved = replace(config, data=absolute(config.data))
-    decides = [
-        *(FORMAT, manifest.digest, model, resolved.deciding(), metrics, variants),
-        *({name: results.digest for name, results in externals.items()}, [dataclasses.asdict(row) for row in rows]),
-        min(manifest.records, config.limit or manifest.records),
-    ]
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-    return Job(resolved, manifest, rows, metrics, variants, externals, digest)
-
-
-def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], lease: Lease) -> dict[int, dict[str, Any]]:
-    """Receipts of all parts by number; those that are not there yet are measured by tasks of Ray Data."""
+def _measure_parts(job: Job, parts: Sequence[Part], files: dict[str, Any], lease: Lease) -> list[dict[str, Any]]:
+    """Receipts of all parts in order; those that are not there yet are measured."""
     receipts = finished_parts(job, parts, lease.folder)
-    todo = [part for part in parts if part.index not in receipts]
     total, before = sum(part.records for part in parts), sum(receipt["images"] for receipt in receipts.values())
     if receipts:
         log.info("%d of %d images are measured already and are kept", before, total)
-    if not todo:
-        return receipts
-    start_ray()
-    workers = num_workers(job.config, len(todo))
-    shared = ray.put(files)
-    require({"CPU": workers, "GPU": workers if job.config.use_gpu else 0}, "--num-workers")
-    dataset = run_tasks(
-        [dataclasses.asdict(part) for part in todo],
-        partial(measure_part, files=shared, job=job, lease=lease),
-        **resources(job.config, workers),
-    )
-    with Progress(total, done=before) as progress:
-        for rows in iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0):
-            (receipt,) = map(json.loads, rows["receipt"])
-            receipts[receipt["index"]] = receipt
-            progress.add(receipt["images"])
-    return receipts
+    if todo := [part for part in parts if part.index not in receipts]:
+        with Progress(total, done=before) as progress:
+            for receipt in map(json.loads, on_workers(job, files, todo, partial(measure_part, lease=lease))):
+                receipts[receipt["index"]] = receipt
+                progress.add(receipt["images"])
+    return [receipts[part.index] for part in parts]
 
 
-def resources(config: EvaluateConfig, workers: int) -> dict[str, Any]:
-    """What each of *workers* tasks that run side by side gets, for `run_tasks`."""
-    return {"num_cpus": 1, "num_gpus": int(config.use_gpu), "at_once": workers, "runtime_env": ONE_THREAD}
-
-
-def num_workers(config: EvaluateConfig, num_parts: int) -> int:
-    """How many actors work side by side."""
-    return min(config.num_workers or models_side_by_side(use_gpu=config.use_gpu), num_parts)
-
-
-def _summed_up(
-    job: Job, num_parts: int, receipts: Mapping[int, dict[str, Any]], out: str
-) -> tuple[Table, dict[str, str]]:
-    """The table of all parts, in order, and what could not be filled."""
-    metrics = [name for name in row_schema(job).names if name in METRICS]
-    table = Table(job.measured_methods, metrics, resamples=job.config.resamples, seed=job.config.seed)
-    for rows in rows_of_images(read_rows(out, num_parts)):
-        table.add(rows)
-    failed = {name: reason for index in range(num_parts) for name, reason in receipts[index]["failed"].items()}
-    return table, failed
-
-
-def _remove_other_parts(num_parts: int, lease: Lease) -> None:
-    """Remove what an evaluation with more, smaller parts left."""
-    for file in file_sizes(lease.folder):
-        number = file.rpartition("/")[2].split(".")[0]
-        if file.startswith(("parts/", "per_image/")) and (not number.isdigit() or int(number) >= num_parts):
-            lease.remove(file)
-
-
-def _summary(
-    job: Job,
-    table: Table,
-    sets: Mapping[str, Mapping[str, float | None]],
-    failed: Mapping[str, str],
-    reasons: Mapping[str, str],
-    model: str | None,
-) -> dict[str, Any]:
-    config, manifest = job.config, job.manifest
-    overall = table.overall(config.confidence)
-    small = manifest.crop_size < SMALLEST_LEVEL
-    methods: dict[str, Any] = {}
-    gains = retrieval_gains(overall) if "retrieval_gain" in job.metrics else {}
-    for row in job.rows:
-        metrics = dict(overall.get(row.name, {}))
-        if row.name in gains:
-            metrics["retrieval_gain"] = {"mean": gains[row.name], "low": None, "high": None, "images": table.images}
-        for name, value in sets.get(row.name, {}).items():
-            metrics[name] = {"mean": value, "low": None, "high": None, "images": table.images}
-        ordered = {name: metrics[name] for name in METRICS if name in metrics}
-        methods[row.name] = {"title": row.title, "not_measured": row.not_measured, "metrics": ordered}
-    legend = {}
-    for name in config.shown_metrics():
-        entry = METRICS[name]
-        legend[name] = {"unit": entry.unit, "better": entry.better, "formula": entry.formula}
-        if name in reasons:
-            legend[name]["not_measured"] = reasons[name]
-        elif name in VARIANTS and small:
-            legend[name]["not_measured"] = f"the images are smaller than {SMALLEST_LEVEL} pixels"
+def _summary(job: Job, rows: pa.Table, receipts: Sequence[Mapping[str, Any]], out: str) -> dict[str, Any]:
+    """The content of report.json."""
+    config, manifest, methods = job.config, job.manifest, job.measured_methods
+    overall, groups = summarize(rows, methods, job.row_metrics, config)
+    images = len(rows) // max(1, len(methods))
+    of_sets = measure_sets(job, len(receipts), images, out)
+    if "retrieval_gain" in job.metrics and (gain := _retrieval_gain(overall)):
+        of_sets["tmad"] = {**gain, **of_sets["tmad"]}
+    for method, values in of_sets.items():
+        overall[method] |= {
+            name: {"mean": value, "low": None, "high": None, "images": images} for name, value in values.items()
+        }
+    without = dict(job.reasons)
+    if manifest.crop_size < SMALLEST_LEVEL:
+        without |= dict.fromkeys(VARIANTS, f"the images are smaller than {SMALLEST_LEVEL} pixels")
+    settings = manifest.settings
+    families = settings.get("families") or [settings.get("mask", settings.get("mask_from", "own"))]
+    fractions = rows["hole_fraction"].to_pylist()[:: max(1, len(methods))]
     return {
         "format": FORMAT,
         "model": redact(config.model) if config.needs_model else None,
-        "model_digest": model,
+        "model_digest": job.model,
         "data": redact(set_folder(config.data)),
         "data_digest": manifest.digest,
-        "images": table.images,
-        "mask": ", ".join(_families(manifest)),
+        "images": images,
+        "mask": ", ".join(families),
         "mask_variants": list(job.variants),
-        "mean_hole_fraction": table.hole_sum / table.images if table.images else None,
+        "mean_hole_fraction": float(np.cumsum(fractions)[-1]) / images if images else None,
         "seed": config.seed,
         "resamples": config.resamples,
         "confidence": config.confidence,
@@ -305,38 +229,31 @@ def _summary(
             for option, network in (("fid", config.fid), ("lpips", config.lpips))
             if network.network is not None
         },
-        "failed": dict(failed),
-        "methods": methods,
-        "groups": table.groups(config.confidence),
-        "metrics": legend,
+        "failed": {name: reason for receipt in receipts for name, reason in receipt["failed"].items()},
+        "methods": {
+            row.name: {
+                "title": row.title,
+                "not_measured": row.not_measured,
+                "metrics": {name: entries[name] for name in METRICS if name in entries},
+            }
+            for row in job.rows
+            for entries in [overall.get(row.name, {})]
+        },
+        "groups": groups,
+        "metrics": {
+            name: {
+                **{"unit": METRICS[name].unit, "better": METRICS[name].better, "formula": METRICS[name].formula},
+                **({"not_measured": without[name]} if name in without else {}),
+            }
+            for name in config.shown_metrics()
+        },
     }
 
 
-def retrieval_gains(overall: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """`retrieval_gain` of the methods that retrieve, from the means of all images."""
-
-    def mean(method: str, name: str) -> float | None:
-        value: float | None = overall.get(method, {}).get(name, {}).get("mean")
-        return value
-
-    found, untrained, best = (
-        mean("tmad", "retrieval_top_l1"),
-        mean("blended", "retrieval_top_l1"),
-        mean("tmad", "retrieval_best_l1"),
-    )
-    if found is None or untrained is None or best is None:
+def _retrieval_gain(overall: Entries) -> dict[str, float | None]:
+    """`retrieval_gain` of T-MAD, from the means of all images, where it can be had."""
+    places = (("tmad", "retrieval_top_l1"), ("blended", "retrieval_top_l1"), ("tmad", "retrieval_best_l1"))
+    means = [overall[method][name]["mean"] for method, name in places if method in overall]
+    if len(means) < len(places) or None in means:
         return {}
-    return {"tmad": retrieval_gain(found, untrained, best)}
-
-
-def _families(manifest: Manifest) -> list[str]:
-    settings = manifest.settings
-    return list(settings.get("families") or [settings.get("mask", settings.get("mask_from", "own"))])
-
-
-def _timing(job: Job, receipts: Mapping[int, dict[str, Any]]) -> str:
-    """Seconds of filling an image by method: a property of the machine, so it has a file of its own."""
-    images = sum(receipt["images"] for receipt in receipts.values()) * len(job.variants)
-    names = job.measured_methods
-    totals = {name: sum(receipt["seconds"].get(name, 0.0) for receipt in receipts.values()) for name in names}
-    return json.dumps({"seconds_per_image": {name: total / images for name, total in totals.items()}}, indent=2) + "\n"
+    return {"retrieval_gain": retrieval_gain(*means)}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pipeline.data.schema import Manifest, Record
+from pipeline.data.schema import Manifest
 from pipeline.evaluation.baselines import FILLS, why_not
 from pipeline.evaluation.config import EvaluateConfig, behind
 from pipeline.evaluation.external import Results, result_name
-from tmad.inpaint import Inpainter, InpaintResult, UnusableInput
+from tmad.inpaint import Inpainter, InpaintResult
 from tmad.model import TMAD
 from tmad.retrieval import untrained_retrieval
 from tmad.rng import numpy_generator
@@ -48,37 +48,32 @@ def table_rows(config: EvaluateConfig) -> tuple[Row, ...]:
     return (*learned, *others, *(row for row in own if row.name in FILLS))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Filled:
-    """One image and mask, filled by every method."""
+    """One image and mask, and what the methods make of it."""
 
     truth: np.ndarray
     """(H, W, 3) uint8."""
     mask: np.ndarray
-    """(H, W) uint8, 1 = hole."""
-    outputs: dict[str, np.ndarray]
+    """(H, W) uint8, 1 = hole; not all of it."""
+    image_id: str
+    variant: int
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
     """(H, W, 3) uint8 by method; valid pixels are the truth's."""
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
     """By method; the coarse result is a by-product of T-MAD's and has no time of its own."""
-    result: InpaintResult | None
+    result: InpaintResult | None = None
     """T-MAD's, with the candidates that were retrieved."""
-    retrieval: dict[str, dict[str, float]]
+    retrieval: dict[str, dict[str, float]] = field(default_factory=dict)
     """`retrieval_metrics` of the methods that retrieve."""
 
-    def add(
-        self,
-        outputs: Mapping[str, np.ndarray],
-        seconds: Mapping[str, float] | None = None,
-        retrieval: Mapping[str, dict[str, float]] | None = None,
-    ) -> None:
-        """What further methods made."""
-        self.outputs.update(outputs)
-        self.seconds.update(seconds or {})
-        self.retrieval.update(retrieval or {})
+    def in_hole(self, pixels: np.ndarray | np.uint8) -> np.ndarray:
+        """The truth with *pixels* in the hole."""
+        return np.where(self.mask[..., None] > 0, pixels, self.truth)
 
 
 class Filler:
-    """Fills a hole by every method that can be run. What each of them gets has a black hole."""
+    """Fills holes by every method that can be run. What each of them gets has a black hole."""
 
     def __init__(
         self,
@@ -91,116 +86,69 @@ class Filler:
     ) -> None:
         self._names = [row.name for row in rows if row.not_measured is None]
         self._inpainter, self._externals, self._coarse = inpainter, externals, coarse
-        self._untrained = untrained(inpainter) if inpainter is not None else None
         self._manifest, self._seed = manifest, seed
-
-    def __call__(self, record: Record, variant: int) -> Filled:
-        """Raises `UnusableInput` for a mask of nothing but hole, `UnfitResults` for a result of another size."""
-        return _or_raise(self.batch([(record, variant)])[0])
-
-    def batch(self, items: Sequence[tuple[Record, int]]) -> list[Filled | UnusableInput]:
-        """The same for several images and variants, which the networks see together; an error in place of what has
-        one."""
-        return self._fill([Given(one.pixels(), one.mask(variant), one.image_id, variant) for one, variant in items])
+        self._networks: dict[str, Inpainter] = {}
+        if inpainter is not None:
+            self._networks = {
+                "blended": untrained(inpainter),
+                **dict.fromkeys(("tmad", *map(behind, coarse)), inpainter),
+            }
 
     def fill(
-        self, truth: np.ndarray, mask: np.ndarray, *, image_id: str, variant: int, only: Sequence[str] | None = None
+        self, truth: np.ndarray, mask: np.ndarray, *, image_id: str, variant: int, only: Sequence[str] = ()
     ) -> Filled:
-        """The same for any mask; *only* these methods (default: all)."""
-        return _or_raise(self._fill([Given(truth, mask, image_id, variant)], only)[0])
+        """One image, by all methods or by those of *only* that need no results from elsewhere."""
+        one = Filled(truth, mask, image_id, variant)
+        self.fill_all([one], only)
+        return one
 
-    def _fill(self, items: Sequence[Given], only: Sequence[str] | None = None) -> list[Filled | UnusableInput]:
-        names = [name for name in self._names if only is None or name in only]
-        found: dict[int, Filled | UnusableInput] = {
-            number: UnusableInput("all-hole", f"{one.image_id}: the mask leaves nothing but hole")
-            for number, one in enumerate(items)
-            if one.mask.all()
-        }
-        usable = [number for number in range(len(items)) if number not in found]
-        filled = [Filled(items[number].truth, items[number].mask, {}, {}, None, {}) for number in usable]
-        some = [items[number] for number in usable]
-        learned = {"tmad", "coarse", "blended"} & set(names)
-        if self._inpainter is not None and learned:
-            results, seconds = _timed_batch(self._inpainter, some)
-            coarse = [result.coarse for result in results]
-            for place, result in enumerate(results):
-                outputs = {"tmad": np.asarray(result.output), "coarse": result.coarse}
-                filled[place] = replace(filled[place], result=result)
-                filled[place].add(outputs, {"tmad": seconds}, {"tmad": retrieval_metrics(result, some[place].truth)})
-            if self._untrained is not None and "blended" in names:
-                for place, result in enumerate(_timed_batch(self._untrained, some, coarse)[0]):
-                    measured = retrieval_metrics(result, some[place].truth)
-                    filled[place].add({"blended": np.asarray(result.output)}, {}, {"blended": measured})
-        for name, results_of in self._externals.items() if only is None else ():
-            given = []
-            for one in some:
-                pixels = results_of.read(
-                    result_name(one.image_id, one.variant, manifest=self._manifest), one.truth.shape
-                )
-                given.append(np.where(one.hole, pixels, one.truth))
-            for place, pixels in enumerate(given):
-                filled[place].add({name: pixels})
-            if name in self._coarse:
-                assert self._inpainter is not None, "coarse_from needs a model"
-                refined, seconds = _timed_batch(self._inpainter, some, given)
-                for place, result in enumerate(refined):
-                    filled[place].add({behind(name): np.asarray(result.output)}, {behind(name): seconds})
+    def fill_all(self, items: Sequence[Filled], only: Sequence[str] = ()) -> None:
+        """The same for several images, which the networks see together. Raises `UnfitResults` for a result of another
+        size."""
+        names = [name for name in self._names if not only or (name in only and name not in self._externals)]
+        own = {"tmad", "coarse", "blended"} & {*names} - self._externals.keys()
+        if own:
+            results = self._complete("tmad", items)
+            for one, result in zip(items, results, strict=True):
+                one.result, one.outputs["coarse"] = result, result.coarse
+                one.retrieval["tmad"] = retrieval_metrics(result, one.truth)
+        if "blended" in own:
+            for one, result in zip(items, self._complete("blended", items, "coarse"), strict=True):
+                one.retrieval["blended"] = retrieval_metrics(result, one.truth)
+                del one.seconds["blended"]  # it is there for its figures, not for its speed
         for name in names:
-            if name in FILLS:
-                for place, one in enumerate(some):
+            if name in self._externals:
+                for one in items:
+                    stem = result_name(one.image_id, one.variant, manifest=self._manifest)
+                    one.outputs[name] = one.in_hole(self._externals[name].read(stem, one.truth.shape))
+                if name in self._coarse:
+                    self._complete(behind(name), items, name)
+            elif name in FILLS:
+                for one in items:
                     rng = numpy_generator(self._seed, name, one.image_id, one.variant)
-                    began = time.monotonic()
-                    output = FILLS[name](one.given, one.mask, rng) if one.mask.any() else one.given
-                    filled[place].add({name: output}, {name: time.monotonic() - began})
-        for number, done in zip(usable, filled, strict=True):
-            shown = {name: done.outputs[name] for name in names if name in done.outputs}
-            found[number] = replace(done, outputs=shown)
-        return [found[number] for number in range(len(items))]
+                    given, began = one.in_hole(np.uint8(0)), time.monotonic()
+                    one.outputs[name] = FILLS[name](given, one.mask, rng) if one.mask.any() else given
+                    one.seconds[name] = time.monotonic() - began
+        for one in items:
+            one.outputs = {name: one.outputs[name] for name in names}
 
-
-@dataclass(frozen=True)
-class Given:
-    """An image and a mask of it."""
-
-    truth: np.ndarray
-    mask: np.ndarray
-    image_id: str
-    variant: int
-
-    @property
-    def hole(self) -> np.ndarray:
-        """(H, W, 1) bool."""
-        return self.mask[..., None] > 0
-
-    @property
-    def given(self) -> np.ndarray:
-        """What methods get: the hole is black."""
-        return np.where(self.hole, np.uint8(0), self.truth)
-
-
-def _or_raise(one: Filled | UnusableInput) -> Filled:
-    if isinstance(one, UnusableInput):
-        raise one
-    return one
-
-
-def _timed_batch(
-    inpainter: Inpainter, items: Sequence[Given], filled: Sequence[np.ndarray] | None = None
-) -> tuple[list[InpaintResult], float]:
-    """Results, and seconds for each."""
-    began = time.monotonic()
-    found = inpainter.batch(
-        [one.given for one in items],
-        [one.mask for one in items],
-        image_ids=[one.image_id for one in items],
-        filled=filled,
-    )
-    results = []
-    for one in found:
-        if not isinstance(one, InpaintResult):
-            raise one
-        results.append(one)
-    return results, (time.monotonic() - began) / max(1, len(items))
+    def _complete(self, name: str, items: Sequence[Filled], coarse: str = "") -> list[InpaintResult]:
+        """Fill by the network of the row *name*, behind the outputs of the method *coarse* where one is named."""
+        began = time.monotonic()
+        results = self._networks[name].batch(
+            [one.in_hole(np.uint8(0)) for one in items],
+            [one.mask for one in items],
+            image_ids=[one.image_id for one in items],
+            filled=[one.outputs[coarse] for one in items] if coarse else None,
+        )
+        seconds = (time.monotonic() - began) / max(1, len(items))
+        found = []
+        for one, result in zip(items, results, strict=True):
+            if not isinstance(result, InpaintResult):
+                raise result
+            one.outputs[name], one.seconds[name] = np.asarray(result.output), seconds
+            found.append(result)
+        return found
 
 
 def untrained(inpainter: Inpainter) -> Inpainter:
@@ -227,13 +175,10 @@ def retrieval_metrics(result: InpaintResult, truth: np.ndarray) -> dict[str, flo
     if not whole.any():
         return {}
     cells = np.stack([truth[y : y + side, x : x + side] for y, x in result.cells_yx[whole]]).astype(np.float32)
-    first = np.abs(result.candidates[whole, 0] - cells).mean()
     memory = result.memory.astype(np.float32)
-    best = np.mean([np.abs(memory - cell).mean(axis=(1, 2, 3)).min() for cell in cells])
     places = np.unique(result.candidates_yx[:, 0], axis=0)
-    possible = min(len(result.cells_yx), len(memory))
     return {
-        "retrieval_top_l1": float(first),
-        "retrieval_best_l1": float(best),
-        "retrieval_distinct": min(1.0, len(places) / possible),
+        "retrieval_top_l1": float(np.abs(result.candidates[whole, 0] - cells).mean()),
+        "retrieval_best_l1": float(np.mean([np.abs(memory - cell).mean(axis=(1, 2, 3)).min() for cell in cells])),
+        "retrieval_distinct": min(1.0, len(places) / min(len(result.cells_yx), len(memory))),
     }

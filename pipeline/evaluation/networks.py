@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 from pathlib import Path
@@ -27,10 +24,7 @@ import torch
 from pipeline import storage
 from pipeline.errors import TMADError
 from pipeline.evaluation.config import NETWORKS, NetworkConfig
-
-TIMEOUT_S = 60.0
-
-log = logging.getLogger(__name__)
+from pipeline.storage.download import download
 
 
 class NotMeasured(Exception):
@@ -47,7 +41,7 @@ def read_network(config: NetworkConfig) -> bytes:
     where = storage.redact(config.network)
     try:
         data = _read(config.network)
-    except (TMADError, urllib.error.URLError, OSError) as error:
+    except (TMADError, OSError) as error:
         raise NotMeasured(f"the network cannot be read: {storage.redact(str(error))}") from error
     found = hashlib.sha256(data).hexdigest()
     if not found.startswith(config.sha256.lower()):
@@ -73,9 +67,7 @@ def _read(place: str) -> bytes:
             storage.write_atomic(str(kept), data)
         return data
     if place.startswith(("https://", "http://")):
-        log.info("downloading the network %s", storage.redact(place))
-        with urllib.request.urlopen(place, timeout=TIMEOUT_S) as answer:
-            return bytes(answer.read())
+        return download(place)
     return storage.read_bytes(place)
 
 

@@ -6,10 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipeline.evaluation.compare import CHANGE_METRIC, Comparison, name_of
-from pipeline.evaluation.measure import Evaluation
+from pipeline.evaluation.compare import CHANGE_METRIC, Comparison
 from pipeline.evaluation.pictures import Shown
-from pipeline.report.page import Cell, Table, decimals, interval, measure_cells, metrics_table, render
+from pipeline.report.page import Cell, Table, decimals, interval, measure_cells, metrics_table
 from pipeline.report.pictures import Picture, Row
 from tmad.metrics import METRICS
 
@@ -22,39 +21,35 @@ GROUP_METRICS = ("psnr_hole", "l1_hole_pct", "ssim_full")
 """Of the tables of groups, as far as they were measured; report.json has all."""
 
 
-def sections(evaluation: Evaluation, shown: Sequence[Shown], comparison: Comparison | None = None) -> dict[str, Any]:
-    """What `evaluation_sections.html` shows."""
+def sections(
+    summary: Mapping[str, Any], shown: Sequence[Shown], comparison: Comparison | None = None
+) -> dict[str, Any]:
+    """What `evaluation_sections.html` shows of report.json's content and of pictures."""
     return {
-        **tables(evaluation.summary, comparison),
+        **tables(summary),
         "shown": {why: [one for one in shown if one.choice.why == why] for why in ("spread", "worst", "best")},
-        "against": None if comparison is None else comparison.summary,
-        "changed": _changed(evaluation, shown, comparison),
+        "against": summary.get("against"),
+        "changed": [] if comparison is None else _changed(summary, shown, comparison),
         "views": [one for one in shown if one.retrieval],
         "series": [one for one in shown if one.series],
     }
 
 
-def markdown(summary: Mapping[str, Any], comparison: Comparison | None = None) -> str:
-    """The tables as Markdown."""
-    return render("evaluation.md", **tables(summary, comparison))
-
-
-def tables(summary: Mapping[str, Any], comparison: Comparison | None = None) -> dict[str, Any]:
-    """Facts, and the tables of metrics, of groups and of differences."""
-    measured = {name: entry for name, entry in summary["methods"].items() if not entry["not_measured"]}
+def tables(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What `evaluation.md` shows: facts, and the tables of metrics, of groups and of differences."""
+    methods = {name: entry for name, entry in summary["methods"].items() if not entry["not_measured"]}
+    reasons = {name: entry["not_measured"] for name, entry in summary["metrics"].items() if "not_measured" in entry}
     return {
         "metrics": metrics_table(
-            {entry["title"]: entry["metrics"] for entry in measured.values()},
-            not_measured={
-                name: entry["not_measured"] for name, entry in summary["metrics"].items() if "not_measured" in entry
-            },
+            {entry["title"]: entry["metrics"] for entry in methods.values()},
+            not_measured=reasons,
             note=f"Means over the images, the best of each metric in bold. With them the {summary['confidence']:.0%} "
             f"bootstrap interval of the mean ({summary['resamples']} draws of photographs, with all their crops and "
             "masks); metrics of a whole set have none.",
         ),
         "facts": facts(summary),
         "groups": list(group_tables(summary)),
-        "differences": None if comparison is None else difference_table(comparison.summary, summary["methods"]),
+        "differences": difference_table(summary["against"], methods) if "against" in summary else None,
     }
 
 
@@ -119,14 +114,12 @@ def difference_table(against: Mapping[str, Any], methods: Mapping[str, Any]) -> 
     return Table(header, rows, f"Against {against['report']} (this one minus the other)")
 
 
-def _changed(evaluation: Evaluation, shown: Sequence[Shown], comparison: Comparison | None) -> list[tuple[Row, Any]]:
+def _changed(summary: Mapping[str, Any], shown: Sequence[Shown], comparison: Comparison) -> list[tuple[Row, Any]]:
     """Row and zoom of the images that changed most; those with both results first."""
-    if comparison is None:
-        return []
     found: list[tuple[Row, Any]] = []
-    mine = evaluation.summary["methods"][comparison.method]["title"]
-    for one in [one for one in shown if one.choice.why == "changed"]:
-        other = comparison.other_result(name_of(one.choice, evaluation))
+    mine = summary["methods"][comparison.method]["title"]
+    changed = [one for one in shown if one.choice.why == "changed"]
+    for one, (_, other) in zip(changed, comparison.changed, strict=True):
         pictures: dict[str, Picture] = {"input": one.pictures["input"], f"{mine}, this one": one.pictures[mine]}
         if other is not None:
             pictures[f"{mine}, the other"] = other

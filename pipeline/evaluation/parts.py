@@ -14,7 +14,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import torch
 
 from pipeline.data.schema import Manifest, Record, open_shard, set_folder
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.external import Results, result_name
-from pipeline.evaluation.methods import Filler, Row
+from pipeline.evaluation.methods import Filled, Filler, Row
 from pipeline.evaluation.networks import ScriptedNetwork
 from pipeline.report.pictures import png_bytes
 from pipeline.runs.lease import Lease
 from pipeline.storage import file_sizes, join, read_bytes
-from tmad.inpaint import Inpainter, UnusableInput
+from tmad.checkpoint import load_model
+from tmad.inpaint import Inpainter
 from tmad.metrics import METRICS, measure
 from tmad.swd import SMALLEST_LEVEL, VARIANTS, SlicedWasserstein
 
@@ -71,6 +73,15 @@ class Job:
     externals: dict[str, Results]
     digest: str
     """Of all that decides the content of a part, besides its images."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Why metrics have no figures, by metric."""
+    model: str | None = None
+    """Digest of the model; none if nothing in the table comes from it."""
+
+    @property
+    def images(self) -> int:
+        """Of the set, up to `limit`."""
+        return min(self.manifest.records, self.config.limit or self.manifest.records)
 
     @property
     def measured_methods(self) -> list[str]:
@@ -88,18 +99,19 @@ class Job:
         return tuple(name for name in self.metrics if METRICS[name].function)
 
     @property
-    def retrieval_metrics(self) -> tuple[str, ...]:
-        """Those of `methods.retrieval_metrics` that are asked for, or are needed for `retrieval_gain`."""
-        wanted = RETRIEVAL_METRICS if "retrieval_gain" in self.metrics else ()
-        return tuple(name for name in RETRIEVAL_METRICS if name in (*self.metrics, *wanted))
+    def row_metrics(self) -> tuple[str, ...]:
+        """Columns of the per-image results: metrics of one image that are asked for, or needed for `retrieval_gain`."""
+        wanted = {*self.one_image_metrics, *({"lpips_full", *RETRIEVAL_METRICS} & set(self.metrics))}
+        if "retrieval_gain" in self.metrics:
+            wanted |= set(RETRIEVAL_METRICS)
+        return tuple(name for name in METRICS if name in wanted)
 
     def texture_samples(self) -> SlicedWasserstein | None:
         """A collector for a part or for the whole set; none where the images are too small or nothing was asked for."""
         side = self.manifest.crop_size
         if side < SMALLEST_LEVEL or not set(VARIANTS) & set(self.metrics):
             return None
-        images = min(self.manifest.records, self.config.limit or self.manifest.records) * len(self.variants)
-        return SlicedWasserstein(side=side, seed=self.config.seed, num_images=images)
+        return SlicedWasserstein(side=side, seed=self.config.seed, num_images=self.images * len(self.variants))
 
 
 def plan_parts(manifest: Manifest, config: EvaluateConfig) -> list[Part]:
@@ -153,68 +165,69 @@ def inputs_of(job: Job, part: Part) -> str:
 
 
 def measure_part(task: dict[str, Any], *, files: Any, job: Job, lease: Lease) -> pa.Table:
-    """A task of Ray: measure `Part` *task* and write its files; the receipt as JSON. *files*: see `opened`."""
+    """A task of Ray: measure `Part` *task* and write its files, the receipt last, which is `made` as JSON; twice writes
+    the same twice. *files*: see `opened`."""
+    part = Part(**task)
     filler, networks = opened(files, job)
-    return pa.table({"receipt": [json.dumps(_measure(Part(**task), filler, networks, job, lease))]})
-
-
-def _measure(
-    part: Part, filler: Filler, networks: Mapping[str, ScriptedNetwork], job: Job, lease: Lease
-) -> dict[str, Any]:
-    """Write the part's files, the receipt last; doing it twice writes the same twice."""
-    rows: list[dict[str, Any]] = []
     names = job.measured_methods
-    textures = {name: job.texture_samples() for name in names}
+    rows: list[dict[str, Any]] = []
+    textures = {name: texture for name in names if (texture := job.texture_samples()) is not None}
     features: dict[str, list[np.ndarray]] = {}
     failed: dict[str, str] = {}
     seconds = dict.fromkeys(names, 0.0)
-    files: dict[str, int] = {}
+    written: dict[str, int] = {}
+
+    def write(key: str, data: bytes) -> None:
+        lease.write(key, data)
+        written[key] = len(data)
+
+    def measure_output(name: str, filled: Filled) -> dict[str, Any]:
+        output, truth, mask = filled.outputs[name], filled.truth, filled.mask
+        values = dict.fromkeys(job.row_metrics) | filled.retrieval.get(name, {})
+        values |= measure(output, truth, mask, job.one_image_metrics, patch_size=job.manifest.patch_size)
+        if "lpips" in networks:
+            values["lpips_full"] = networks["lpips"].distance(output, truth)
+        return values
+
     items = ((record, variant) for record in read_part(job.config.data, part, job.manifest) for variant in job.variants)
     while some := list(itertools.islice(items, TOGETHER)):
-        for (record, variant), filled in zip(some, filler.batch(some), strict=True):
-            item_id = record.image_id if variant == 0 else f"{record.image_id}/{variant}"
-            if isinstance(filled, UnusableInput):
-                failed[item_id] = filled.reason
-                continue
+        given = [(one, Filled(one.pixels(), one.mask(variant), one.image_id, variant)) for one, variant in some]
+        failed |= {_item_id(filled): "all-hole" for _, filled in given if filled.mask.all()}
+        given = [(record, filled) for record, filled in given if not filled.mask.all()]
+        filler.fill_all([filled for _, filled in given])
+        for record, filled in given:
+            facts = facts_of(record, filled.variant, job.manifest)
             if "fid" in networks:
                 features.setdefault("", []).append(networks["fid"].features(filled.truth))
             for name, output in filled.outputs.items():
-                values = measure(
-                    output,
-                    filled.truth,
-                    filled.mask,
-                    job.one_image_metrics,
-                    patch_size=job.manifest.patch_size,
-                )
-                values |= {key: filled.retrieval.get(name, {}).get(key) for key in job.retrieval_metrics}
-                if "lpips" in networks:
-                    values["lpips_full"] = networks["lpips"].distance(output, filled.truth)
+                rows.append({**facts, "method": name, **measure_output(name, filled)})
+                seconds[name] += filled.seconds.get(name, 0.0)
                 if "fid" in networks:
                     features.setdefault(name, []).append(networks["fid"].features(output))
-                if (texture := textures[name]) is not None:
-                    texture.add(item_id, output, filled.truth, filled.mask)
-                rows.append({**facts_of(record, variant, job.manifest), "method": name, **values})
-                seconds[name] += filled.seconds.get(name, 0.0)
+                if name in textures:
+                    textures[name].add(_item_id(filled), output, filled.truth, filled.mask)
                 if name in job.config.keep:
-                    key = f"results/{name}/{result_name(record.image_id, variant, manifest=job.manifest)}.png"
-                    data = png_bytes(output)
-                    lease.write(key, data)
-                    files[key] = len(data)
-    contents = {"rows": table_bytes(rows, job)}
+                    stem = result_name(record.image_id, filled.variant, manifest=job.manifest)
+                    write(f"results/{name}/{stem}.png", png_bytes(output))
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=row_schema(job)), sink)
+    write(part_file(part.index, "rows"), sink.getvalue())
     for name, texture in textures.items():
-        if texture is not None:
-            contents[f"{name}.textures.npz"] = _npz(texture.state())
+        write(part_file(part.index, f"{name}.textures.npz"), _npz(texture.state()))
     if "fid" in networks:
-        contents["features.npz"] = _npz({name or "truth": np.stack(vectors) for name, vectors in features.items()})
-    for kind, data in contents.items():
-        lease.write(part_file(part.index, kind), data)
-        files[part_file(part.index, kind)] = len(data)
+        stacked = {name or "truth": np.stack(vectors) for name, vectors in features.items()}
+        write(part_file(part.index, "features.npz"), _npz(stacked))
     receipt = {
-        **{"index": part.index, "inputs": inputs_of(job, part), "files": files, "failed": failed},
+        **{"index": part.index, "inputs": inputs_of(job, part), "files": written, "failed": failed},
         **{"images": part.records, "seconds": seconds},
     }
-    lease.write(part_file(part.index, "json"), json.dumps(receipt).encode())
-    return receipt
+    text = json.dumps(receipt)
+    lease.write(part_file(part.index, "json"), text.encode())
+    return pa.table({"made": [text]})
+
+
+def _item_id(filled: Filled) -> str:
+    return f"{filled.image_id}/{filled.variant}" if filled.variant else filled.image_id
 
 
 def opened(files: Any, job: Job) -> tuple[Filler, dict[str, ScriptedNetwork]]:
@@ -223,8 +236,6 @@ def opened(files: Any, job: Job) -> tuple[Filler, dict[str, ScriptedNetwork]]:
 
     *files*: reference to the networks' files: `model` (file by name), `fid` and `lpips`, where there are any.
     """
-    import torch
-
     torch.set_num_threads(1)
     key = f"{job.digest}-{job.config.cells_per_chunk}"
     if key not in _OPENED:
@@ -237,8 +248,6 @@ _OPENED: dict[str, tuple[Filler, dict[str, ScriptedNetwork]]] = {}
 
 
 def _open(files: Mapping[str, Any], job: Job) -> tuple[Filler, dict[str, ScriptedNetwork]]:
-    from tmad.checkpoint import load_model
-
     device = "cuda" if job.config.use_gpu else "cpu"
     inpainter = None
     if files.get("model"):
@@ -269,22 +278,8 @@ def facts_of(record: Record, variant: int, manifest: Manifest) -> dict[str, Any]
 def row_schema(job: Job) -> pa.Schema:
     """Of the per-image results: `FACTS`, then each metric of one image, without a value where it has none."""
     kinds = {"variant": pa.int64(), "label": pa.int64(), "hole_fraction": pa.float64()}
-    names = [
-        *job.one_image_metrics,
-        *job.retrieval_metrics,
-        *(["lpips_full"] if "lpips_full" in job.metrics else []),
-    ]
-    ordered = [name for name in METRICS if name in names]
-    return pa.schema(
-        [*((name, kinds.get(name, pa.string())) for name in FACTS), *((name, pa.float64()) for name in ordered)]
-    )
-
-
-def table_bytes(rows: Sequence[Mapping[str, Any]], job: Job) -> bytes:
-    """*rows* as a Parquet file."""
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=row_schema(job)), sink)
-    return sink.getvalue()
+    facts = [(name, kinds.get(name, pa.string())) for name in FACTS]
+    return pa.schema([*facts, *((name, pa.float64()) for name in job.row_metrics)])
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -5,25 +5,19 @@ Results are the same every time, so none has to be kept for the report while a l
 
 from __future__ import annotations
 
-import dataclasses
-import heapq
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import ray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.data.tasks import iterate, run_tasks
-from pipeline.evaluation.external import with_white_hole
-from pipeline.evaluation.measure import Evaluation, num_workers, resources
-from pipeline.evaluation.methods import Filled, Filler
-from pipeline.evaluation.parts import Job, Part, opened, read_part
-from pipeline.evaluation.summary import rows_of_images
+from pipeline.evaluation.measure import on_workers
+from pipeline.evaluation.methods import TITLES, Filled, Filler
+from pipeline.evaluation.parts import Job, opened, plan_parts, read_part
+from pipeline.evaluation.summary import rows_of
 from pipeline.report.pictures import Row, Zoom, jpeg_bytes, zoom_on
 from tmad.inpaint import InpaintResult
 from tmad.metrics import measure
@@ -34,6 +28,8 @@ NUM_VIEWS = 3
 """Images whose retrieval is shown, and images that get a series of mask sizes."""
 SERIES = (0.125, 0.25, 0.375, 0.5, 0.625)
 """Sides of the holes of a series, shares of the image's side."""
+IN_SERIES = ("tmad", "coarse", "patchmatch")
+"""Methods that are shown in it."""
 VIEW_SCALE = 2
 """Enlargement of the retrieval view over the image."""
 
@@ -81,67 +77,59 @@ class Shown:
         return self.caption, self.pictures
 
 
-def choose(evaluation: Evaluation) -> list[Choice]:
-    """Images evenly spread over the set, and the best and worst of the first method by psnr_hole; memory of a few."""
-    config, method = evaluation.job.config, evaluation.job.measured_methods[0]
-    images = evaluation.summary["images"]
-    wanted = {int(place) for place in np.linspace(0, images - 1, min(config.num_pictures, images)).round()}
-    spread: list[Choice] = []
-    ranked: list[tuple[float, int, Choice]] = []
-    for number, rows in enumerate(rows_of_images(evaluation.rows)):
-        row = next(row for row in rows if row["method"] == method)
-        value = row.get("psnr_hole")
-        one = Choice(row["image_id"], row["variant"], row["part"], "spread", value, len(spread) < NUM_VIEWS)
-        if number in wanted:
-            spread.append(one)
-        if value is not None:
-            ranked.append((value, number, one))
-            if len(ranked) > 4 * config.num_extremes + 64:
-                ranked = _ends(ranked, config.num_extremes)
+def choose(job: Job, rows: pa.Table) -> list[Choice]:
+    """Images evenly spread over the set, and the best and worst of the first method by psnr_hole."""
+    if not rows.num_rows:
+        return []
+    config = job.config
+    images = rows_of(rows, job.measured_methods[0])
+    found = [
+        Choice(row["image_id"], row["variant"], row["part"], "spread", row.get("psnr_hole"))
+        for row in images.to_pylist()
+    ]
+    places = sorted({*np.linspace(0, len(found) - 1, min(config.num_pictures, len(found))).round().astype(int)})
+    spread = [replace(found[place], detailed=number < NUM_VIEWS) for number, place in enumerate(places)]
+    ranked = sorted((one for one in found if one.value is not None), key=lambda one: one.value or 0.0)
     count = min(config.num_extremes, len(ranked) // 2)
-    worst = [_as(one, "worst") for _, _, one in heapq.nsmallest(count, ranked, key=lambda entry: entry[:2])]
-    best = [_as(one, "best") for _, _, one in heapq.nlargest(count, ranked, key=lambda entry: entry[:2])]
+    worst = [replace(one, why="worst") for one in ranked[:count]]
+    best = [replace(one, why="best") for one in reversed(ranked[len(ranked) - count :])]
     return [*spread, *worst, *best]
 
 
-def _ends(ranked: list[tuple[float, int, Choice]], count: int) -> list[tuple[float, int, Choice]]:
-    ordered = sorted(ranked, key=lambda entry: entry[:2])
-    return ordered[:count] + ordered[max(count, len(ordered) - count) :]
-
-
-def _as(choice: Choice, why: Why) -> Choice:
-    return Choice(choice.image_id, choice.variant, choice.part, why, choice.value)
-
-
-def paint(evaluation: Evaluation, choices: Sequence[Choice]) -> list[Shown]:
+def paint(job: Job, files: dict[str, Any], choices: Sequence[Choice]) -> list[Shown]:
     """What is shown of each choice, by tasks of Ray Data, in order."""
     if not choices:
         return []
-    workers = num_workers(evaluation.job.config, len(choices))
-    shared = ray.put(evaluation.files)
-    dataset = run_tasks(
-        [dataclasses.asdict(choice) for choice in choices],
-        partial(_paint, files=shared, job=evaluation.job, parts=evaluation.parts),
-        in_order=True,
-        **resources(evaluation.job.config, workers),
-    )
-    batches = iterate(dataset, batch_size=None, batch_format="numpy", prefetch_batches=0)
-    return [pickle.loads(one) for rows in batches for one in rows["shown"]]
+    return [pickle.loads(one) for one in on_workers(job, files, choices, _paint, in_order=True)]
 
 
-def _paint(task: dict[str, Any], *, files: Any, job: Job, parts: Sequence[Part]) -> pa.Table:
+def side_by_side(results: Mapping[str, Sequence[Shown]]) -> list[Row]:
+    """Rows of a report: input, T-MAD's result of each evaluation by its label, truth, of the spread images that all
+    show."""
+    spread = [[one for one in shown if one.choice.why == "spread"] for shown in results.values()]
+    rows: list[Row] = []
+    for same in zip(*spread, strict=False):
+        first = same[0]
+        filled = {label: one.pictures[TITLES["tmad"]] for label, one in zip(results, same, strict=True)}
+        pictures = {"input": first.pictures["input"], **filled, "truth": first.pictures["truth"]}
+        rows.append((f"{first.choice.image_id}, hole {first.hole_fraction:.0%}", pictures))
+    return rows
+
+
+def _paint(task: dict[str, Any], *, files: Any, job: Job) -> pa.Table:
     """A task of Ray: fill the hole of an image by every method, and draw what is shown of it."""
     filler, _ = opened(files, job)
     choice = Choice(**task)
-    for record in read_part(job.config.data, parts[choice.part], job.manifest):
-        if record.image_id == choice.image_id:
-            return pa.table({"shown": [pickle.dumps(_show(choice, filler(record, choice.variant), filler, job))]})
-    raise AssertionError(f"{choice.image_id} is not in its part")
+    part = plan_parts(job.manifest, job.config)[choice.part]
+    record = next(one for one in read_part(job.config.data, part, job.manifest) if one.image_id == choice.image_id)
+    mask = record.mask(choice.variant)
+    filled = filler.fill(record.pixels(), mask, image_id=choice.image_id, variant=choice.variant)
+    return pa.table({"made": [pickle.dumps(_show(choice, filled, filler, job))]})
 
 
 def _show(choice: Choice, filled: Filled, filler: Filler, job: Job) -> Shown:
     titles = {row.name: row.title for row in job.rows}
-    pictures = {"input": with_white_hole(filled.truth, filled.mask)}
+    pictures = {"input": filled.in_hole(np.uint8(255))}
     if filled.result is not None and filled.result.candidates.size:
         pictures["best memory patches"] = candidates_sheet(filled.truth, filled.result)
     pictures |= {titles[name]: output for name, output in filled.outputs.items()}
@@ -153,7 +141,7 @@ def _show(choice: Choice, filled: Filled, filler: Filler, job: Job) -> Shown:
         {name: jpeg_bytes(picture) for name, picture in pictures.items()},
         zoom_on(filled.mask),
         list(retrieval_view(filled)) if detailed else [],
-        list(mask_series(filler, filled, choice, titles)) if detailed else [],
+        list(mask_series(filler, filled, titles)) if detailed else [],
     )
 
 
@@ -185,7 +173,7 @@ def retrieval_view(filled: Filled, *, cells: int = 2) -> Iterable[tuple[str, str
             f"cell at {top}, {left} (red)",
             "its memory patches (blue), by rank: "
             + "; ".join(f"{n}. from {y}, {x}" for n, (y, x) in enumerate(places, 1)),
-            [jpeg_bytes(_marked(with_white_hole(filled.truth, mask), (top, left), places, k))],
+            [jpeg_bytes(_marked(filled.in_hole(np.uint8(255)), (top, left), places, k))],
         )
         coarse, final = (
             picture[top : top + k, left : left + k] for picture in (result.coarse, np.asarray(result.output))
@@ -215,20 +203,22 @@ def _enlarged(patch: np.ndarray, side: int = 96) -> np.ndarray:
     return np.asarray(Image.fromarray(np.ascontiguousarray(patch)).resize((side, side), Image.Resampling.NEAREST))
 
 
-def mask_series(
-    filler: Filler, filled: Filled, choice: Choice, titles: Mapping[str, str]
-) -> Iterable[tuple[str, dict[str, bytes]]]:
+def centred_hole(height: int, width: int, *, share: float) -> np.ndarray:
+    """A mask (height, width) uint8 with a square hole in the middle, *share* of the short side."""
+    side = round(share * min(height, width))
+    top, left = (height - side) // 2, (width - side) // 2
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[top : top + side, left : left + side] = 1
+    return mask
+
+
+def mask_series(filler: Filler, filled: Filled, titles: Mapping[str, str]) -> Iterable[tuple[str, dict[str, bytes]]]:
     """Fig. 9: the image with centred square holes from small to large, and what T-MAD makes of them."""
-    height, width = filled.mask.shape
     for share in SERIES:
-        side = max(2, round(share * min(height, width)))
-        top, left = (height - side) // 2, (width - side) // 2
-        mask = np.zeros_like(filled.mask)
-        mask[top : top + side, left : left + side] = 1
-        made = filler.fill(
-            filled.truth, mask, image_id=choice.image_id, variant=choice.variant, only=("tmad", "coarse", "patchmatch")
-        )
-        pictures = {"input": with_white_hole(filled.truth, mask)}
+        mask = centred_hole(*filled.mask.shape, share=share)
+        side = int(mask.any(axis=0).sum())
+        made = filler.fill(filled.truth, mask, image_id=filled.image_id, variant=filled.variant, only=IN_SERIES)
+        pictures = {"input": made.in_hole(np.uint8(255))}
         figures = []
         for name, output in made.outputs.items():
             value = measure(output, filled.truth, mask, ["psnr_hole"])["psnr_hole"]

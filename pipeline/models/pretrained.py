@@ -16,11 +16,11 @@ from torch import nn
 from pipeline import storage
 from pipeline.config import VGG19_ADDRESS, RunConfig
 from pipeline.errors import MissingInput
+from pipeline.storage.download import download
 from tmad.perceptual import load_vgg19, untrained_vgg19
 from tmad.rng import torch_generator
 
 DOWNLOAD = "download"
-TIMEOUT_S = 60.0
 CHECK_TIMEOUT_S = 5.0
 """Seconds that a download address has to answer when asked only whether the file exists."""
 
@@ -50,8 +50,11 @@ def resolve_perceptual(config: RunConfig) -> str | None:
         check_digest(storage.read_bytes(known), perceptual.sha256, known)
         return known
     if perceptual.weights == DOWNLOAD:
-        data = _download(VGG19_ADDRESS)
         where = VGG19_ADDRESS
+        try:
+            data = download(where)
+        except MissingInput as error:
+            raise MissingInput(f"no VGG-19 weights: {error}; {OPTIONS}") from error
     else:
         where = storage.redact(perceptual.weights)
         try:
@@ -113,16 +116,6 @@ def check_digest(data: bytes, sha256: str, where: str) -> None:
             f"VGG-19 weights at {where} have SHA-256 {found[: max(len(sha256), 8)]}..., expected {sha256}...; "
             f"a damaged or another file: replace it, or state its digest with perceptual.sha256"
         )
-
-
-def _download(address: str) -> bytes:
-    log.info("downloading the VGG-19 weights (549 MB, once) from %s", address)
-    try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer:
-            data: bytes = answer.read()
-    except (urllib.error.URLError, OSError) as error:
-        raise MissingInput(f"cannot download the VGG-19 weights from {address} ({error}); {OPTIONS}") from error
-    return data
 
 
 def _file_name(sha256: str) -> str:

@@ -28,7 +28,7 @@ from pipeline.data.schema import read_manifest
 from pipeline.errors import ModelNotFound, NotPromoted, TMADError, one_line
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
-from pipeline.evaluation.side_by_side import side_by_side
+from pipeline.evaluation.pictures import side_by_side
 from pipeline.models import find_model
 from pipeline.promotion.rule import Comparison, Requirement, compare, parse_requirement, shortfall
 from pipeline.report.page import Table, metrics_table, render
@@ -271,7 +271,7 @@ def _write(
     verdict = "refused" if reasons else "promoted"
     rule = [one.values() for one in decision.comparisons]
     newest_first = {f"version {one}": measured[one] for one in sorted(measured, reverse=True)}
-    pictures = side_by_side(newest_first)
+    pictures = side_by_side({name: one.shown for name, one in newest_first.items()})
     header = ["metric", "rule", f"version {version}", f"version {champion}", "gain", "low", "high", "images", "met"]
     page = render(
         "promotion.html",

@@ -6,13 +6,13 @@ Differences and their intervals are those of the evaluation of one version again
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from pipeline.errors import NotPromoted
+from pipeline.evaluation.config import check_metric
 from pipeline.evaluation.evaluate import Evaluated
 from tmad.metrics import METRICS
 
@@ -65,9 +65,7 @@ def parse_requirement(word: str, *, must_gain: bool) -> Requirement:
     """Read `metric` or `metric=margin`. Raises `ValueError` for a name that is no metric, with near ones, and for a
     margin that is no number of 0 or more."""
     name, _, text = word.partition("=")
-    if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=3) or list(METRICS)
-        raise ValueError(f"no metric is called {name!r}; did you mean {', '.join(near)}?")
+    check_metric(name)
     try:
         margin = float(text or 0)
     except ValueError:

@@ -244,9 +244,9 @@ def with_model(argv: Sequence[str]) -> list[str]:
 def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Run `main(argv)` as a program: logging to stderr, errors as one line, exit code.
 
-    Exit code 1 with one line for `TMADError`, `ValueError` and what MLflow refuses or Ray has lost, with the traceback
-    for anything unexpected or with `--debug`; 130 after Ctrl-C. SIGTERM (code 143) and the end of its terminal (129)
-    end it as Ctrl-C does, so that what a job holds is released.
+    Exit code 1 with one line for `TMADError`, `ValueError`, what a system refuses and what MLflow refuses or Ray has
+    lost, with the traceback for anything unexpected or with `--debug`; 130 after Ctrl-C. SIGTERM (code 143) and the end
+    of its terminal (129) end it as Ctrl-C does, so that what a job holds is released.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _split_stderr()
@@ -270,7 +270,7 @@ def run_job(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         log.error("%s", one_line(error))
         sys.exit(128 + (error.details.get("signal") or signal.SIGTERM))
     except Exception as error:
-        if not isinstance(error, TMADError | ValueError) and not _of_a_library(error):
+        if not isinstance(error, TMADError | ValueError | OSError) and not _of_a_library(error):
             raise
         if "--debug" in arguments:
             log.exception("failed")

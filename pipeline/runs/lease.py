@@ -252,7 +252,7 @@ def _renew(lease: Lease, mine: Holder, stop: threading.Event) -> None:
         except FolderInUse:
             return  # whoever writes next says so
         except TMADError as error:
-            logger.warning("no sign of life could be given: %s", error.message)
+            logger.warning("the lease was not renewed: %s", error.message)
 
 
 def _release(lease: Lease) -> None:

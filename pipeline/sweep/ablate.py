@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.data.schema import read_records
 from pipeline.errors import SweepFailed
-from pipeline.evaluation.side_by_side import spread_pictures
+from pipeline.evaluation.pictures import Shown, centred_hole, side_by_side
 from pipeline.models import load_any_model
 from pipeline.presets import PRESETS
 from pipeline.report.page import Table, render
@@ -41,7 +41,6 @@ from pipeline.sweep.space import Point
 from pipeline.sweep.studies import STUDIES, Study
 from pipeline.sweep.summary import measured
 from pipeline.sweep.trial import trial_folder
-from pipeline.sweep.trials import as_dict
 from pipeline.tracking import check_tracking, resolve_tracking_uri
 from pipeline.train.launch import resources
 from tmad.config import STRICT, PositiveInt
@@ -103,7 +102,6 @@ class Row:
     """Means over seeds."""
     spread: dict[str, float]
     """Largest minus smallest of the seeds; empty with one seed."""
-    pictures: list[Strip]
 
 
 def as_sweep(config: AblateConfig) -> tuple[SweepConfig, list[Point], list[str]]:
@@ -159,9 +157,13 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
             raise SweepFailed(f"not every variant came to its end; {told(done.trials)}")
         models = [(label, trial_folder(folder, trial.name)) for label, trial in zip(labels, done.trials, strict=True)]
         if study.hole_sides:
-            rows = [_at_size(models[0][1], sweep, side) for side in study.hole_sides]
+            at_sizes = [_at_size(models[0][1], sweep, side) for side in study.hole_sides]
+            rows = [row for row, _ in at_sizes]
+            pictures = [strip for _, strips in at_sizes for strip in strips[: 1 + len(strips) // 3]]
         else:
-            rows = [_variant(label, [m for one, m in models if one == label], sweep) for label in study.variants]
+            variants = [_variant(label, [m for one, m in models if one == label], sweep) for label in study.variants]
+            rows = [row for row, _ in variants]
+            pictures = side_by_side({row.label: shown for row, shown in variants})
         ours = table(rows, study)
         runs = [
             [
@@ -175,7 +177,7 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
         page = render(
             "ablation.html",
             study=study,
-            pictures=_pictures(rows, study),
+            pictures=pictures,
             table=ours,
             scale=scale(config, study),
             runs=Table(["run", "settings", "images", "seconds"], runs),
@@ -185,7 +187,7 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
             "study": config.study,
             "rows": [{"label": row.label, "metrics": row.metrics, "spread": row.spread} for row in rows],
             "paper": {label: dict(values) for label, values in study.paper.items()},
-            "trials": [as_dict(one) for one in done.trials],
+            "trials": [one.as_dict() for one in done.trials],
             "config": json.loads(json.dumps(asdict(config))),
             "table": ours.text(),
         }
@@ -212,7 +214,8 @@ def table(rows: Sequence[Row], study: Study) -> Table:
     return Table(["", *SHOWN, *(f"paper: {name}" for name in columns)], body)
 
 
-def _variant(label: str, models: Sequence[str], sweep: SweepConfig) -> Row:
+def _variant(label: str, models: Sequence[str], sweep: SweepConfig) -> tuple[Row, list[Shown]]:
+    """Means over the runs of a variant, and the pictures of the first."""
     results = [measured(model, sweep, storage.join(model, "evaluation"), limit=None) for model in models]
     values = [result.means["tmad"] for result in results]
     means: dict[str, float | None] = {}
@@ -222,17 +225,18 @@ def _variant(label: str, models: Sequence[str], sweep: SweepConfig) -> Row:
         means[name] = sum(found) / len(found) if found else None
         if len(found) > 1:
             spread[name] = max(found) - min(found)
-    return Row(label, means, spread, spread_pictures(results[0]))
+    return Row(label, means, spread), results[0].shown
 
 
-def _at_size(model: str, sweep: SweepConfig, share: float) -> Row:
+def _at_size(model: str, sweep: SweepConfig, share: float) -> tuple[Row, list[Strip]]:
     """The same images with a square hole in the middle, *share* of their side."""
+    label = f"hole of {share:.3g} of the side"
     inpainter, means = Inpainter(load_any_model(model)), Summary()
     texture: SlicedWasserstein | None = None
     pictures: list[Strip] = []
     for record in read_records(sweep.run.data.validation_set):
         truth = record.pixels()
-        mask = centred_hole(truth.shape[0], truth.shape[1], share)
+        mask = centred_hole(*truth.shape[:2], share=share)
         try:
             result = np.asarray(inpainter(truth, mask, image_id=record.image_id).output)
         except UnusableInput as error:
@@ -245,18 +249,9 @@ def _at_size(model: str, sweep: SweepConfig, share: float) -> Row:
             texture.add(record.image_id, result, truth, mask)
         if len(pictures) < sweep.num_pictures:
             given = np.where(mask[..., None] > 0, np.uint8(255), truth)
-            pictures.append((record.image_id, {"input": given, "result": result, "truth": truth}))
+            pictures.append((f"{record.image_id}, {label}", {"input": given, "result": result, "truth": truth}))
     values = {**means.means(), **(texture.values() if texture else {})}
-    return Row(f"hole of {share:.3g} of the side", {name: values.get(name) for name in SHOWN}, {}, pictures)
-
-
-def centred_hole(height: int, width: int, share: float) -> np.ndarray:
-    """A mask (height, width) uint8 with a square hole in the middle, *share* of the short side."""
-    side = round(share * min(height, width))
-    top, left = (height - side) // 2, (width - side) // 2
-    mask = np.zeros((height, width), dtype=np.uint8)
-    mask[top : top + side, left : left + side] = 1
-    return mask
+    return Row(label, {name: values.get(name) for name in SHOWN}, {}), pictures
 
 
 def scale(config: AblateConfig, study: Study) -> str:
@@ -277,18 +272,3 @@ def scale(config: AblateConfig, study: Study) -> str:
     if config.seeds == 1:
         said += "With one seed a difference between lines may be chance: --seeds 3 shows how much the same line varies."
     return said
-
-
-def _pictures(rows: Sequence[Row], study: Study) -> list[Strip]:
-    if study.hole_sides:
-        return [
-            (f"{caption}, {row.label}", cells)
-            for row in rows
-            for caption, cells in row.pictures[: 1 + len(row.pictures) // 3]
-        ]
-    found: list[Strip] = []
-    for same in zip(*(row.pictures for row in rows), strict=True):
-        caption, first = same[0]
-        results = {row.label: cells["result"] for row, (_, cells) in zip(rows, same, strict=True)}
-        found.append((caption, {"input": first["input"], **results, "truth": first["truth"]}))
-    return found

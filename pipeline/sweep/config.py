@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -64,7 +63,15 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name must be letters, digits, '.', '_' and '-', starting with one, got {self.name!r}")
-        check_objectives(self.objectives)
+        if not self.objectives or len(set(self.objectives)) < len(self.objectives):
+            known = ", ".join(OBJECTIVES)
+            raise ValueError(f"objectives must name one or more of {known}, each once, got {self.objectives!r}")
+        for name in self.objectives:
+            if name not in OBJECTIVES:
+                near = difflib.get_close_matches(name, OBJECTIVES, n=2)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                loss = " (a weighted loss moves with its weights)" if name.startswith("loss") else ""
+                raise ValueError(f"no objective is called {name!r}{loss}{hint} There are {', '.join(OBJECTIVES)}")
         if self.run.schedule.joint_images < self.run.schedule.batch_images:
             raise ValueError(
                 f"run.schedule.joint_images is {self.run.schedule.joint_images}: trials are compared by the joint "
@@ -83,26 +90,12 @@ class SweepConfig:
         make_space(self.space, self.run)
 
 
-def check_objectives(names: tuple[str, ...]) -> None:
-    """Raise `ValueError` with the names that there are, unless *names* are some of them, each once."""
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"objectives must name one or more of {', '.join(OBJECTIVES)}, each once, got {names!r}")
-    for name in names:
-        if name not in OBJECTIVES:
-            near = difflib.get_close_matches(name, OBJECTIVES, n=2)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            loss = " (a weighted loss moves with its weights)" if name.startswith("loss") else ""
-            raise ValueError(f"no objective is called {name!r}{loss}{hint} There are {', '.join(OBJECTIVES)}")
-
-
 def direction(metric: str) -> Literal["max", "min"]:
     """Which way *metric* improves."""
     return "max" if METRICS[metric].better == "higher" else "min"
 
 
-def _of(preset: Callable[[], RunConfig]) -> Callable[[], SweepConfig]:
-    return lambda: SweepConfig(run=replace(preset(), name=None))
-
-
-SWEEP_PRESETS: dict[str, Callable[[], SweepConfig]] = {name: _of(preset) for name, preset in PRESETS.items()}
+SWEEP_PRESETS = {
+    name: (lambda make=make: SweepConfig(run=replace(make(), name=None))) for name, make in PRESETS.items()
+}
 """The presets of training, as the `run` of a sweep."""

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,11 +28,12 @@ from pipeline.models import absolute_model, locate_model
 from pipeline.runs.cluster import require, shortage, shown, start_ray
 from pipeline.runs.lease import lease_folder
 from pipeline.runs.settings import settle
+from pipeline.storage.whole import whole_files
 from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
 from pipeline.sweep.space import Choice, Domain, Point, Space, apply, make_space, sample
 from pipeline.sweep.summary import REPORT_FILE, write_summary
-from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, as_job, encode, run_trial, trial_folder
-from pipeline.sweep.trials import Trial, as_dict, importance, pareto, read_trial, winner
+from pipeline.sweep.trial import DRIVER_CPUS, ERROR_FILE, TRIALS_FOLDER, Job, encode, run_trial, trial_folder
+from pipeline.sweep.trials import Trial, importance, pareto, read_trial, winner
 from pipeline.tracking import Tracker, check_tracking, mlflow_client, read_json_lines, resolve_tracking_uri
 from pipeline.train.footprint import run_bytes
 from pipeline.train.launch import (
@@ -109,7 +111,7 @@ def sweep(config: SweepConfig) -> Finished:
             "winner": {"number": best.number, "name": best.name, "point": best.point, "metrics": best.metrics},
             "pareto": [one.number for one in pareto(done.trials, axes)],
             "importance": importance(done.trials, objective),
-            "trials": [as_dict(one) for one in done.trials],
+            "trials": [one.as_dict() for one in done.trials],
         }
         write_summary(config, folder, done.trials, space, summary)
         finish(config, done, summary, (REPORT_FILE, WINNER_FILE))
@@ -170,9 +172,7 @@ def finish(config: SweepConfig, trials: Finished, summary: dict[str, Any], files
 
 def told(trials: Sequence[Trial]) -> str:
     """How many trials ended how, and the first error."""
-    counts: dict[str, int] = {}
-    for trial in trials:
-        counts[trial.status] = counts.get(trial.status, 0) + 1
+    counts = Counter(trial.status for trial in trials)
     errors = [f"{one.label}: {one.error}" for one in trials if one.error]
     return ", ".join(f"{count} {status}" for status, count in counts.items()) + (f"; {errors[0]}" if errors else "")
 
@@ -281,9 +281,9 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     concurrent = room(config, ray.cluster_resources())
     trainable: Any = tune.with_resources(run_trial, {"CPU": DRIVER_CPUS})
     root, file_system = storage.for_ray(folder)
+    file_system = file_system or whole_files()
     place = f"{root}/{TUNE_FOLDER}"
-    known = tune.Tuner.can_restore(place, storage_filesystem=file_system)
-    if known:
+    if _has_records(storage.join(folder, TUNE_FOLDER)):
         log.info("sweep %s was begun before: going on with it, %d trials side by side", config.name, concurrent)
         tuner = tune.Tuner.restore(place, trainable=trainable, resume_errored=True, storage_filesystem=file_system)
     else:
@@ -294,7 +294,7 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
         tuner = tune.Tuner(
             trainable,
             param_space={
-                "job": as_job(job),
+                "job": asdict(job),
                 "point": _tune_space(space) if searched else tune.grid_search([encode(one) for one in points or ()]),
             },
             tune_config=tune.TuneConfig(
@@ -324,6 +324,23 @@ def _tune(config: SweepConfig, folder: str, job: Job, space: Space, points: Sequ
     log.info("sweep %s: all trials ended, %.0f s in this call", config.name, time.time() - began)
 
 
+def _has_records(place: str) -> bool:
+    """Whether Tune has recorded trials in *place*. Raises `SweepFailed` if it could not read them: it would begin a new
+    sweep there, without settings."""
+    names = [name for name in storage.file_sizes(place) if name.startswith("experiment_state-")]
+    if not names:
+        return False
+    newest = storage.join(place, max(names))
+    try:
+        json.loads(storage.read_bytes(newest))
+    except ValueError:
+        raise SweepFailed(
+            f"{storage.redact(newest)} is damaged, and with it the list of trials; delete {storage.redact(place)} to "
+            "train all of them again"
+        ) from None
+    return True
+
+
 def _scheduler(config: SweepConfig, folder: str) -> TrialScheduler:
     if not config.stop_early:
         return FIFOScheduler()
@@ -341,11 +358,9 @@ def _optuna(config: SweepConfig) -> Any:
     except ImportError as error:
         raise ValueError("search = optuna needs Optuna: pip install 'tmad[sweep]', or take --search random") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    names: list[str] = list(config.objectives)
-    modes: list[str] = [direction(name) for name in names]
-    if len(names) == 1:
-        return OptunaSearch(metric=names[0], mode=modes[0], seed=config.seed)
-    return OptunaSearch(metric=names, mode=modes, seed=config.seed)
+    names, modes = list(config.objectives), [str(direction(name)) for name in config.objectives]
+    one = len(names) == 1
+    return OptunaSearch(metric=names[0] if one else names, mode=modes[0] if one else modes, seed=config.seed)
 
 
 def _tune_space(space: Space) -> dict[str, Any]:

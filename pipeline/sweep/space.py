@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
 from pipeline.config import RunConfig
@@ -71,40 +70,36 @@ Domain = LogRange | Choice
 Space = Mapping[str, Domain]
 
 
-def around(value: float, decades: float = 1.0) -> LogRange:
+def _around(value: float, decades: float = 1.0) -> LogRange:
     """From *decades* below *value* to as many above it."""
     return LogRange(value / 10**decades, value * 10**decades)
 
 
-DOMAINS: Space = MappingProxyType(
-    {
-        # Table II.
-        "loss.weight_hole": around(6.0),
-        "loss.weight_valid": around(1.0),
-        "loss.weight_l1": around(1.0),
-        "loss.weight_gan_patch": around(0.05),
-        "loss.weight_perceptual": around(0.02),
-        "loss.weight_tv": around(0.02),
-        "loss.weight_gan_global": around(0.02),
-        # Sec. IV: Adam, 1e-4. The betas are those of the related code bases.
-        "optim.lr": around(1e-4, 0.5),
-        "optim.lr_discriminators": around(1e-4, 0.5),
-        "optim.betas": Choice(((0.5, 0.999), (0.0, 0.9), (0.9, 0.999))),
-        # Table IV, and Sec. III-B.
-        "model.retrieval.num_candidates": Choice((1, 2, 4, 6)),
-        "model.memory.pool_size": Choice((25, 50, 100, 200)),
-    }
-)
+DOMAINS: Space = {
+    # Table II.
+    "loss.weight_hole": _around(6.0),
+    "loss.weight_valid": _around(1.0),
+    "loss.weight_l1": _around(1.0),
+    "loss.weight_gan_patch": _around(0.05),
+    "loss.weight_perceptual": _around(0.02),
+    "loss.weight_tv": _around(0.02),
+    "loss.weight_gan_global": _around(0.02),
+    # Sec. IV: Adam, 1e-4. The betas are those of the related code bases.
+    "optim.lr": _around(1e-4, 0.5),
+    "optim.lr_discriminators": _around(1e-4, 0.5),
+    "optim.betas": Choice(((0.5, 0.999), (0.0, 0.9), (0.9, 0.999))),
+    # Table IV, and Sec. III-B.
+    "model.retrieval.num_candidates": Choice((1, 2, 4, 6)),
+    "model.memory.pool_size": Choice((25, 50, 100, 200)),
+}
 """The range of each setting that has one."""
 
-GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "weights": tuple(name for name in DOMAINS if name.startswith("loss.weight_")),
-        "rates": ("optim.lr", "optim.lr_discriminators", "optim.betas"),
-        "candidates": ("model.retrieval.num_candidates",),
-        "memory": ("model.memory.pool_size",),
-    }
-)
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "weights": tuple(name for name in DOMAINS if name.startswith("loss.weight_")),
+    "rates": ("optim.lr", "optim.lr_discriminators", "optim.betas"),
+    "candidates": ("model.retrieval.num_candidates",),
+    "memory": ("model.memory.pool_size",),
+}
 """Names for several of them at once."""
 
 WITHOUT_EFFECT = {
@@ -180,18 +175,14 @@ def _parse(setting: str, text: str, default: Any) -> Domain:
     try:
         values = json.loads(f"[{text}]")
     except json.JSONDecodeError:
-        values = [_plain(part.strip()) for part in text.split(",")]
+        words = {"True": True, "False": False, "None": None}
+        values = [words.get(part.strip(), part.strip()) for part in text.split(",")]
     values = [tuple(value) if isinstance(value, list) else value for value in values]
     if not values or "" in values:
         raise ValueError(f"space: {setting}={text}: choices are values with commas between them")
     if twice := [value for index, value in enumerate(values) if value in values[:index]]:
         raise ValueError(f"space: {setting}={text}: {twice[0]!r} stands there twice")
     return Choice(tuple(values))
-
-
-def _plain(text: str) -> Any:
-    """A word of choices that are no JSON, such as `cell,hole` or `True,False`."""
-    return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def sample(space: Space, count: int, seed: int) -> list[Point]:

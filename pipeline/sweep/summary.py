@@ -12,14 +12,14 @@ from pipeline import storage
 from pipeline.errors import ModelNotFound
 from pipeline.evaluation.config import EvaluateConfig
 from pipeline.evaluation.evaluate import Evaluated, evaluate
-from pipeline.evaluation.side_by_side import side_by_side
+from pipeline.evaluation.pictures import Shown, side_by_side
 from pipeline.report.page import Table, render
 from pipeline.report.pictures import Row
-from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig, direction
+from pipeline.sweep.config import DISTORTION, TEXTURE, SweepConfig
 from pipeline.sweep.figures import bars, front, parallel_coordinates
 from pipeline.sweep.space import Domain
 from pipeline.sweep.trial import trial_folder
-from pipeline.sweep.trials import Trial
+from pipeline.sweep.trials import Trial, goodness
 
 REPORT_FILE = "report.html"
 
@@ -93,11 +93,13 @@ def table(trials: Sequence[Trial], settings: Sequence[str], metrics: Sequence[st
 
 def picture_rows(config: SweepConfig, folder: str, trials: Sequence[Trial]) -> list[Row]:
     """The first validation images as the best trials fill them, each with its newest model."""
-    results: dict[str, Evaluated] = {}
+    results: dict[str, list[Shown]] = {}
     for trial in _best_first(trials, config.objectives[0])[:MAX_COLUMNS]:
         place = trial_folder(folder, trial.name)
         try:
-            results[trial.label] = measured(place, config, storage.join(place, "pictures"), limit=config.num_pictures)
+            results[trial.label] = measured(
+                place, config, storage.join(place, "pictures"), limit=config.num_pictures
+            ).shown
         except ModelNotFound as error:
             log.warning("no pictures of %s: %s", trial.label, error)
     return side_by_side(results)
@@ -137,11 +139,9 @@ def _only_errors(*names: str) -> Iterator[None]:
 
 
 def _best_first(trials: Sequence[Trial], objective: str) -> list[Trial]:
-    sign = -1 if direction(objective) == "max" else 1
-
     def key(trial: Trial) -> tuple[Any, ...]:
-        value = trial.metrics.get(objective)
-        return (trial.status != "finished", value is None, sign * (value or 0.0), trial.number)
+        there = objective in trial.metrics
+        return (trial.status != "finished", not there, -goodness(trial, objective) if there else 0.0, trial.number)
 
     return sorted(trials, key=key)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray.tune
@@ -124,11 +124,6 @@ class ReportValidations(TuneReportCallback):
 def metrics_of(validation: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """Those of *names* that a validation (`val/...`) has."""
     return {name: validation[f"val/{name}"] for name in names if validation.get(f"val/{name}") is not None}
-
-
-def as_job(job: Job) -> dict[str, Any]:
-    """*job* as Tune carries it."""
-    return asdict(job)
 
 
 def _note(folder: str, file: str, error: BaseException) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pipeline import storage
@@ -11,7 +11,6 @@ from pipeline.sweep.config import OBJECTIVES, direction
 from pipeline.sweep.space import Point
 from pipeline.sweep.trial import DIVERGED_FILE, ERROR_FILE, POINT_FILE, metrics_of, trial_folder
 from pipeline.tracking import read_json_lines
-from pipeline.train.early_stopping import is_better
 
 Status = Literal["finished", "stopped early", "diverged", "failed"]
 
@@ -43,48 +42,49 @@ class Trial:
         """For tables and pictures."""
         return f"trial {self.number}"
 
+    def as_dict(self) -> dict[str, Any]:
+        """For summary.json."""
+        values = {name: value for name, value in asdict(self).items() if name != "history"}
+        return values | {"seconds": round(self.seconds, 1)}
+
 
 def read_trial(folder: str, number: int, name: str) -> Trial:
     """The trial *name* of the sweep in *folder*."""
-    place = trial_folder(folder, name)
-    rows = read_json_lines(storage.join(place, "metrics.jsonl"))
+
+    def read(file: str) -> Any:
+        return storage.read_json(storage.join(trial_folder(folder, name), file))
+
+    rows = read_json_lines(storage.join(trial_folder(folder, name), "metrics.jsonl"))
     history = {
         int(row["step"]): {"images": row["step"], **found} for row in rows if (found := metrics_of(row, OBJECTIVES))
     }
-    finished = storage.read_json(storage.join(place, "finished.json"))
-    notes = {file: storage.read_json(storage.join(place, file)) for file in (DIVERGED_FILE, ERROR_FILE)}
-    status: Status = "stopped early"
-    if finished is not None:
-        status = "finished"
-    elif notes[DIVERGED_FILE] is not None:
-        status = "diverged"
-    elif notes[ERROR_FILE] is not None:
-        status = "failed"
+    finished, diverged, failed = map(read, ("finished.json", DIVERGED_FILE, ERROR_FILE))
+    ended: dict[Status, Any] = {"finished": finished, "diverged": diverged, "failed": failed}
+    status: Status = next((status for status, note in ended.items() if note is not None), "stopped early")
     last = history[max(history)] if history else {}
     return Trial(
         number=number,
         name=name,
-        point=storage.read_json(storage.join(place, POINT_FILE)) or {},
+        point=read(POINT_FILE) or {},
         status=status,
         images=int(finished["images"] if finished else max((row["step"] for row in rows), default=0)),
         metrics={metric: value for metric, value in last.items() if metric != "images"},
         history=[history[images] for images in sorted(history)],
         seconds=rows[-1]["time_s"] - rows[0]["time_s"] if rows else 0.0,
-        error=next((note["error"] for note in notes.values() if note and status in ("diverged", "failed")), None),
-        mlflow_run_id=(storage.read_json(storage.join(place, "tracking.json")) or {}).get("run_id"),
+        error=ended[status]["error"] if status in ("diverged", "failed") else None,
+        mlflow_run_id=(read("tracking.json") or {}).get("run_id"),
     )
 
 
 def winner(trials: Sequence[Trial], objective: str) -> Trial | None:
     """The best of the finished ones by *objective*; the earlier one of two that are equal."""
-    best: Trial | None = None
-    for trial in trials:
-        value = trial.metrics.get(objective)
-        if trial.status != "finished" or value is None:
-            continue
-        if best is None or is_better(value, best.metrics[objective], objective):
-            best = trial
-    return best
+    finished = [one for one in trials if one.status == "finished" and objective in one.metrics]
+    return max(finished, key=lambda one: goodness(one, objective), default=None)
+
+
+def goodness(trial: Trial, metric: str) -> float:
+    """The trial's value, larger where it is better."""
+    return _sign(metric) * trial.metrics[metric]
 
 
 def pareto(trials: Sequence[Trial], metrics: Sequence[str]) -> list[Trial]:
@@ -92,7 +92,7 @@ def pareto(trials: Sequence[Trial], metrics: Sequence[str]) -> list[Trial]:
     there = [one for one in trials if one.status == "finished" and all(name in one.metrics for name in metrics)]
 
     def beats(other: Trial, one: Trial) -> bool:
-        gains = [_sign(name) * (other.metrics[name] - one.metrics[name]) for name in metrics]
+        gains = [goodness(other, name) - goodness(one, name) for name in metrics]
         return min(gains) >= 0 and max(gains) > 0
 
     return [one for one in there if not any(beats(other, one) for other in there)]
@@ -101,22 +101,16 @@ def pareto(trials: Sequence[Trial], metrics: Sequence[str]) -> list[Trial]:
 def importance(trials: Sequence[Trial], objective: str) -> dict[str, float]:
     """How strongly each searched setting goes with *objective*: Spearman's rank correlation, in [-1, 1], positive where
     larger values are better, over all trials with a value at the last validation that all of them reached."""
-    compared = [one for one in trials if one.point and any(objective in row for row in one.history)]
+    histories = [(one.point, [row for row in one.history if objective in row]) for one in trials if one.point]
+    reached = min((rows[-1]["images"] for _, rows in histories if rows), default=0)
+    values = [(point, [row[objective] for row in rows if row["images"] <= reached]) for point, rows in histories]
+    compared = [(point, found[-1]) for point, found in values if found]
     if len(compared) < 3:
         return {}
-    reached = min(max(row["images"] for row in one.history if objective in row) for one in compared)
-    values = [
-        [row[objective] for row in one.history if objective in row and row["images"] <= reached][-1:]
-        for one in compared
-    ]
-    found: dict[str, float] = {}
-    usable = [index for index, value in enumerate(values) if value]
-    if len(usable) < 3:
-        return {}
-    goodness = _ranks([_sign(objective) * values[index][0] for index in usable])
-    for name in compared[0].point:
-        setting = _ranks([sort_key(compared[index].point[name]) for index in usable])
-        found[name] = _correlation(setting, goodness)
+    better = _ranks([_sign(objective) * value for _, value in compared])
+    found = {
+        name: _correlation(_ranks([sort_key(point[name]) for point, _ in compared]), better) for name in compared[0][0]
+    }
     return dict(sorted(found.items(), key=lambda item: -abs(item[1])))
 
 
@@ -144,18 +138,3 @@ def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _sign(metric: str) -> int:
     return 1 if direction(metric) == "max" else -1
-
-
-def as_dict(trial: Trial) -> Mapping[str, Any]:
-    """For summary.json."""
-    return {
-        "number": trial.number,
-        "name": trial.name,
-        "status": trial.status,
-        "point": trial.point,
-        "images": trial.images,
-        "metrics": trial.metrics,
-        "seconds": round(trial.seconds, 1),
-        "error": trial.error,
-        "mlflow_run_id": trial.mlflow_run_id,
-    }

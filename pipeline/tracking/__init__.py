@@ -186,12 +186,11 @@ def check_tracking(uri: str | None) -> str:
         _client(uri).search_experiments(max_results=1)
     except Exception as error:
         # Errors of MLflow's HTTP and SQL libraries come through, as everywhere here.
-        what = (
-            f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S} s" if database == uri else f"{shown} is unfit"
-        )
+        server = database == uri
+        what = f"no answer from MLflow at {shown} within {CHECK_TIMEOUT_S} s" if server else f"{shown} is unfit"
         raise TrackingUnreachable(
-            f"{what}: {storage.redact(_cause(error))}; start the server, correct the tracking URI "
-            "(MLFLOW_TRACKING_URI or the job's option), or go without where the job can (`none`)"
+            f"{what}: {storage.redact(_cause(error))}; {'start the server, ' if server else ''}correct the tracking "
+            "URI (MLFLOW_TRACKING_URI or the job's option), or go without where the job can (`none`)"
         ) from error
     finally:
         for name, value in before.items():
@@ -202,6 +201,8 @@ def check_tracking(uri: str | None) -> str:
 def _cause(error: Exception) -> str:
     """Why a server does not answer, out of what three libraries say about it."""
     text = one_line(error)
+    if "database is locked" in text:
+        return "another process keeps it locked; end that process"
     if "not in a valid JSON format" in text:
         return "what answers there is no MLflow server"
     if found := re.search(r"too many (\d+) error responses", text):
@@ -256,9 +257,10 @@ class JsonLines:
             self._local.parent.mkdir(parents=True, exist_ok=True)
             _end_last_line(self._local)
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Mapping[str, float]) -> None:
         """Add *row*; on a local file it is on disk when this returns."""
-        line = json.dumps(_plain(row), allow_nan=False, ensure_ascii=False) + "\n"
+        finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        line = json.dumps(finite, ensure_ascii=False) + "\n"
         if self._local is not None:
             with self._local.open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -386,26 +388,15 @@ class Tracker:
             self._pending += lacking
             self._send()
 
-    def artifact(self, content: Path | str | bytes, name: str) -> None:
-        """Keep a file under *name* (`folder/file.json`): *content* is its path, or its bytes."""
-        folder, _, filename = name.rpartition("/")
+    def artifact(self, content: bytes, name: str) -> None:
+        """Keep a file under *name* (`folder/file.json`)."""
         if self._client is None:
             return
-        if isinstance(content, bytes):
-            with tempfile.TemporaryDirectory(prefix="tmad-artifact-") as temporary:
-                path = Path(temporary, filename)
-                path.write_bytes(content)
-                self._guard("artifact " + name, "log_artifact", str(path), folder or None)
-            return
-        path = Path(content)
-        if not path.exists():
-            raise ValueError(f"artifact {name!r}: there is no {path}")
-        if path.is_dir():
-            self._guard("artifact " + name, "log_artifacts", str(path), name)
-        elif path.name == filename:
+        folder, _, filename = name.rpartition("/")
+        with tempfile.TemporaryDirectory(prefix="tmad-artifact-") as temporary:
+            path = Path(temporary, filename)
+            path.write_bytes(content)
             self._guard("artifact " + name, "log_artifact", str(path), folder or None)
-        else:
-            self.artifact(path.read_bytes(), name)
 
     def dataset(self, place: str, digest: str, context: str) -> None:
         """Say that the run reads the set at *place* with that *digest*, for `training` or `validation`."""
@@ -523,18 +514,6 @@ def _shown(name: str, value: Any) -> str:
     if SECRET_NAME.search(name) and value not in (None, ""):
         return "***"
     return storage.redact(str(value)) if isinstance(value, str | os.PathLike) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _end_last_line(path: Path) -> None:

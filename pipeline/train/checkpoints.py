@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,52 +67,46 @@ class Usable:
     """Newer ones that are damaged."""
 
 
-@contextmanager
-def newest_usable(context: TrainContext) -> Iterator[Usable | None]:
+def newest_usable(context: TrainContext) -> Usable | None:
     """The newest checkpoint that can be trusted, or `None` at the start of a run; rank 0 decides for all workers.
 
     What is passed over is logged file by file. Raises `CheckpointsDamaged`, on all workers alike, if there are
     checkpoints and none can be trusted, and `TrainingFailed` if the workers read different content.
     """
-    with ExitStack() as stack:
-        chosen: str | None = None
-        folder: Path | None = None
-        damaged: dict[str, list[str]] = {}
-        # A crash while the very first checkpoint was written leaves one that never counted. More than one, or one that
-        # was committed, is work that must not be thrown away unasked.
-        disposable = True
-        if context.rank == 0:
-            found = context.checkpoints()
-            disposable = len(found) <= 1 and not any(found.values())
-            for name in found:
-                with ExitStack() as attempt:
-                    folder = attempt.enter_context(context.checkpoint(name))
-                    if lines := damage(folder):
-                        damaged[name] = lines
-                        log.warning("checkpoint %s cannot be used: %s", name, "; ".join(lines))
-                        continue
-                    chosen = name
-                    stack.push(attempt.pop_all())
-                    break
-        chosen, damaged, disposable = context.everyones((chosen, damaged, disposable))[0]
-        if chosen is None:
-            if not disposable:
-                told = "; ".join(f"{name}: {', '.join(lines)}" for name, lines in damaged.items())
-                raise CheckpointsDamaged(
-                    f"the run has checkpoints and none of them can be used ({told}); restore one of them from a copy, "
-                    "or take another --name to train from the start",
-                    damaged=damaged,
-                )
-            if damaged and context.rank == 0:
-                log.warning("no checkpoint was ever complete: training from the start")
-            yield None
-            return
-        if context.rank != 0 or folder is None:
-            folder = stack.enter_context(context.checkpoint(chosen))
-        _check_same(context, chosen, folder)
+    chosen: str | None = None
+    folder: Path | None = None
+    damaged: dict[str, list[str]] = {}
+    # A crash while the very first checkpoint was written leaves one that never counted. More than one, or one that was
+    # committed, is work that must not be thrown away unasked.
+    disposable = True
+    if context.rank == 0:
+        found = context.checkpoints()
+        disposable = len(found) <= 1 and not any(found.values())
+        for name in found:
+            folder = context.checkpoint(name)
+            if not (lines := damage(folder)):
+                chosen = name
+                break
+            damaged[name] = lines
+            log.warning("checkpoint %s cannot be used: %s", name, "; ".join(lines))
+    chosen, damaged, disposable = context.everyones((chosen, damaged, disposable))[0]
+    if chosen is None:
+        if not disposable:
+            told = "; ".join(f"{name}: {', '.join(lines)}" for name, lines in damaged.items())
+            raise CheckpointsDamaged(
+                f"the run has checkpoints and none of them can be used ({told}); restore one of them from a copy, "
+                "or take another --name to train from the start",
+                damaged=damaged,
+            )
         if damaged and context.rank == 0:
-            log.warning("going on from checkpoint %s instead of %s", chosen, ", ".join(damaged))
-        yield Usable(chosen, folder, len(damaged))
+            log.warning("no checkpoint was ever complete: training from the start")
+        return None
+    if context.rank != 0 or folder is None:
+        folder = context.checkpoint(chosen)
+    _check_same(context, chosen, folder)
+    if damaged and context.rank == 0:
+        log.warning("going on from checkpoint %s instead of %s", chosen, ", ".join(damaged))
+    return Usable(chosen, folder, len(damaged))
 
 
 def forget_broken_records(checkpoints: str) -> None:

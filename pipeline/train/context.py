@@ -1,7 +1,7 @@
 """The training loop's view of the cluster: rank, collective operations, checkpoints.
 
-The loop is written once against `TrainContext`; `RayContext` runs it in Ray Train's workers, `LocalContext` in the
-calling process, which is both how the loop is tested and the baseline that shows what Ray costs.
+The loop is written once against `TrainContext`; `RayContext` runs it in Ray Train's workers, and tests run it in a
+process of their own.
 
 There is no `DistributedDataParallel` here. Every worker starts from the same seed, and each gradient is averaged by
 hand, in one all-reduce, after its backward is complete: that equals one process with the whole batch, gradient penalty
@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +63,7 @@ class TrainContext(Protocol):
     def checkpoints(self) -> dict[str, bool]:
         """Names of the checkpoints in storage, newest first, and whether each is known to have been complete once."""
 
-    def checkpoint(self, name: str) -> AbstractContextManager[Path]:
+    def checkpoint(self, name: str) -> Path:
         """The checkpoint *name* as a folder on this machine, not to be written to."""
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
@@ -115,18 +113,6 @@ class _Mean(torch.autograd.Function):
         return result
 
 
-def _same_everywhere(value: Tensor) -> bool:
-    both = torch.stack([value, -value])
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    return bool((both[0] == -both[1]).all())
-
-
-def _everyones(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 class RayContext:
     """A worker of Ray Train; Ray has made the process group and keeps checkpoints in the folder *checkpoints*. *relay*
     is the driver's, which says when it was told to stop, *lease* what the driver holds on the run's folder."""
@@ -143,11 +129,15 @@ class RayContext:
 
     def same_everywhere(self, value: Tensor) -> bool:
         """Compare by one all-reduce."""
-        return _same_everywhere(value.to(self.device))
+        both = torch.stack([value, -value]).to(self.device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        return bool((both[0] == -both[1]).all())
 
     def everyones(self, value: Any) -> list[Any]:
         """By one all-gather."""
-        return _everyones(value)
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def notice(self) -> Notice | None:
         """The most urgent that any of them knows, by one all-reduce of a number."""
@@ -163,22 +153,22 @@ class RayContext:
         registered = self._registered()
         return {name: name in registered for name in sorted(filter(CHECKPOINT.fullmatch, names), reverse=True)}
 
-    @contextmanager
-    def checkpoint(self, name: str) -> Iterator[Path]:
+    def checkpoint(self, name: str) -> Path:
         """A copy of this worker's own, or the folder itself where storage is local."""
         # Not the object that the controller hands out: its copy is shared by the processes of a machine, and one that
         # comes late downloads over the files that another reads.
-        yield storage.local_copy(storage.join(self._folder, name))
+        return storage.local_copy(storage.join(self._folder, name))
 
     def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
         """Upload, the manifest last, and wait until the controller has it in its books."""
         registered = self._registered()
         # A name that depends on the images alone: a repeated stretch overwrites what a crash left half-written. Not one
         # in the controller's books, which would delete the new folder together with the old entry.
-        free = next(one for one in _names_like(name) if one not in registered)
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        free = next(one for one in names if one not in registered)
         place = storage.join(self._folder, free)
         # Not by Ray, which gives up at once where storage asks for patience, and whose other workers would wait.
-        if refused := _everyones(self._upload(folder, place))[0]:
+        if refused := self.everyones(self._upload(folder, place))[0]:
             raise CheckpointNotKept(f"checkpoint {free} was not kept: {refused}")
         checkpoint = Checkpoint(*storage.for_ray(place)) if folder is not None else None
         ray.train.report(
@@ -205,52 +195,6 @@ class RayContext:
         except TMADError as error:
             return error.message
         return None
-
-
-class LocalContext:
-    """The calling process alone; checkpoints are folders below *checkpoints*, the newest by name."""
-
-    def __init__(self, checkpoints: Path, *, workers: Workers, device: str = "cpu") -> None:
-        self.rank = 0
-        self.world_size = 1
-        self.device = torch.device(device)
-        self.workers = workers
-        self._folder = checkpoints
-
-    def same_everywhere(self, value: Tensor) -> bool:
-        """Nothing to compare with."""
-        return True
-
-    def everyones(self, value: Any) -> list[Any]:
-        """This one's."""
-        return [value]
-
-    def notice(self) -> Notice | None:
-        """Nobody announces anything; the signal itself ends the process."""
-        return None
-
-    def checkpoints(self) -> dict[str, bool]:
-        """Folders by name; each was put there by one renaming."""
-        names = (path.name for path in self._folder.glob("*"))
-        return dict.fromkeys(sorted(filter(CHECKPOINT.fullmatch, names), reverse=True), True)
-
-    @contextmanager
-    def checkpoint(self, name: str) -> Iterator[Path]:
-        """The folder itself."""
-        yield self._folder / name
-
-    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
-        """Copy the folder."""
-        assert folder is not None
-        free = next(one for one in _names_like(name) if not (self._folder / one).exists())
-        copy = shutil.copytree(folder, self._folder / f".{free}", dirs_exist_ok=True)
-        copy.rename(self._folder / free)
-        return free
-
-
-def _names_like(name: str) -> Iterator[str]:
-    """*name*, then names that sort behind it."""
-    return itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
 
 
 def checksums(modules: Iterable[nn.Module]) -> Tensor:

@@ -314,11 +314,10 @@ def _check_equal(state: TrainingState, context: TrainContext) -> None:
 
 def _restore(state: TrainingState, context: TrainContext, tracker: Tracker) -> tuple[str | None, Course]:
     """Continue *state* from the newest usable checkpoint, if there is one; returns its name and its course."""
-    with newest_usable(context) as found:
-        if found is None:
-            return None, Course()
-        load_state(state, found.folder)
-        course = Course.of(json.loads((found.folder / RUN_FILE).read_text()))
+    if (found := newest_usable(context)) is None:
+        return None, Course()
+    load_state(state, found.folder)
+    course = Course.of(json.loads((found.folder / RUN_FILE).read_text()))
     if found.passed_over:
         tracker.metrics({"health/damaged_checkpoints": found.passed_over}, state.images_seen)
     return found.name, course

@@ -13,6 +13,7 @@ from jobs import demo
 from pipeline.demo.run import DemoConfig, DemoResult, run_demo
 from pipeline.errors import ConfigMismatch
 from pipeline.evaluation.config import METHODS
+from tests.jobs.conftest import CallJob
 from tests.pipeline.conftest import loop_in_this_process
 from tmad.images import to_rgb
 
@@ -89,3 +90,13 @@ def test_a_dry_run_prints_the_choices_and_makes_nothing(tmp_path: Path, capsys: 
     assert demo.main(["--out", str(tmp_path / "runs"), "--dry-run"]) == 0
     assert json.loads(capsys.readouterr().out)["training"] == "demo"
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], []])
+def test_a_place_that_cannot_be_written_to_is_one_line_before_anything_is_made(
+    tmp_path: Path, call_job: CallJob, more: list[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    code, _, said = call_job(demo.main, "--out", tmp_path / "file" / "runs", *more)
+    assert code == 1
+    assert "cannot be a folder" in said.splitlines()[-1]

@@ -212,7 +212,7 @@ def demo(place: Place, out: Path) -> Asked:
 
     def left() -> object:
         told = out / "demo" / "metrics.json"
-        return told.exists() and without_times(told.read_text())["methods"]  # type: ignore[index,call-overload]
+        return told.exists() and without_times(told.read_text())["evaluation"]["methods"]  # type: ignore[index,call-overload]
 
     parts = ["demo-data/*/shards/*.json", "demo/checkpoints/images_*", "demo/inpaint/results/*", "demo/evaluation/*/*"]
     step = lambda: sum(count(out, part)() for part in parts)  # noqa: E731
@@ -277,11 +277,9 @@ def test_a_job_that_is_stopped_ends_with_the_code_and_goes_on_to_what_one_in_one
     run_to_its_end(asked, tmp_path / "log-last")
     whole = JOBS[name](place, tmp_path / f"{name}-whole")
     run_to_its_end(whole, tmp_path / "log-whole")
-    if name == "promote":
-        (mine, mine_told), (other, other_told) = asked.left(), whole.left()  # type: ignore[misc]
-        assert (mine, mine_told) == (other, other_told) == ("2", mine_told)
-        return
     assert asked.left() == whole.left()
+    if name == "promote":
+        assert str(asked.left()[0]) == "2", "the second version won"  # type: ignore[index]
 
 
 NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}

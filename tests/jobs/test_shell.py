@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,9 @@ import pytest
 from PIL import Image
 
 from jobs.__main__ import _as_options, commands, main
+from pipeline.runs.cli import run_job
 from tests.conftest import ROOT
+from tests.jobs.conftest import CallJob
 from tests.tmad.tiny import make_image, make_mask
 from tmad.inpaint import Inpainter
 
@@ -160,3 +165,18 @@ def test_every_job_is_a_command_and_folders_become_the_batch_jobs_options() -> N
 def test_a_job_is_run_by_its_command(capsys) -> None:
     assert run("train", "--help") == 0
     assert "python jobs/train_places.py" in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_one_line_and_a_bug_is_a_traceback(call_job: CallJob) -> None:
+    def refused(_: Sequence[str]) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/data/a.json")
+
+    code, _, said = call_job(refused)
+    assert (code, said.count("\n")) == (1, 1)
+    assert "Read-only file system: '/data/a.json'" in said
+
+    def wrong(_: Sequence[str]) -> int:
+        raise AssertionError
+
+    with pytest.raises(AssertionError):
+        run_job(wrong, [])

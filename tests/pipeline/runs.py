@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,57 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import PerceptualConfig, RunConfig, ScheduleConfig
 from pipeline.tracking import Tracker
-from pipeline.train.context import LocalContext
+from pipeline.train.context import CHECKPOINT
 from pipeline.train.loop import Feed, train_loop
+from pipeline.train.preemption import Notice
 from tests.tmad.tiny import TRAINING, Features, make_batch
 from tmad.batch import Batch
-from tmad.step import OneWorker
+from tmad.step import OneWorker, Workers
+
+
+class LocalContext:
+    """The calling process alone; checkpoints are folders below *checkpoints*, the newest by name."""
+
+    def __init__(self, checkpoints: Path, *, workers: Workers, device: str = "cpu") -> None:
+        self.rank = 0
+        self.world_size = 1
+        self.device = torch.device(device)
+        self.workers = workers
+        self._folder = checkpoints
+
+    def same_everywhere(self, value: Tensor) -> bool:
+        """Nothing to compare with."""
+        return True
+
+    def everyones(self, value: Any) -> list[Any]:
+        """This one's."""
+        return [value]
+
+    def notice(self) -> Notice | None:
+        """Nobody announces anything; the signal itself ends the process."""
+        return None
+
+    def checkpoints(self) -> dict[str, bool]:
+        """Folders by name; each was put there by one renaming."""
+        names = (path.name for path in self._folder.glob("*"))
+        return dict.fromkeys(sorted(filter(CHECKPOINT.fullmatch, names), reverse=True), True)
+
+    def checkpoint(self, name: str) -> Path:
+        """The folder itself."""
+        return self._folder / name
+
+    def keep(self, folder: Path | None, name: str, metrics: dict[str, float]) -> str:
+        """Copy the folder."""
+        assert folder is not None
+        free = next(one for one in (name, f"{name}_2", f"{name}_3") if not (self._folder / one).exists())
+        copy = shutil.copytree(folder, self._folder / f".{free}", dirs_exist_ok=True)
+        copy.rename(self._folder / free)
+        return free
+
 
 CONFIG = RunConfig(
     name="test",

@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor
 
 from pipeline.errors import CheckpointsDamaged, TrainingFailed
 from pipeline.train.checkpoints import (
@@ -27,8 +25,9 @@ from pipeline.train.checkpoints import (
     newest_usable,
     seal,
 )
-from pipeline.train.context import LocalContext, _everyones, _same_everywhere
-from tests.pipeline.runs import Recorder, run_in
+from pipeline.train.context import RayContext
+from tests.pipeline.conftest import start_processes
+from tests.pipeline.runs import LocalContext, Recorder, run_in
 from tmad.step import OneWorker
 
 OLD, NEW = checkpoint_name(8), checkpoint_name(12)
@@ -117,16 +116,16 @@ def test_what_a_crash_left_of_the_very_first_checkpoint_does_not_stop_the_next_a
         shutil.rmtree(run / name)
     only = run / checkpoint_name(4)
     context = Uncommitted(run, workers=OneWorker())
-    with newest_usable(context) as found:
-        assert found is not None
-        assert found.name == only.name
+    found = newest_usable(context)
+    assert found is not None
+    assert found.name == only.name
     _truncate(only / "state.safetensors")
-    with caplog.at_level(logging.WARNING), newest_usable(context) as found:
-        assert found is None
+    with caplog.at_level(logging.WARNING):
+        assert newest_usable(context) is None
     assert f"checkpoint {only.name} cannot be used" in caplog.text
     assert "no checkpoint was ever complete: training from the start" in caplog.text
-    with pytest.raises(CheckpointsDamaged), newest_usable(LocalContext(run, workers=OneWorker())):
-        pass
+    with pytest.raises(CheckpointsDamaged):
+        newest_usable(LocalContext(run, workers=OneWorker()))
 
 
 def test_the_manifest_names_every_file_but_itself(run: Path) -> None:
@@ -143,11 +142,8 @@ class Gloo(LocalContext):
         super().__init__(folder, workers=OneWorker())
         self.rank, self.world_size = rank, 2
 
-    def everyones(self, value: Any) -> list[Any]:
-        return _everyones(value)
-
-    def same_everywhere(self, value: Tensor) -> bool:
-        return _same_everywhere(value)
+    everyones = RayContext.everyones
+    same_everywhere = RayContext.same_everywhere
 
 
 def _worker(rank: int, folder: str) -> None:
@@ -157,8 +153,8 @@ def _worker(rank: int, folder: str) -> None:
     results = {}
     for case in ("first sees damage", "second sees damage", "other content", "all damaged"):
         try:
-            with newest_usable(Gloo(Path(folder, case, str(rank)), rank)) as found:
-                results[case] = found.name if found else "nothing"
+            found = newest_usable(Gloo(Path(folder, case, str(rank)), rank))
+            results[case] = found.name if found else "nothing"
         except (TrainingFailed, CheckpointsDamaged) as error:
             results[case] = f"{type(error).__name__}: {error}"
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
@@ -182,7 +178,7 @@ def ranks(
     seal(other)
     for one in (folder / "all damaged" / "0").iterdir():
         _truncate(one / "state.safetensors")
-    mp.spawn(_worker, args=(str(folder),), nprocs=2)
+    start_processes(_worker, str(folder), count=2)
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in "01")
     return first, second
 

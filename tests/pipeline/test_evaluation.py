@@ -46,7 +46,7 @@ def run(model_folder: Path, data: str, out: Path, **settings: object) -> Evaluat
 
 def table_of(out: Path) -> tuple[dict, list[dict]]:
     """What must not depend on how an evaluation was run: report.json and every row."""
-    rows = [{name: value for name, value in row.items() if name != "part"} for row in read_rows(str(out))]
+    rows = [{name: value for name, value in row.items() if name != "part"} for row in read_rows(str(out)).to_pylist()]
     return json.loads((out / "report.json").read_text()), rows
 
 
@@ -122,7 +122,7 @@ def test_an_evaluation_writes_tables_pictures_and_a_page(
 def test_each_row_is_the_measure_of_the_inpainters_own_result(
     complete: tuple[Evaluated, Path, str], model_folder: Path
 ) -> None:
-    rows = {(row["image_id"], row["method"]): row for row in complete[0].evaluation.rows}
+    rows = {(row["image_id"], row["method"]): row for row in complete[0].rows.to_pylist()}
     image, mask = make_image(1), make_mask()
     own = Inpainter(load_model(model_folder))(image, mask, image_id="photo-1.png#0")
     kept = np.asarray(Image.open(complete[1] / "results" / "tmad" / "photo-1.png"))
@@ -136,7 +136,7 @@ def test_each_row_is_the_measure_of_the_inpainters_own_result(
 
 
 def test_means_are_means_of_the_rows_and_lie_in_their_intervals(complete: tuple[Evaluated, Path, str]) -> None:
-    values = [row["psnr_hole"] for row in complete[0].evaluation.rows if row["method"] == "tmad"]
+    values = [row["psnr_hole"] for row in complete[0].rows.to_pylist() if row["method"] == "tmad"]
     entry = complete[0].summary["methods"]["tmad"]["metrics"]["psnr_hole"]
     assert entry["mean"] == pytest.approx(np.mean(values))
     assert min(values) <= entry["low"] <= entry["mean"] <= entry["high"] <= max(values)
@@ -196,7 +196,7 @@ def test_in_object_storage_that_fails_on_and_off_the_table_is_the_same(
     there = evaluate(EvaluateConfig(**place, **FAST, out=f"{bucket}/out"))  # type: ignore[arg-type]
     assert faulty_cluster.unspent() == 0
     here = run(model_folder, data, tmp_path / "out", external=(f"other={out / 'results' / 'tmad'}",))
-    assert list(there.evaluation.rows) == list(here.evaluation.rows)
+    assert there.rows.equals(here.rows)
     assert there.summary["methods"] == here.summary["methods"]
     assert json.loads(storage.read_bytes(f"{bucket}/out/report.json")) == json.loads(json.dumps(there.summary))
 
@@ -284,7 +284,7 @@ def test_other_methods_stand_in_the_table_and_psnet_behind_them(
     image, mask = make_image(1), make_mask()
     composite = np.where(mask[..., None] > 0, image // 2, image)
     own = Inpainter(load_model(model_folder))(image, mask, image_id="photo-1.png#0", filled=composite)
-    rows = {(row["image_id"], row["method"]): row for row in result.evaluation.rows}
+    rows = {(row["image_id"], row["method"]): row for row in result.rows.to_pylist()}
     assert rows["photo-1.png#0", "half"]["l1_hole_pct"] == measure(composite, image, mask)["l1_hole_pct"]
     assert rows["photo-1.png#0", "half+psnet"]["psnr_hole"] == measure(np.asarray(own.output), image, mask)["psnr_hole"]
 
@@ -320,7 +320,7 @@ def test_an_image_of_nothing_but_hole_is_left_out_and_listed(
     assert result.summary["images"] == 2
     assert "all-hole" in (tmp_path / "report.html").read_text()
     # An empty hole gives no value rather than a perfect one.
-    rows = [row for row in result.evaluation.rows if row["method"] == "tmad"]
+    rows = [row for row in result.rows.to_pylist() if row["method"] == "tmad"]
     assert rows[1]["psnr_hole"] is None
     entry = result.summary["methods"]["tmad"]["metrics"]
     assert (entry["psnr_hole"]["images"], entry["psnr_hole"]["mean"]) == (1, rows[0]["psnr_hole"])
@@ -394,8 +394,8 @@ def test_two_reports_are_compared_image_by_image(
     result = run(tmp_path / "model", data, tmp_path / "out", num_extremes=1, against=str(out))
     against = result.summary["against"]
     rows, others = (
-        [row["psnr_hole"] for row in source if row["method"] == "tmad"]
-        for source in (result.evaluation.rows, read_rows(str(out)))
+        [row["psnr_hole"] for row in source.to_pylist() if row["method"] == "tmad"]
+        for source in (result.rows, read_rows(str(out)))
     )
     differences = np.subtract(rows, others)
     entry = against["differences"]["tmad"]["psnr_hole"]

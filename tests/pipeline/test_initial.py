@@ -18,12 +18,11 @@ from pipeline.data.schema import read_manifest
 from pipeline.errors import ConfigMismatch, CorruptSource, ModelNotFound, WeightsMismatch
 from pipeline.models.registry import register_model
 from pipeline.tracking import Tracker
-from pipeline.train.context import LocalContext
 from pipeline.train.initial import REPORT_FILE, WEIGHTS_FILE, KeptWeights, find_initial, keep_initial, kept_initial
 from pipeline.train.launch import _begin, resolve
 from pipeline.train.loop import train_loop
 from tests.pipeline.conftest import SetMaker
-from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed
+from tests.pipeline.runs import CONFIG, LocalContext, Recorder, Stopped, make_feed
 from tests.tmad.tiny import Features, make_state, train
 from tmad.checkpoint import load_model, model_digest, save_model, save_state
 from tmad.step import OneWorker, TrainingState

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import Interrupted, TrainingFailed
-from pipeline.train.context import LocalContext
 from pipeline.train.loop import (
     Meter,
     Stretch,
@@ -28,7 +27,7 @@ from pipeline.train.loop import (
 )
 from pipeline.train.preemption import Kind, Notice
 from pipeline.train.validate import validate
-from tests.pipeline.runs import CONFIG, Recorder, Stopped, make_feed, run_in
+from tests.pipeline.runs import CONFIG, LocalContext, Recorder, Stopped, make_feed, run_in
 from tests.tmad.tiny import Features, make_batch
 from tmad.batch import Batch
 from tmad.checkpoint import load_model, load_state

@@ -23,13 +23,12 @@ from pipeline.errors import TrackingUnreachable
 from pipeline.presets import smoke
 from pipeline.runs.lease import lease_folder
 from pipeline.train import footprint
-from pipeline.train.context import LocalContext
 from pipeline.train.footprint import checkpoint_count, measure, peak_bytes
 from pipeline.train.launch import resolve
 from pipeline.train.loop import train_loop
 from pipeline.train.preflight import Preflight, preflight
 from tests.conftest import make_photo
-from tests.pipeline.runs import CONFIG, Recorder, make_feed
+from tests.pipeline.runs import CONFIG, LocalContext, Recorder, make_feed
 from tests.pipeline.test_contract import run_here
 from tests.tmad.tiny import Features, make_batch, make_state, train
 from tmad.checkpoint import save_state

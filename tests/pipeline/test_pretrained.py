@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import urllib.error
+import socket
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_kept_weights_need_no_second_download(tmp_path: Path, vgg_file: Path, mo
         downloads.append(address)
         return vgg_file.read_bytes()
 
-    monkeypatch.setattr(pretrained, "_download", download)
+    monkeypatch.setattr(pretrained, "download", download)
     assert resolve_perceptual(config) == resolve_perceptual(config)
     assert downloads == ["https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"]
 
@@ -73,13 +74,34 @@ def test_a_missing_file_is_refused_with_the_options(tmp_path: Path) -> None:
         resolve_perceptual(_config(tmp_path, weights=str(tmp_path / "nowhere.pth")))
 
 
-def test_no_network_is_refused_with_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("no route to host")
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\ncut", "3 of 9 bytes"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\ncut", "IncompleteRead"),
+        (b"HTTP/1.0 503 Busy\r\n\r\n", "503"),
+        (b"not http\r\n\r\n", "not http"),
+        (b"", "without response"),
+    ],
+)
+def test_a_download_that_fails_or_is_cut_short_is_refused_with_the_options_and_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes, said: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
 
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", refuse)
-    with pytest.raises(MissingInput, match=r"cannot download .*no route to host.*--perceptual.weights"):
-        resolve_perceptual(_config(tmp_path))
+        def serve() -> None:
+            caller, _ = server.accept()
+            with caller:
+                caller.recv(65536)
+                caller.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        monkeypatch.setattr(pretrained, "VGG19_ADDRESS", f"http://127.0.0.1:{server.getsockname()[1]}/vgg19.pth")
+        with pytest.raises(MissingInput, match=rf"cannot download .*{said}.*--perceptual.weights"):
+            resolve_perceptual(_config(tmp_path))
+        thread.join()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("features", "said"), [("off", "is off"), ("untrained", "untrained VGG-19 features")])

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 
 from pipeline.config import DataConfig, PerceptualConfig, RunConfig
+from pipeline.errors import SweepFailed
+from pipeline.evaluation.pictures import centred_hole
 from pipeline.presets import places, smoke
 from pipeline.report.page import Drawing, _templates
-from pipeline.sweep.ablate import AblateConfig, Row, as_sweep, centred_hole, scale, table
+from pipeline.storage.whole import whole_files
+from pipeline.sweep.ablate import AblateConfig, Row, as_sweep, scale, table
 from pipeline.sweep.config import SWEEP_PRESETS, SweepConfig
 from pipeline.sweep.figures import bars, front, parallel_coordinates
-from pipeline.sweep.launch import _Rungs, room
+from pipeline.sweep.launch import _has_records, _Rungs, room
 from pipeline.sweep.plan import _rate_here, expected_images
 from pipeline.sweep.space import DOMAINS, GROUPS, Choice, LogRange, apply, make_space, sample
 from pipeline.sweep.studies import STUDIES
@@ -274,14 +277,14 @@ def test_studies_are_runs_that_differ_in_what_they_study_alone() -> None:
 
 
 def test_the_papers_figures_stand_beside_ours() -> None:
-    rows = [Row("W-Sum", {"psnr_hole": 20.0}, {"psnr_hole": 1.0}, [])]
+    rows = [Row("W-Sum", {"psnr_hole": 20.0}, {"psnr_hole": 1.0})]
     text = table(rows, STUDIES["candidates"]).text()
     assert "16.872" in text
     assert "20 ±0.5" in text
 
 
 def test_a_hole_of_half_the_side_is_a_quarter_of_the_image() -> None:
-    mask = centred_hole(64, 64, 0.5)
+    mask = centred_hole(64, 64, share=0.5)
     assert mask.sum() == 64 * 64 / 4
     assert mask[32, 32] == 1
 
@@ -304,3 +307,19 @@ def test_the_rate_of_trials_is_measured_with_the_features_that_their_losses_use(
         data=DataConfig(train=make_set(), val=make_set(name="val")),
     )
     assert _rate_here(run) > 0
+
+
+def test_tunes_records_are_replaced_whole_and_damaged_ones_are_refused_instead_of_a_new_sweep(tmp_path: Path) -> None:
+    assert not _has_records(str(tmp_path / "nowhere"))
+    path = tmp_path / "experiment_state-2026-01-01_00-00-00.json"
+    files = whole_files()
+    for state in ({"trials": [1]}, {"trials": [1, 2]}):
+        with files.open_output_stream(str(path)) as stream:
+            stream.write(json.dumps(state).encode()[:9])
+            assert not path.exists() or json.loads(path.read_text()) == {"trials": [1]}, "half of it is there"
+            stream.write(json.dumps(state).encode()[9:])
+        assert json.loads(path.read_text()) == state
+    assert _has_records(str(tmp_path))
+    path.write_bytes(path.read_bytes()[:9])
+    with pytest.raises(SweepFailed, match=r"is damaged.*delete .* to train all of them again"):
+        _has_records(str(tmp_path))
