@@ -143,8 +143,9 @@ def encode_filled(
 
     The result's picture is closed: its pixels take as much memory as those of the file opened again.
     """
-    picture = result.output
-    assert isinstance(picture, Image.Image), "a Pillow image comes back for a Pillow image"
+    made = result.output
+    assert isinstance(made, Image.Image), "a Pillow image comes back for a Pillow image"
+    picture = made
     zone = dilate((hole > 0).view(np.uint8), feather)
     if opaque and picture.mode in ("LA", "RGBA"):
         alpha = np.array(picture.getchannel("A"))
@@ -156,7 +157,7 @@ def encode_filled(
         data = (_as_png if as_png else _as_it_was)(picture, file, zone, opaque)
     except (OSError, ValueError, KeyError, struct.error, StopIteration) as error:
         raise UnreadableImage("cannot-encode", f"{file.format}, mode {picture.mode}: {error}") from error
-    result.output.close()
+    made.close()
     del picture
     return FilledFile(data, result, result.notes + file.notes + _compared(file, data, zone))
 
