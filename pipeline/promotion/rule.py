@@ -25,19 +25,12 @@ class Requirement:
     margin: float
     must_gain: bool
 
-    @property
-    def bound(self) -> float:
-        """The gain has to be above it (or, where it need not gain, no lower)."""
-        return self.margin if self.must_gain else -self.margin
-
     def met(self, gain: float) -> bool:
         """Whether *gain*, or the low end of its interval, suffices."""
-        return gain > self.bound if self.must_gain else gain >= self.bound
+        return gain > self.margin if self.must_gain else gain >= -self.margin
 
     def __str__(self) -> str:
-        if self.must_gain:
-            return "better" + (f" by more than {self.margin:g}" if self.margin else "")
-        return "not worse" + (f" by more than {self.margin:g}" if self.margin else "")
+        return ("better" if self.must_gain else "not worse") + (f" by more than {self.margin:g}" if self.margin else "")
 
 
 @dataclass(frozen=True)
