@@ -25,12 +25,19 @@ class Requirement:
     margin: float
     must_gain: bool
 
+    @property
+    def bound(self) -> float:
+        """The gain has to be above it (or, where it need not gain, no lower)."""
+        return self.margin if self.must_gain else -self.margin
+
     def met(self, gain: float) -> bool:
         """Whether *gain*, or the low end of its interval, suffices."""
-        return gain > self.margin if self.must_gain else gain >= -self.margin
+        return gain > self.bound if self.must_gain else gain >= self.bound
 
     def __str__(self) -> str:
-        return ("better" if self.must_gain else "not worse") + (f" by more than {self.margin:g}" if self.margin else "")
+        if self.must_gain:
+            return "better" + (f" by more than {self.margin:g}" if self.margin else "")
+        return "not worse" + (f" by more than {self.margin:g}" if self.margin else "")
 
 
 @dataclass(frozen=True)
