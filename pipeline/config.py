@@ -183,8 +183,8 @@ class WorkersConfig:
     threads: PositiveInt | None = None
     """Threads of PyTorch's CPU operations in each; default: `cpus_per_worker`, rounded down."""
     compile: bool = False
-    """Have PyTorch compile the coarse network, PSNet and VGG-19 when a worker starts, which takes a minute or more and
-    wants a C++ compiler (CPU) or Triton (GPU). Results differ in the last bits."""
+    """Have PyTorch compile the networks and the gradient penalty when a worker starts, which takes a minute or more
+    and wants a C++ compiler (CPU) or Triton (GPU). Results differ in the last bits."""
     channels_last: bool | None = None
     """Keep the colours of a pixel beside each other in the networks' weights and activations; default: on GPUs. Results
     differ in the last bits."""

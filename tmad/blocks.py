@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
-from torch.nn.utils.parametrize import register_parametrization
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from tmad.carafe import SCALE, Carafe
 from tmad.config import CarafeConfig
@@ -129,22 +133,113 @@ class ResidualBlock(nn.Module):
         return x + self.branch(x)
 
 
-class _Scale(nn.Module):
-    """weight -> bound * weight, a constant, as a parametrization."""
-
-    def __init__(self, bound: float) -> None:
-        super().__init__()
-        self.bound = bound
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.bound * weight
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight / self.bound
-
-
 SPECTRAL_GAIN = 1.2
 """Share by which the spectral bound exceeds that of a weight with standard deviation 1/sqrt(fan_in) [D]."""
+
+
+START_ITERATIONS = 16
+"""Power iterations before the first use."""
+
+LEAST_NORM = 1e-12
+
+
+class SpectralBound(nn.Module):
+    """weight -> bound * weight / its spectral norm, as a parametrization of a convolution; one power iteration before
+    each use in training (Miyato et al. 2018)."""
+
+    _u: Tensor
+    _v: Tensor
+    bound: Tensor
+
+    def __init__(self, weight: Tensor, bound: float) -> None:
+        super().__init__()
+        self.taken: Tensor | None = None
+        """What `normalised_once` computed."""
+        self.register_buffer("bound", torch.tensor(bound), persistent=False)
+        for name, size in (("_u", len(weight)), ("_v", weight[0].numel())):
+            self.register_buffer(name, F.normalize(weight.new_empty(size).normal_(), dim=0))
+        for _ in range(START_ITERATIONS):
+            _normalised(weight, bounds=[self])
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight of a convolution (C_out, C_in, h, w), float32."""
+        if self.taken is not None:
+            return self.taken
+        (result,) = _normalised(weight, bounds=[self])
+        return result
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Any weight will do."""
+        return weight
+
+
+@contextmanager
+def normalised_once(*networks: nn.Module) -> Iterator[None]:
+    """Inside, *networks* have the normalised weights of now: computed together, with one power iteration, instead of
+    by each layer in each call."""
+    layers = [layer for network in networks for layer in network.modules() if is_parametrized(layer, "weight")]
+    lists: Any = [layer.parametrizations.weight for layer in layers]  # type: ignore[union-attr]
+    bounds = [one[0] for one in lists]
+    taken = _normalised(*(one.original for one in lists), bounds=bounds) if lists else ()
+    try:
+        for bound, weight in zip(bounds, taken, strict=True):
+            bound.taken = weight
+        yield
+    finally:
+        for bound in bounds:
+            bound.taken = None
+
+
+def _normalised(*weights: Tensor, bounds: Sequence[SpectralBound]) -> tuple[Tensor, ...]:
+    with torch.autocast(weights[0].device.type, enabled=False):
+        result: tuple[Tensor, ...] = _Normalise.apply(bounds, *weights)
+        return result
+
+
+class _Normalise(torch.autograd.Function):
+    """Weights at their bounds. Their vectors are rows of one tensor, filled up with zeros, so that a step calls few
+    operators for all of them; the derivative of a spectral norm is u v^T, whose vectors count as constants."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, bounds: Sequence[SpectralBound], *weights: Tensor) -> tuple[Tensor, ...]:
+        matrices = [weight.flatten(1) for weight in weights]
+        left = matrices[0].new_zeros(len(matrices), max(len(matrix) for matrix in matrices))
+        right = matrices[0].new_zeros(len(matrices), max(matrix.shape[1] for matrix in matrices))
+        lefts = [row[: len(matrix)] for row, matrix in zip(left, matrices, strict=True)]
+        rights = [row[: matrix.shape[1]] for row, matrix in zip(right, matrices, strict=True)]
+        before = [bound._v for bound in bounds]
+        if bounds[0].training:
+            for matrix, u, v in zip(matrices, lefts, before, strict=True):
+                torch.mv(matrix, v, out=u)
+            left /= left.norm(dim=1, keepdim=True).clamp_(min=LEAST_NORM)
+        else:
+            torch._foreach_copy_(lefts, [bound._u for bound in bounds])
+        for matrix, u, v in zip(matrices, lefts, rights, strict=True):
+            torch.mv(matrix.t(), u, out=v)
+        if bounds[0].training:
+            # v = W^T u / |W^T u|, so that this is u^T W v.
+            norms = right.norm(dim=1).clamp_(min=LEAST_NORM)
+            right /= norms[:, None]
+            torch._foreach_copy_([bound._u for bound in bounds] + before, lefts + rights)
+        else:
+            norms = torch.stack([u.dot(v) for u, v in zip(rights, before, strict=True)])
+            torch._foreach_copy_(rights, before)
+        scales = torch.stack([bound.bound for bound in bounds]) / norms
+        ctx.save_for_backward(left, right, norms, scales, *weights)
+        return tuple(weight * scale for weight, scale in zip(weights, scales, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, norms, scales, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        # L depends on W by s W, s = bound / norm: dL/dW = s G - s <G, W> / norm u v^T.
+        along = torch.stack([(grad * weight).sum() for grad, weight in zip(grads, weights, strict=True)])
+        left = left * (-scales * along / norms)[:, None]
+        found = []
+        for grad, scale, u, v in zip(grads, scales, left, right, strict=True):
+            u, v = u[: len(grad), None, None, None], v[: grad[0].numel()].view_as(grad[0])
+            found.append(torch.addcmul(grad * scale, u, v))
+        return None, *found
 
 
 def normalise_spectra(module: nn.Module) -> None:
@@ -165,6 +260,5 @@ def normalise_spectra(module: nn.Module) -> None:
                 block.last.weight /= RESIDUAL_INIT
     for layer in [child for child in module.modules() if isinstance(child, nn.Conv2d) and child not in carafe]:
         fan_in = layer.weight[0].numel()
-        spectral_norm(layer)
         bound = SPECTRAL_GAIN * (1 + math.sqrt(layer.out_channels / fan_in))
-        register_parametrization(layer, "weight", _Scale(bound))
+        register_parametrization(layer, "weight", SpectralBound(layer.weight.detach(), bound))

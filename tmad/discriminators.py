@@ -67,13 +67,16 @@ def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: 
     """WGAN-GP (Gulrajani et al. 2017): E[(|grad C(x)| - 1)^2] at x = mix * real + (1 - mix) * fake, one norm a sample.
 
     *real*, *fake* (M, C, H, W), detached; *mix* (M,) in [0, 1). The score of a sample is the mean of its map. Always
-    in float32, outside autocast. Differentiable in the discriminator's parameters (a second backward). A scalar.
+    in float32, outside autocast. Differentiable in the discriminator's parameters (a second backward), whose spectral
+    norms have to be taken before (`blocks.normalised_once`). A scalar.
     """
+
+    def score(images: Tensor) -> Tensor:
+        return discriminator(images).flatten(1).mean(dim=1).sum()
+
     with torch.autocast(real.device.type, enabled=False):
         weight = mix.float()[:, None, None, None]
-        between = (weight * real.float() + (1 - weight) * fake.float()).requires_grad_()
-        scores = discriminator(between).flatten(1).mean(dim=1)
-        # The loss differentiates this gradient again, by the weights of C.
-        (gradient,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
+        # Not `torch.autograd.grad`, which no compiled code can differentiate again, by the weights of C.
+        gradient = torch.func.grad(score)(weight * real.float() + (1 - weight) * fake.float())
         norms = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         return (norms - 1).square().mean()

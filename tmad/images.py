@@ -10,16 +10,16 @@ import io
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
-from torch.nn import functional
 
 from tmad import tiff
+
+if TYPE_CHECKING:  # PyTorch takes seconds to import; a job that only names files, or says what it would do, needs none
+    from torch import Tensor
 
 try:  # HEIC, as telephones write it, where the package is installed
     from pillow_heif import register_heif_opener
@@ -348,9 +348,12 @@ def crop_scaled(
         box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
         return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST, box=box))
     if (height, width) != (original or (height, width)) or scaled != (height, width):
+        import torch
+
         image = scale(image, scaled, original=original)
-    # Scaling leaves the colours in planes; PyTorch brings them together twice as fast as NumPy.
-    return torch.from_numpy(image[top : top + size, left : left + size]).contiguous().numpy()
+        # Scaling leaves the colours in planes; PyTorch brings them together twice as fast as NumPy.
+        return torch.from_numpy(image[top : top + size, left : left + size]).contiguous().numpy()
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
 def scale(
@@ -363,6 +366,9 @@ def scale(
 
     *original* as in `crop_scaled`: a side that its reduction does not divide reaches a little beyond the picture.
     """
+    import torch
+    from torch.nn import functional
+
     planes = torch.from_numpy(np.require(rgb, requirements=["C", "W"])).permute(2, 0, 1)[None]
     target: dict[str, Any] = {"size": size}
     if original is not None and original != rgb.shape[:2]:
@@ -376,9 +382,9 @@ def scale(
 
 def to_model(image: Tensor) -> Tensor:
     """uint8 [0, 255] => float32 [-1, 1], any shape, contiguous."""
-    return image.contiguous().to(torch.float32) / 127.5 - 1
+    return image.contiguous().float() / 127.5 - 1
 
 
 def to_uint8(image: Tensor) -> Tensor:
     """Float [-1, 1] => uint8 [0, 255], rounded, clamped; the exact inverse of `to_model` on its values."""
-    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).byte()

@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from tmad import ema, losses
 from tmad.batch import Batch
+from tmad.blocks import normalised_once
 from tmad.coarse import compose
 from tmad.config import TrainingConfig
 from tmad.discriminators import GlobalDiscriminator, PatchDiscriminator, gradient_penalty
@@ -121,6 +121,10 @@ class TrainingState:
         self.config = config
         self.device = torch.device(device)
         self.perceptual = perceptual.to(device) if perceptual is not None and config.loss.uses_features else None
+        if self.perceptual is not None and config.precision == "bf16":
+            for part in self.perceptual.modules():
+                if isinstance(part, nn.Conv2d):
+                    part.to(torch.bfloat16)  # frozen: autocast would round the same weights in every call
         self.model = TMAD(config.model, seed=seed).to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "init", "critics"))  # the key, an older name, decides the first weights
@@ -128,6 +132,7 @@ class TrainingState:
             self.global_discriminator = GlobalDiscriminator(config.discriminators).to(device)
         self.untrained = untrained_retrieval(config.model.retrieval).to(device)
         self.ema_model = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self._penalty: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] = gradient_penalty
         self.images_seen = 0
         self.steps = 0
         self.bad_steps = 0
@@ -161,12 +166,13 @@ class TrainingState:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compile(self) -> None:
-        """Have PyTorch compile the networks through which one backward goes, at their first call: coarse network, PSNet
-        and feature network. Not the discriminators, whose penalty is differentiated twice, which compiled code refuses,
-        nor the averaged model. Weights keep their names."""
-        for network in (self.model.coarse, self.model.psnet, self.perceptual):
+        """Have PyTorch compile all networks but the averaged model, and the penalty, at their first call, for the
+        shapes that they are called with. Weights keep their names."""
+        networks = [self.model.coarse, self.model.psnet, self.patch_discriminator, self.global_discriminator]
+        for network in (*networks, self.perceptual):
             if network is not None:
-                network.compile()
+                network.compile(dynamic=False)
+        self._penalty = torch.compile(gradient_penalty, dynamic=False)
 
     def step(
         self,
@@ -269,11 +275,11 @@ class TrainingState:
             memory = self.model.read_memory(coarse, batch.pool_yx)
             side = math.isqrt(batch.cells.shape[1])
             block = cell_corners(batch.cells[:, :1], patch_size=k, width=image.shape[-1])
-            image, mask, coarse_raw, coarse = (
-                cut(whole, block, side * k)[:, 0] for whole in (image, mask, coarse_raw, coarse)
-            )
+            image, mask = cut(torch.cat([image, mask], dim=1), block, side * k)[:, 0].split([3, 1], dim=1)
+            coarse_raw, coarse = cut(torch.cat([coarse_raw, coarse], dim=1), block, side * k)[:, 0].chunk(2, dim=1)
             cells = torch.arange(side * side, device=self.device).expand(len(batch), -1)
-            out = self.model.fill(image, mask, coarse_raw, coarse, memory, cells)
+            with normalised_once(self.model.psnet):
+                out = self.model.fill(image, mask, coarse_raw, coarse, memory, cells)
         corners = cell_corners(cells, patch_size=k, width=side * k)
         target = cut(image, corners, k)
         patches = cut(out.output, corners, k) if weights.patch_region == "hole" else out.patches
@@ -282,9 +288,10 @@ class TrainingState:
 
         metrics: dict[str, Tensor] = {}
         discriminators_finite: Tensor | None = None
-        if weights.weight_gan_patch or weights.weight_gan_global:
-            # The spectral norms of its networks are those of these weights, for all calls.
-            with parametrize.cached():
+        discriminators: list[nn.Module] = [self.patch_discriminator] if weights.weight_gan_patch else []
+        discriminators += [self.global_discriminator] if weights.weight_gan_global else []
+        if discriminators:
+            with normalised_once(*discriminators):
                 metrics, discriminators_finite = self._update_discriminators(
                     batch, out, image, target, patches, workers
                 )
@@ -309,7 +316,7 @@ class TrainingState:
             terms["tv"] = (weights.weight_tv, losses.total_variation(out.output, mask))
         # The gradient goes through the discriminators, not into their weights.
         self._freeze_discriminators(True)
-        with parametrize.cached():
+        with normalised_once(*discriminators):
             if weights.weight_gan_patch:
                 (fake,) = self._score_patches(patches)
                 with torch.no_grad():
@@ -365,9 +372,7 @@ class TrainingState:
             total = total + loss
             if penalised:
                 mix = batch.mix[:, :-1].flatten()
-                penalty = gradient_penalty(
-                    self.patch_discriminator, target.flatten(0, 1), fake_patches.flatten(0, 1), mix
-                )
+                penalty = self._penalty(self.patch_discriminator, target.flatten(0, 1), fake_patches.flatten(0, 1), mix)
                 metrics["penalty/patch"] = penalty.detach()
                 total = total + penalty_weight * penalty
         if weights.weight_gan_global:
@@ -378,7 +383,7 @@ class TrainingState:
             metrics["discriminator_global/fake"] = fake.detach().mean()
             total = total + loss
             if penalised:
-                penalty = gradient_penalty(self.global_discriminator, image, fake_image, batch.mix[:, -1])
+                penalty = self._penalty(self.global_discriminator, image, fake_image, batch.mix[:, -1])
                 metrics["penalty/global"] = penalty.detach()
                 total = total + penalty_weight * penalty
         norms, finite = self._apply(total, "discriminators", workers)

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 
 import grpc
 import ray
-import torch
 
 from pipeline.errors import ClusterTooSmall, ClusterUnreachable, one_line
 from pipeline.runs.cli import give_up, silence_libraries
@@ -140,6 +139,8 @@ def available() -> dict[str, float]:
     """Resources of the cluster, which is joined for this, or those that an embedded Ray would have, which is not
     started. Raises `ClusterUnreachable` as `start_ray`."""
     if not ray.is_initialized() and not joined():
+        import torch
+
         return {"CPU": float(_embedded_cpus()), "GPU": float(torch.cuda.device_count())}
     start_ray()
     return dict(ray.cluster_resources())

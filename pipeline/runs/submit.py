@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tmad.config import STRICT, PositiveInt
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TOKEN_FILE = Path("~/.ray/auth_token")
+AGENT_S = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +56,14 @@ def submit(config: SubmitConfig, module: str, arguments: Sequence[str]) -> int:
         raise ValueError(f"--address must be that of the dashboard, http://HEAD:8265, got {config.dashboard}")
     environment: dict[str, Any] = {"env_vars": _commit(config)}
     # Ray walks through the folder five times, and each time names the files that stay here.
-    logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)
+    for noisy in ("ray._private.runtime_env", "ray.dashboard"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     where = f"-m jobs.{module}"
     if (ROOT / ".rayignore").exists():
         _check_upload(ROOT, config.max_upload_mb)
         environment["working_dir"], where = str(ROOT), f"jobs/{module}.py"
     client = _client(config.dashboard)
-    job = client.submit_job(entrypoint=f"python {where} {shlex.join(arguments)}", runtime_env=environment)
+    job = _submit(client, f"python {where} {shlex.join(arguments)}", environment)
     print(f"{job} is submitted to {config.dashboard}", flush=True)
     if not config.wait:
         print(f"ray job logs --address {config.dashboard} --follow {job}")
@@ -69,6 +72,19 @@ def submit(config: SubmitConfig, module: str, arguments: Sequence[str]) -> int:
     status = client.get_job_status(job)
     log.info("%s: %s", job, status)
     return 0 if status == "SUCCEEDED" else 1
+
+
+def _submit(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:
+    """The job's name. The nodes of a cluster that has just started can take no job for some seconds."""
+    end = time.monotonic() + AGENT_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment))
+        except RuntimeError as error:  # with the server's answer
+            text = redact(" ".join(str(error).split()))
+            if "No available agent" not in text or time.monotonic() > end:
+                raise TMADError(f"the cluster did not take the job: {text[:300]}") from None
+            time.sleep(1)
 
 
 def _commit(config: SubmitConfig) -> dict[str, str]:

@@ -212,7 +212,7 @@ def demo(place: Place, out: Path) -> Asked:
 
     def left() -> object:
         told = out / "demo" / "metrics.json"
-        return told.exists() and without_times(told.read_text())["methods"]  # type: ignore[index,call-overload]
+        return told.exists() and without_times(told.read_text())["evaluation"]["methods"]  # type: ignore[index,call-overload]
 
     parts = ["demo-data/*/shards/*.json", "demo/checkpoints/images_*", "demo/inpaint/results/*", "demo/evaluation/*/*"]
     step = lambda: sum(count(out, part)() for part in parts)  # noqa: E731

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.submit import main
-from pipeline.errors import ClusterUnreachable
+from pipeline.errors import ClusterUnreachable, TMADError
 from pipeline.runs import submit
 from pipeline.runs.submit import SubmitConfig
 from pipeline.storage import redact
@@ -93,3 +93,21 @@ def test_changed_code_and_a_large_upload_are_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(submit, "ROOT", tmp_path)
     with pytest.raises(ValueError, match=r"2 MiB would be uploaded, at most 1 .*jobs/large.bin \(2 MiB\)"):
         submit.submit(SubmitConfig(changed=True, max_upload_mb=1), "prepare", [])
+
+
+def test_a_cluster_that_has_just_started_is_waited_for_and_a_refusal_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = ["500: No available agent to submit job, please try again later..", None]
+
+    class Cluster:
+        def submit_job(self, *, entrypoint: str, runtime_env: dict[str, object]) -> str:
+            if said := answers.pop(0):
+                raise RuntimeError(said)
+            return f"raysubmit_1 {entrypoint}"
+
+    monkeypatch.setattr(submit.time, "sleep", lambda _: None)
+    assert submit._submit(Cluster(), "python jobs/prepare.py", {}) == "raysubmit_1 python jobs/prepare.py"
+    answers.append("500: Traceback ...\n  token=hunter22 is wrong")
+    with pytest.raises(TMADError, match=r"did not take the job: 500: Traceback \.\.\. token=\*\*\* is wrong"):
+        submit._submit(Cluster(), "python jobs/prepare.py", {})

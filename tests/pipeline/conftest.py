@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import multiprocessing
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch.multiprocessing.spawn import start_processes as start_forks
 
 from pipeline.data.schema import RECORD_SCHEMA, Manifest, Shard, pack_mask
 from pipeline.report.pictures import png_bytes
@@ -82,6 +84,13 @@ def in_this_process(ray_session: None) -> Iterator[None]:
     """`loop_in_this_process` for a test."""
     with loop_in_this_process():
         yield
+
+
+def start_processes(function: Callable[..., None], *args: object, count: int) -> None:
+    """Call *function* with its number and *args* in *count* processes, and wait. They are forks of one that has
+    imported what a worker imports, which takes most of the time of a process of its own."""
+    multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", "pipeline.train.worker"])
+    start_forks(function, args=args, nprocs=count, start_method="forkserver")
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline.errors import CheckpointsDamaged, TrainingFailed
 from pipeline.train.checkpoints import (
@@ -27,6 +26,7 @@ from pipeline.train.checkpoints import (
     seal,
 )
 from pipeline.train.context import RayContext
+from tests.pipeline.conftest import start_processes
 from tests.pipeline.runs import LocalContext, Recorder, run_in
 from tmad.step import OneWorker
 
@@ -178,7 +178,7 @@ def ranks(
     seal(other)
     for one in (folder / "all damaged" / "0").iterdir():
         _truncate(one / "state.safetensors")
-    mp.spawn(_worker, args=(str(folder),), nprocs=2)
+    start_processes(_worker, str(folder), count=2)
     first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in "01")
     return first, second
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pipeline.train.context import DistributedWorkers, checksums
+from tests.pipeline.conftest import start_processes
 from tests.tmad.tiny import make_batch, make_state, with_loss, with_optim
 from tmad.batch import Batch
 from tmad.step import OneWorker, TrainingState, Workers
@@ -122,7 +122,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of so many processes computed."""
     folder = tmp_path_factory.mktemp("gloo")
-    mp.spawn(_worker, args=(request.param, str(folder)), nprocs=request.param)
+    start_processes(_worker, request.param, str(folder), count=request.param)
     return [torch.load(Path(folder) / f"rank{rank}.pt", weights_only=True) for rank in range(request.param)]
 
 

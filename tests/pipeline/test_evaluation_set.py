@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from pipeline.data.evaluation_set import LISTING_NAME
 from pipeline.data.prepare import PrepareConfig, prepare
 from pipeline.data.schema import pack_mask, read_manifest, read_records
+from tests.pipeline.test_contract import run_here
 from tmad.config import MemoryConfig
 from tmad.images import crop_scaled, decode_rgb
 from tmad.masks import draw_mask
@@ -38,8 +40,15 @@ def settings(source: Path, out: Path, **changes: object) -> PrepareConfig:
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        run_here(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
-def evaluation_set(ray_session, photo_folder, tmp_path_factory) -> Path:
+def evaluation_set(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve photographs with a hole of each family; not to be written to."""
     out = tmp_path_factory.mktemp("sets") / "val"
     prepare(settings(photo_folder, out))

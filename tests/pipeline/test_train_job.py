@@ -150,21 +150,36 @@ def test_other_data_in_the_same_folder_is_refused(place: Path, finished: dict[st
         swapped.write_text(before)
 
 
+def _unfinished_copy(place: Path, name: str) -> Path:
+    """The checkpoints of the whole run under another name, as if the last lines of its end were missing."""
+    run = shutil.copytree(place / "runs" / "whole", place / "runs" / name)
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "model")
+    return run
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.soak)])
-def test_workers_that_are_killed_change_nothing_in_the_result(
+def test_a_damaged_newest_checkpoint_and_workers_that_are_killed_change_nothing_in_the_result(
     kills: int, place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One behind the first checkpoint, and one of those that Ray then starts at the same place, which ends the job."""
-    name = f"killed-{kills}"
+    """One behind the checkpoint that is taken instead, and one of those that Ray then starts at the same place, which
+    ends the job."""
+    name = f"damaged-{kills}"
+    run = _unfinished_copy(place, name)
+    _truncate(run / "checkpoints" / "images_000000000024" / "state.safetensors")
     schedule = replace(smoke().schedule, log_every_images=4)
     config = _config(place, name, workers=replace(smoke().workers, max_failures=1), schedule=schedule)
-    metrics = str(place / "runs" / name / "metrics.jsonl")
+    metrics = str(run / "metrics.jsonl")
     killed: list[int] = []
 
     def kill() -> None:
         deadline = time.monotonic() + 300
         while len(killed) < kills and time.monotonic() < deadline:
-            if sum(row["step"] == 12 for row in read_json_lines(metrics)) > len(killed):
+            if sum(row["step"] == 20 for row in read_json_lines(metrics)) > len(killed):
                 killed.append([*training_workers()][-1])
                 os.kill(killed[-1], signal.SIGKILL)
             time.sleep(0.02)
@@ -178,8 +193,16 @@ def test_workers_that_are_killed_change_nothing_in_the_result(
         summary = train(config)
     killer.join(timeout=10)
     assert len(set(killed)) == kills
-    assert caplog.text.count("continuing after 8 images") == kills
+    assert caplog.text.count("continuing after 16 images") == kills + 1
+    assert "checkpoint images_000000000024 cannot be used: state.safetensors has " in caplog.text
+    assert "going on from checkpoint images_000000000016 instead of images_000000000024" in caplog.text
+    assert summary["checkpoint"] == "images_000000000024_2"
     assert summary["model_digest"] == finished["model_digest"]
+    told = [row for row in read_json_lines(metrics) if "health/damaged_checkpoints" in row]
+    assert [row["step"] for row in told] == [16] * (kills + 1)
+    # Ray keeps the newest two of its list; the damaged one is one of them, under a folder of its own.
+    kept = {path.name for path in (run / "checkpoints").glob("images_*")}
+    assert kept == {"images_000000000024", "images_000000000024_2"}
 
 
 def test_of_several_workers_that_failed_the_one_that_says_why_is_told_without_what_is_secret() -> None:
@@ -207,36 +230,6 @@ def test_a_run_that_another_job_has_taken_over_keeps_no_checkpoint_any_more(plac
     other.join(timeout=10)
     assert not list((run / "checkpoints").glob("images_*"))
     assert json.loads(lease.read_text())["token"] == "another"
-
-
-def _unfinished_copy(place: Path, name: str) -> Path:
-    """The checkpoints of the whole run under another name, as if the last lines of its end were missing."""
-    run = shutil.copytree(place / "runs" / "whole", place / "runs" / name)
-    (run / "finished.json").unlink()
-    shutil.rmtree(run / "model")
-    return run
-
-
-def _truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_it(
-    place: Path, finished: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    run = _unfinished_copy(place, "damaged")
-    _truncate(run / "checkpoints" / "images_000000000024" / "state.safetensors")
-    with caplog.at_level(logging.WARNING):
-        summary = train(_config(place, "damaged"))
-    assert "checkpoint images_000000000024 cannot be used: state.safetensors has " in caplog.text
-    assert "going on from checkpoint images_000000000016 instead of images_000000000024" in caplog.text
-    assert summary["checkpoint"] == "images_000000000024_2"
-    assert summary["model_digest"] == finished["model_digest"]
-    told = [row for row in read_json_lines(str(run / "metrics.jsonl")) if "health/damaged_checkpoints" in row]
-    assert [row["step"] for row in told] == [16]
-    # Ray keeps the newest two of its list; the damaged one is one of them, under a folder of its own.
-    kept = {path.name for path in (run / "checkpoints").glob("images_*")}
-    assert kept == {"images_000000000024", "images_000000000024_2"}
 
 
 def test_checkpoints_that_are_all_damaged_stop_the_run_and_are_named(

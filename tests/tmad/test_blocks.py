@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
-from tmad.blocks import SPECTRAL_GAIN, DownBlock, ResidualBlock, UpBlock, conv, leaky, normalise_spectra, out_conv
+from tmad.blocks import (
+    SPECTRAL_GAIN,
+    DownBlock,
+    ResidualBlock,
+    UpBlock,
+    conv,
+    leaky,
+    normalise_spectra,
+    normalised_once,
+    out_conv,
+)
 from tmad.carafe import Carafe
 from tmad.config import CarafeConfig
 
@@ -107,6 +119,39 @@ def test_every_convolution_is_held_at_the_gain_times_the_spectral_norm_of_a_rand
     for layer in (layers[0], layers[2], layers[4]):
         bound = SPECTRAL_GAIN * (1 + math.sqrt(layer.out_channels / layer.weight[0].numel()))
         assert spectral_norm_of(layer.weight) == pytest.approx(bound, rel=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_normalised_together_are_those_of_pytorchs_spectral_norm_with_their_gradients_and_vectors(
+    training: bool, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(conv(3, 8), ResidualBlock(8), conv(8, 5, 1))
+    twins = [one for one in copy.deepcopy(layers).modules() if isinstance(one, nn.Conv2d)]
+    ours = [one for one in layers.modules() if isinstance(one, nn.Conv2d)]
+    normalise_spectra(layers)
+    layers.to(memory_format=layout).train(training)  # type: ignore[call-overload]
+    before = [{name: value.clone() for name, value in one.state_dict().items()} for one in ours]
+    loss = expected = torch.zeros(())
+    with normalised_once(layers):
+        weights = [one.weight for one in ours]
+        assert all(one.weight is weight for one, weight in zip(ours, weights, strict=True))
+    for number, (weight, twin, state) in enumerate(zip(weights, twins, before, strict=True)):
+        spectral_norm(twin).train(training).load_state_dict(state)
+        wanted = SPECTRAL_GAIN * (1 + math.sqrt(len(weight) / weight[0].numel())) * twin.weight
+        torch.testing.assert_close(weight, wanted)
+        factor = rand(*weight.shape, seed=number)
+        loss, expected = loss + (weight.sin() * factor).sum(), expected + (wanted.sin() * factor).sum()
+    loss.backward()
+    expected.backward()
+    for one, twin, state in zip(ours, twins, before, strict=True):
+        found, vectors = one.parametrizations.weight, {"parametrizations.weight.0._u", "parametrizations.weight.0._v"}
+        torch.testing.assert_close(found.original.grad, twin.parametrizations.weight.original.grad)
+        torch.testing.assert_close(one.state_dict(), dict(twin.state_dict()))
+        changed = {name for name, value in one.state_dict().items() if not torch.equal(value, state[name])}
+        assert changed == (vectors if training else set())
+        assert found[0].taken is None
 
 
 def test_the_spectral_bound_does_not_depend_on_the_weights_scale() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.tmad.tiny import MODEL, TRAINING, make_state, train
-from tmad.blocks import SPECTRAL_GAIN, DownBlock, ResidualBlock, UpBlock
+from tmad.blocks import SPECTRAL_GAIN, DownBlock, ResidualBlock, SpectralBound, UpBlock, normalised_once
 from tmad.carafe import Carafe
 from tmad.coarse import CoarseNet, compose
 from tmad.config import CarafeConfig, CoarseConfig, DiscriminatorsConfig, PSNetConfig, TMADConfig
@@ -86,8 +86,8 @@ def test_no_network_has_a_normalisation_layer_or_an_activation_behind_its_last_c
     networks = [full, PatchDiscriminator(discriminators), GlobalDiscriminator(discriminators)]
     for network in networks:
         leaves = [part for part in network.modules() if not isinstance(part, nn.Conv2d) and not list(part.children())]
-        # Spectral normalisation and its constant are parametrizations of a weight, not layers.
-        leaves = [part for part in leaves if type(part).__name__ not in ("_SpectralNorm", "_Scale")]
+        # The spectral bound is a parametrization of a weight, no layer.
+        leaves = [part for part in leaves if not isinstance(part, SpectralBound)]
         assert {type(part) for part in leaves} == {nn.LeakyReLU}
     last = (full.coarse.layers[-1], full.psnet.output, full.psnet.gains, networks[1].layers[-1], networks[2].layers[-1])
     assert all(isinstance(layer, nn.Conv2d) for layer in last)
@@ -550,6 +550,8 @@ def test_the_gradient_penalty_vanishes_where_the_gradient_has_norm_one_and_is_on
 @pytest.mark.parametrize("kind", [PatchDiscriminator, GlobalDiscriminator])
 def test_the_penalty_reaches_the_weights_of_the_real_discriminators(kind: type[nn.Module]) -> None:
     discriminator = kind(TRAINING.discriminators)
-    gradient_penalty(discriminator, rand(2, 3, 32, 32), rand(2, 3, 32, 32, seed=1), torch.tensor([0.3, 0.6])).backward()
+    images, others = rand(2, 3, 32, 32), rand(2, 3, 32, 32, seed=1)
+    with normalised_once(discriminator):
+        gradient_penalty(discriminator, images, others, torch.tensor([0.3, 0.6])).backward()
     gradients = [p.grad for name, p in discriminator.named_parameters() if name.endswith("original")]
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
