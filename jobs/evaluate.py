@@ -9,8 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipeline import storage
+from pipeline.data.schema import read_manifest
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.evaluate import Evaluated, check, evaluate, export
+from pipeline.evaluation.evaluate import Evaluated, check, evaluate
+from pipeline.evaluation.external import export_inputs
 from pipeline.runs.cli import parse, run_job
 
 DESCRIPTION = """
@@ -39,9 +41,9 @@ def main(argv: Sequence[str]) -> int:
         for line in check(command.config):
             print(line, file=sys.stderr)
         return 0
-    if command.config.export is not None:
-        count = export(command.config)
-        print(f"{count} images and masks: {storage.redact(command.config.export)}")
+    if (out := command.config.export) is not None:
+        count = export_inputs(command.config.data, out, manifest=read_manifest(command.config.data))
+        print(f"{count} images and masks: {storage.redact(out)}")
         return 0
     print(_shown(evaluate(command.config)))
     print(f"report: {storage.redact(command.config.out)}/report.html")

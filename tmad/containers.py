@@ -279,7 +279,7 @@ def _jpeg_graft(data: bytes, original: bytes) -> bytes:
     ]
     start = 2 + (4 + len(own[0][1]) if has_jfif else 0)
     begin = b"\xff\xd8" + (segment(0xE0, jfif or own[0][1]) if has_jfif else b"")
-    return begin + b"".join(segment(*one) for one in kept) + data[start:]
+    return b"".join([begin, *(segment(*one) for one in kept), memoryview(data)[start:]])
 
 
 def jpeg_is_rgb(data: bytes) -> bool:

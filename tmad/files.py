@@ -50,6 +50,8 @@ _TURN_BACK = {
 }
 _LOSSY_REACH = 32
 """Pixels around the hole that a lossy format changes with it: two blocks of the largest subsampling."""
+_AT_ONCE = 2**19
+"""Pixels of two pictures that are copied to be compared."""
 _LOSSY_MEAN = 8.0
 """Grey levels by which, on average, a lossy result may differ outside the hole; more is another picture."""
 
@@ -80,6 +82,7 @@ class FilledFile:
 
     data: bytes
     result: InpaintResult
+    """Its `output` is closed, as the file holds the same pixels."""
     notes: tuple[str, ...]
     """What a user should know: about the mask, and what of the original is not in the result."""
 
@@ -136,10 +139,14 @@ def encode_filled(
     opaque: bool = False,
     kind: Kind = "same",
 ) -> FilledFile:
-    """What an inpainter with this *feather* made of the file's picture, as a file; the rest as `fill_file`."""
-    picture = result.output
-    assert isinstance(picture, Image.Image), "a Pillow image comes back for a Pillow image"
-    zone = dilate((hole > 0).astype(np.uint8), feather)
+    """What an inpainter with this *feather* made of the file's picture, as a file; the rest as `fill_file`.
+
+    The result's picture is closed: its pixels take as much memory as those of the file opened again.
+    """
+    made = result.output
+    assert isinstance(made, Image.Image), "a Pillow image comes back for a Pillow image"
+    picture = made
+    zone = dilate((hole > 0).view(np.uint8), feather)
     if opaque and picture.mode in ("LA", "RGBA"):
         alpha = np.array(picture.getchannel("A"))
         alpha[hole > 0] = 255
@@ -150,6 +157,8 @@ def encode_filled(
         data = (_as_png if as_png else _as_it_was)(picture, file, zone, opaque)
     except (OSError, ValueError, KeyError, struct.error, StopIteration) as error:
         raise UnreadableImage("cannot-encode", f"{file.format}, mode {picture.mode}: {error}") from error
+    made.close()
+    del picture
     return FilledFile(data, result, result.notes + file.notes + _compared(file, data, zone))
 
 
@@ -481,17 +490,17 @@ def _compared(file: ImageFile, data: bytes, zone: np.ndarray) -> tuple[str, ...]
     if again.image.size != file.image.size:
         raise UnreadableImage("cannot-keep", f"the result is {again.image.size}, the image {file.image.size}")
     if file.lossless or again.format == "PNG":
-        _check_equal(file, again, zone == 0)
+        _check_equal(file, again, zone)
     else:
-        _check_close(file, again, dilate(zone, _LOSSY_REACH) == 0)
+        _check_close(file, again, zone)
     return tuple(_what_is_missing(file, again))
 
 
-def _check_equal(file: ImageFile, again: ImageFile, outside: np.ndarray) -> None:
+def _check_equal(file: ImageFile, again: ImageFile, zone: np.ndarray) -> None:
     before, after = file.image, again.image
     clear = before.has_transparency_data or after.has_transparency_data
     same_mode = before.mode == after.mode and before.mode not in ("P", "PA")
-    for box, kept in _strips(outside):
+    for box, kept in _strips(zone, 0):
         if same_mode:
             pair = [np.asarray(one.crop(box)) for one in (before, after)]
         elif clear and before.mode != "RGBa":
@@ -511,29 +520,34 @@ def _check_equal(file: ImageFile, again: ImageFile, outside: np.ndarray) -> None
         and (old := _read_samples(file))
         and (new := _read_samples(again))
     ):
-        stored = np.asarray(_turned_back(Image.fromarray(outside.astype(np.uint8)), file)) > 0
+        stored = np.asarray(_turned_back(Image.fromarray(zone), file)) == 0
         if old.values.shape == new.values.shape and old.values.dtype == new.values.dtype:
             moved = old.values[stored].view(np.uint8) != new.values[stored].view(np.uint8)
             if moved.any():
                 raise _not_kept(int(moved.any(axis=1).sum()), file)
 
 
-def _check_close(file: ImageFile, again: ImageFile, outside: np.ndarray) -> None:
-    total, moved = 0, 0
-    for box, kept in _strips(outside):
+def _check_close(file: ImageFile, again: ImageFile, zone: np.ndarray) -> None:
+    total, moved, looked_at = 0, 0, 0
+    for box, kept in _strips(zone, _LOSSY_REACH):
         before, after = (to_rgb(one.crop(box))[kept].astype(np.int16) for one in (file.image, again.image))
         apart = np.abs(before - after)
         total += int(apart.sum())
         moved += int((apart > _LOSSY_MEAN).any(axis=1).sum())
-    if total > _LOSSY_MEAN * 3 * outside.sum():
+        looked_at += len(apart)
+    if total > _LOSSY_MEAN * 3 * looked_at:
         raise _not_kept(moved, file)
 
 
-def _strips(outside: np.ndarray) -> Iterator[tuple[tuple[int, int, int, int], np.ndarray]]:
-    """Boxes over the whole width, with what of them is looked at: copies of a whole picture would double its memory."""
-    height, width = outside.shape
-    for top in range(0, height, 128):
-        yield (0, top, width, min(top + 128, height)), outside[top : top + 128]
+def _strips(zone: np.ndarray, reach: int) -> Iterator[tuple[tuple[int, int, int, int], np.ndarray]]:
+    """Boxes over the whole width, with what of them lies more than *reach* pixels from *zone*: copies of a whole
+    picture would double its memory."""
+    height, width = zone.shape
+    rows = max(1, _AT_ONCE // width)
+    for top in range(0, height, rows):
+        bottom, first = min(top + rows, height), max(0, top - reach)
+        near = dilate(zone[first : bottom + reach], reach)
+        yield (0, top, width, bottom), near[top - first : bottom - first] == 0
 
 
 def _not_kept(count: int, file: ImageFile) -> UnreadableImage:

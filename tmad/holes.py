@@ -122,7 +122,7 @@ def hole_mask(
             notes = (f"the mask is black, with {other}",)
     if notes:
         warnings.warn(named(image_id) + notes[0], EmptyMaskWarning, stacklevel=3)
-    return (white == (rule.hole == "white")).astype(np.uint8), notes
+    return (white if rule.hole == "white" else ~white).view(np.uint8), notes
 
 
 def mask_grey(mask: np.ndarray | Image.Image, value: MaskValue = "grey", *, image_id: str = "") -> np.ndarray:
@@ -143,7 +143,7 @@ def mask_grey(mask: np.ndarray | Image.Image, value: MaskValue = "grey", *, imag
         return np.ceil(values * 255 - 0.5).astype(np.uint8)  # one half is not above one half
     high = values.max()
     if high <= 1:
-        return values.astype(np.uint8) * np.uint8(255)
+        return values.astype(np.uint8, copy=False) * np.uint8(255)
     return ((values.astype(np.int64) + 128) // 257).astype(np.uint8) if high > 255 else values.astype(np.uint8)
 
 
@@ -268,7 +268,9 @@ def block_any(hole: np.ndarray, size: float) -> np.ndarray:
 
 
 def dilate(hole: np.ndarray, pixels: int) -> np.ndarray:
-    """The hole grown by *pixels* to all sides, corners square; a new array unless *pixels* is 0."""
+    """The hole grown by *pixels* to all sides, corners square; itself if there is nothing to grow."""
+    if not hole.any():
+        return hole
     for axis in (0, 1):
         grown = 0
         while grown < pixels:

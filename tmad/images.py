@@ -274,11 +274,15 @@ def _deep_grey(image: Image.Image) -> np.ndarray:
     return ((np.clip(values.astype(np.int64), 0, 65535) + 128) // 257).astype(np.uint8)
 
 
-def paste(original: Image.Image, fills: Iterable[tuple[tuple[int, int], np.ndarray, np.ndarray]]) -> Image.Image:
+Fill = tuple[tuple[int, int], np.ndarray, np.ndarray]
+"""Upper left corner (row, column), colours (h, w, 3), uint8, and how much of them is shown, (h, w), uint8: 255 = all,
+0 = nothing."""
+
+
+def paste(original: Image.Image, fills: Iterable[Fill]) -> Image.Image:
     """A copy of *original* with *fills* in it; what they do not cover keeps its values to the last bit.
 
-    A fill is its upper left corner (row, column), colours (h, w, 3), uint8, and how much of them is shown, (h, w),
-    uint8: 255 = all, 0 = nothing. Modes stay, with these exceptions: 1-bit becomes L, palettes RGB (RGBA if there is
+    Modes stay, with these exceptions: 1-bit becomes L, palettes RGB (RGBA if there is
     transparency), premultiplied alpha plain alpha, because the colours of the fill have no place in them. Grey of 16
     and 32 bits and float stay as deep as they are, the fill has 256 steps in them. Alpha stays as it is.
     """
@@ -300,7 +304,7 @@ def paste(original: Image.Image, fills: Iterable[tuple[tuple[int, int], np.ndarr
     return result
 
 
-def _paste_deep(original: Image.Image, fills: Iterable[tuple[tuple[int, int], np.ndarray, np.ndarray]]) -> Image.Image:
+def _paste_deep(original: Image.Image, fills: Iterable[Fill]) -> Image.Image:
     values = np.array(original)
     values = values.astype(values.dtype.newbyteorder("="))
     unit: float = 257

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -26,17 +27,16 @@ from tmad import builtin
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model
 from tmad.coarse import compose
 from tmad.config import TMADConfig
-from tmad.draws import hole_cells
 from tmad.holes import Box, block_any, dilate, fade, group_holes, named, polarity_notes
 from tmad.holes import EmptyMaskWarning as EmptyMaskWarning
 from tmad.holes import MaskPolarityWarning as MaskPolarityWarning
 from tmad.holes import UnusableInput as UnusableInput
 from tmad.holes import hole_mask as hole_mask
-from tmad.images import UnreadableImage, paste, scale, to_model, to_rgb, to_uint8
+from tmad.images import Fill, UnreadableImage, paste, scale, to_model, to_rgb, to_uint8
 from tmad.inputs import Picture, as_pillow, like, opened
 from tmad.memory import select_pool
 from tmad.model import TMAD, folded
-from tmad.patches import Part, cut, within
+from tmad.patches import Part, cut, grown, within
 from tmad.rng import numpy_generator
 
 Policy = Literal["original", "resize", "crop"]
@@ -51,6 +51,9 @@ GPU_PIXELS = 2**22
 
 _GRAIN = 4
 """Pictures are grouped by what PSNet sees of them, padded to sides of a multiple of this many cells."""
+
+_STRIP = 128
+"""Rows, or columns, of a large picture that are copied at once."""
 
 Precision = Literal["fp32", "bf16"]
 _Item = TypeVar("_Item")
@@ -256,8 +259,8 @@ class Inpainter:
             _check_size("filled", (coarse.height, coarse.width), size, image_id)
         if not hole.any():
             return Prepared(image, original, hole, notes, [])
-        grown = dilate(hole, self.feather)
-        if grown.all():
+        wider = dilate(hole, self.feather)
+        if wider.all():
             message = "the mask leaves nothing but hole: no texture to fill it from"
             raise UnusableInput("all-hole", named(image_id) + message)
         notes += polarity_notes(hole, image_id)
@@ -265,7 +268,7 @@ class Inpainter:
             readable: Image.Image = Image.fromarray(to_rgb(original))
         else:
             readable = original
-        parts = [self._part(readable, grown, coarse, box, image_id) for box in self._boxes(grown)]
+        parts = [self._part(readable, wider, coarse, box, image_id) for box in self._boxes(wider)]
         return Prepared(image, original, hole, notes, parts)
 
     @torch.inference_mode()
@@ -275,10 +278,10 @@ class Inpainter:
         for number, part in enumerate(part for picture in pictures for part in picture.parts):
             # Those beyond the limit are worked on in tiles, each by itself.
             part.pieces.clear()
-            key = number if self._is_large(part) else (part.mask.shape, part.given is None)
+            key = number if part.shown is None else (part.size, part.given is None)
             groups.setdefault(key, []).append(part)
         for group in groups.values():
-            for some in self._bounded(group, group[0].mask.size):
+            for some in self._bounded(group, group[0].pixels):
                 self._fill(some)
         if self.device.type == "cuda":
             through = torch.cuda.Event()
@@ -291,8 +294,7 @@ class Inpainter:
         if picture.through is not None:
             picture.through.synchronize()
         original, parts = picture.original, picture.parts
-        shown = fade(picture.hole, self.feather)
-        fills = [((part.box.top, part.box.left), part.filled(), shown[part.box.slices]) for part in parts]
+        fills = (fill for part in parts for fill in part.fills(picture.hole, self.feather))
         output = paste(original, fills) if parts else original.copy()
         none = _none_found(self.model.config)
         found = [part.found for part in parts if part.found is not None] or [none]
@@ -316,30 +318,25 @@ class Inpainter:
     def _part(self, image: Image.Image, hole: np.ndarray, coarse: Image.Image | None, box: Box, image_id: str) -> _Part:
         """One part of the picture; *hole* is that of the whole picture."""
         whole, multiple = (box.height, box.width) == hole.shape, self.model.config.size_multiple
-        hole = hole[box.slices]
-        rgb = to_rgb(image if whole else image.crop(box.corners))
-        given = None if coarse is None else to_rgb(coarse if whole else coarse.crop(box.corners))
+        hole, k = hole[box.slices], self.model.config.patch_size
         # Parts of one picture draw their memories independently.
         key = (image_id,) if whole else (image_id, box.top, box.left)
-        mask = _pad(hole, multiple)
-        # Cells whose only hole pixels are padding would be cropped away again.
-        inside = np.zeros_like(mask)
-        inside[: box.height, : box.width] = hole
-        k = self.model.config.patch_size
-        cells = hole_cells(inside, k).astype(np.int64)
-        return _Part(
+        part = _Part(
+            picture=image,
+            given=coarse,
             box=box,
-            rgb=rgb,
-            image=_pad(rgb, multiple),
-            mask=mask,
-            hole=inside,
-            given=None if given is None else _pad(given, multiple),
+            hole=hole,
+            area=_around(hole, k),
+            rows=_pad(np.arange(box.height), multiple),
+            columns=_pad(np.arange(box.width), multiple),
             pool_yx=self._pool(hole, key).astype(np.int64),
-            cells_yx=np.stack(np.divmod(cells, mask.shape[1] // k), axis=1) * k,
+            # Not those whose only hole pixels are padding, which would be cropped away again.
+            cells_yx=np.argwhere(block_any(hole, k)) * k,
         )
-
-    def _is_large(self, part: _Part) -> bool:
-        return self.policy != "original" and max(part.box.height, part.box.width) > self.limit
+        if self.policy == "original" or max(box.height, box.width) <= self.limit:
+            given = None if coarse is None else _pad(part.read(part.whole, coarse), multiple)
+            part.shown = _Shown(_pad(part.read(part.whole), multiple), _pad(hole, multiple), given)
+        return part
 
     def _bounded(self, items: list[_Item], pixels: int) -> Iterator[list[_Item]]:
         """*items* of this many *pixels* each, as many at a time as go through the networks together."""
@@ -350,13 +347,14 @@ class Inpainter:
     def _fill(self, parts: list[_Part]) -> None:
         """Fill parts of one padded size, or a single large one."""
         source: _OnDevice | _OnHost
-        if self._is_large(parts[0]):
+        shown = [part.shown for part in parts if part.shown is not None]
+        if not shown:
             (part,) = parts
-            source = _OnHost(self._coarse_of_large(part), self.device)
-            windows = [self._window(source.coarse, top, left) for top, left in part.pool_yx.tolist()]
+            source = _OnHost(part, self._coarse_of_large(part), self.device)
+            windows = [self._window(source, top, left) for top, left in part.pool_yx.tolist()]
             memory = torch.cat(windows, dim=1)
         else:
-            source = _OnDevice(self._coarse_of(parts))
+            source = _OnDevice(self._coarse_of(shown))
             memory = self.model.read_memory(
                 source.coarse, _sent(np.stack([part.pool_yx for part in parts]), self.device)
             )
@@ -364,10 +362,10 @@ class Inpainter:
         self._synthesize(source, parts, memory, index, weights)
         if self.keep_candidates:
             for number, part in enumerate(parts):
-                part.coarse = source.pixels(number)
+                part.coarse = source.pixels(number, part.area)
                 part.found = self._found(part, index[number], memory[number])
 
-    def _coarse_of(self, parts: list[_Part]) -> Tensor:
+    def _coarse_of(self, parts: list[_Shown]) -> Tensor:
         """I^_s (B, 3, H, W) of parts of one size."""
         image = _to_tensor(np.stack([part.image for part in parts]), self.device)
         mask = _sent(np.stack([part.mask for part in parts])[:, None], self.device).float()
@@ -378,11 +376,10 @@ class Inpainter:
         return self._predict(image, mask, _around(holes, self.model.config.patch_size))
 
     def _coarse_of_large(self, part: _Part) -> np.ndarray:
-        """I^_s (H, W, 3), uint8, with its padding, of a part that the coarse network sees reduced."""
-        hole = part.hole[: part.box.height, : part.box.width]
-        given = part.given
-        coarse = self._reduced(part.rgb, hole) if given is None else given[: part.box.height, : part.box.width]
-        return _pad(np.where(hole[..., None] > 0, coarse, part.rgb), self.model.config.size_multiple)
+        """I^_s of the area of a part that the coarse network sees reduced, (h, w, 3), uint8."""
+        coarse = self._reduced(part) if part.given is None else part.read(part.area, part.given)
+        np.copyto(coarse, part.read(part.area), where=part.hole[part.area][..., None] == 0)
+        return coarse
 
     def _predict(self, image: Tensor, mask: Tensor, part: Part) -> Tensor:
         """I^_s of *image*, whose holes lie in *part*."""
@@ -431,12 +428,15 @@ class Inpainter:
         margin = -(-(self.model.psnet.reach + self.model.config.overlap) // k) * k
         # Pictures that go together need not have their holes in one place, but PSNet has to see as much of each.
         grain = k if self.pixels_at_once == 1 else _GRAIN * k
-        (first_y, first_x), (last_y, last_x) = part.cells_yx.min(axis=0), part.cells_yx.max(axis=0) + k
-        for top, left in itertools.product(range(first_y, last_y, side), range(first_x, last_x, side)):
-            target = slice(top, min(top + side, last_y)), slice(left, min(left + side, last_x))
+        steps = (range(one.start, one.stop, side) for one in part.area)
+        for corner in itertools.product(*steps):
+            top, left = (
+                slice(start, min(start + side, one.stop)) for start, one in zip(corner, part.area, strict=True)
+            )
+            target = top, left
             if part.hole[target].any():
                 rows, columns = (
-                    _stretched(one, margin, grain, length) for one, length in zip(target, part.hole.shape, strict=True)
+                    _stretched(one, margin, grain, length) for one, length in zip(target, part.size, strict=True)
                 )
                 inside = (part.cells_yx >= (rows.start, columns.start)) & (part.cells_yx < (rows.stop, columns.stop))
                 yield _Square(number, target, (rows, columns), np.flatnonzero(inside.all(axis=1)))
@@ -465,12 +465,19 @@ class Inpainter:
         area = tuple(slice(int(one.min()) * k, int(one.max() + 1) * k) for one in (rows, columns))
         inner = _union([within(square.target, square.seen) for square in squares])
         seen = source.parts([(square.number, square.seen) for square in squares])
-        mask = _sent(np.stack([parts[square.number].hole[square.seen] for square in squares])[:, None], device).float()
+        mask = _sent(np.stack([parts[square.number].mask(square.seen) for square in squares])[:, None], device).float()
         local = _sent(rows * (seen.shape[-1] // k) + columns, device)
         whose, which = _sent(np.array(numbers)[:, None], device), _sent(cells, device)
         held = memory if numbers == list(range(len(parts))) else memory[whose[:, 0]]
-        candidates = self.model.retrieval.hand_out(weights[whose, which], held, index[whose, which])
-        made = self.model.synthesize(seen, mask, candidates, local, inner, area)  # type: ignore[arg-type]
+        made = self.model.synthesize(
+            seen,
+            mask,
+            # Without a name, so that they go when they have been laid out.
+            self.model.retrieval.hand_out(weights[whose, which], held, index[whose, which]),
+            local,
+            inner,
+            area,  # type: ignore[arg-type]
+        )
         pixels = to_uint8(made).permute(0, 2, 3, 1).to("cpu", non_blocking=True)
         for square, piece in zip(squares, pixels, strict=True):
             wanted = within(square.target, square.seen)
@@ -481,40 +488,48 @@ class Inpainter:
         places, chosen = part.pool_yx + part.corner, index[: len(part.cells_yx)].cpu().numpy()
         return _Found(pool[chosen], places[chosen], pool, places)
 
-    def _reduced(self, rgb: np.ndarray, hole: np.ndarray) -> np.ndarray:
-        """The coarse result of a picture reduced to `limit` pixels, at the picture's own size (H, W, 3), uint8."""
+    def _reduced(self, part: _Part) -> np.ndarray:
+        """The coarse result of a part reduced to `limit` pixels, its area (h, w, 3) at the part's own size, uint8."""
         config = self.model.config
-        height, width = hole.shape
+        height, width = part.hole.shape
         factor = max(height, width) / self.limit
         size = max(1, round(height / factor)), max(1, round(width / factor))
         # Every pixel of the reduced picture that a hole pixel has a share in: the filter reaches one pixel further.
-        found = block_any(hole, factor)[: size[0], : size[1]]
+        found = block_any(part.hole, factor)[: size[0], : size[1]]
         small_hole = np.zeros(size, np.uint8)
         small_hole[: found.shape[0], : found.shape[1]] = found
         small_hole = dilate(small_hole, 1)
-        small = scale(rgb, size, "bilinear")
+        # Rows and columns are scaled one after the other, as they are in one step: no copy of the whole picture.
+        strips = [scale(part.read(rows), (rows[0].stop - rows[0].start, size[1]), "bilinear") for rows in part.strips()]
+        small = scale(np.concatenate(strips), size, "bilinear")
         image = _to_tensor(_pad(small, config.size_multiple)[None], self.device)
         mask = _sent(_pad(small_hole, config.size_multiple)[None, None], self.device).float()
-        coarse = _to_array(self._predict(image, mask, _around(small_hole, config.size_multiple)))
-        return scale(np.ascontiguousarray(coarse[: size[0], : size[1]]), (height, width))
+        coarse = _to_array(self._predict(image, mask, _around(small_hole, config.size_multiple)))[: size[0], : size[1]]
+        rows, columns = part.area
+        coarse = scale(coarse, (size[0], width))[:, columns]
+        large = np.empty((*part.hole[part.area].shape, 3), np.uint8)
+        for left in range(0, large.shape[1], _STRIP):
+            some = coarse[:, left : left + _STRIP]
+            large[:, left : left + _STRIP] = scale(some, (height, some.shape[1]))[rows]
+        return large
 
-    def _window(self, coarse: np.ndarray, top: int, left: int) -> Tensor:
-        """What `TMAD.read_memory` reads at one corner, from as much of a large picture as it depends on."""
+    def _window(self, source: _OnHost, top: int, left: int) -> Tensor:
+        """What `TMAD.read_memory` reads at one corner, from as much of a large part as it depends on."""
         config = self.model.config
         reach = config.overlap + config.patch_size // 2
         first_y, first_x = max(0, top - reach), max(0, left - reach)
         last = config.patch_size + reach
-        part = np.ascontiguousarray(coarse[first_y : top + last, first_x : left + last])
-        corner = torch.tensor([[[top - first_y, left - first_x]]], device=self.device)
-        return self.model.read_memory(_to_tensor(part[None], self.device), corner)
+        pixels = source.parts([(0, (slice(first_y, top + last), slice(first_x, left + last)))])
+        return self.model.read_memory(pixels, torch.tensor([[[top - first_y, left - first_x]]], device=self.device))
 
     def _pool(self, hole: np.ndarray, key: tuple[int | str, ...]) -> np.ndarray:
         """Corners of the memory, inside the image as it came; a side shorter than k borrows from its padding."""
         config = self.model.config
         if max(hole.shape) > np.iinfo(np.int16).max:
             raise UnusableInput("too-long", f"sides up to {np.iinfo(np.int16).max} pixels can be filled at once")
-        height, width = (max(side, config.patch_size) for side in hole.shape)
-        hole = _pad(hole, config.size_multiple)[:height, :width]
+        if min(hole.shape) < config.patch_size:
+            height, width = (max(side, config.patch_size) for side in hole.shape)
+            hole = _pad(hole, config.size_multiple)[:height, :width]
         return select_pool(
             hole,
             patch_size=config.patch_size,
@@ -529,9 +544,9 @@ class Inpainter:
             return np.zeros((0, 0, 3), np.uint8)
         coarse = to_rgb(original)
         for part in parts:
-            inside = part.hole[: part.box.height, : part.box.width] > 0
-            filled = part.as_grey_as_known(part.coarse[: part.box.height, : part.box.width])
-            coarse[part.box.slices][inside] = filled[inside]
+            inside = part.hole[part.area] > 0
+            filled = part.as_grey_as_known(part.coarse[: inside.shape[0], : inside.shape[1]])
+            coarse[part.box.slices][part.area][inside] = filled[inside]
         return coarse
 
 
@@ -545,49 +560,106 @@ class _Found:
     memory_yx: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """What the networks are shown of a part at once: pixels (H, W, 3) and hole (H, W), uint8, with padding."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    given: np.ndarray | None
+    """The precomputed coarse result."""
+
+
 @dataclass
 class _Part:
-    """A part of a picture and what was made of it; pixels (h, w, 3), uint8, and (H, W, 3) with padding."""
+    """A part of a picture and what was made of it. Places are rows and columns of the part, pixels (h, w, 3), uint8."""
 
+    picture: Image.Image
+    """The whole one."""
+    given: Image.Image | None
+    """A precomputed coarse result of it."""
     box: Box
-    rgb: np.ndarray
-    image: np.ndarray
-    """The same with padding."""
-    mask: np.ndarray
-    """(H, W) uint8, 1 = hole."""
     hole: np.ndarray
-    """The same, 0 in the padding."""
-    given: np.ndarray | None
-    """The precomputed coarse result, with padding."""
+    """(H, W) uint8, 1 = hole."""
+    area: Part
+    """Around all hole cells, which may reach beyond the part."""
+    rows: np.ndarray
+    """Those that the part shows with its padding."""
+    columns: np.ndarray
+    """The same."""
     pool_yx: np.ndarray
     """(P, 2) int64."""
     cells_yx: np.ndarray
     """(N, 2) int64."""
+    shown: _Shown | None = None
+    """None where the part is too large for the networks."""
     pieces: list[tuple[Part, Tensor]] = field(default_factory=list)
-    """Rows and columns, and what PSNet made for them, uint8."""
+    """Places, and what PSNet made for them, uint8."""
     coarse: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 3), np.uint8))
+    """I^_s of the area."""
     found: _Found | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width with padding."""
+        return len(self.rows), len(self.columns)
+
+    @property
+    def pixels(self) -> int:
+        """That the networks work on."""
+        return len(self.rows) * len(self.columns)
+
+    @property
+    def whole(self) -> Part:
+        """All of it, without padding."""
+        return slice(0, self.box.height), slice(0, self.box.width)
 
     @property
     def corner(self) -> np.ndarray:
         """In the picture."""
         return np.array([self.box.top, self.box.left])
 
-    def filled(self) -> np.ndarray:
-        """Pixels with texture in the hole."""
-        pixels = self.rgb.copy()
+    def in_picture(self, place: Part) -> Box:
+        """*place*, as far as the part reaches, in the picture."""
+        (top, left, bottom, right), (rows, columns) = self.box, place
+        return Box(
+            top + rows.start, left + columns.start, min(top + rows.stop, bottom), min(left + columns.stop, right)
+        )
+
+    def read(self, place: Part, of: Image.Image | None = None) -> np.ndarray:
+        """The colours of *place*, as far as the part reaches, in its picture or in another one."""
+        picture, box = of or self.picture, self.in_picture(place)
+        return to_rgb(picture if box == (0, 0, picture.height, picture.width) else picture.crop(box.corners))
+
+    def mask(self, place: Part) -> np.ndarray:
+        """The hole in *place*, (h, w), uint8; there is none in the padding."""
+        mask = np.zeros([one.stop - one.start for one in place], np.uint8)
+        hole = self.hole[place]
+        mask[: hole.shape[0], : hole.shape[1]] = hole
+        return mask
+
+    def strips(self) -> Iterator[Part]:
+        """Places, one below the other, that make up the part."""
+        for top in range(0, self.box.height, _STRIP):
+            yield slice(top, min(top + _STRIP, self.box.height)), slice(0, self.box.width)
+
+    def fills(self, hole: np.ndarray, feather: int) -> Iterator[Fill]:
+        """What is to be pasted into the picture, whose *hole* (H, W) fades over *feather* pixels."""
         for place, piece in self.pieces:
-            target = pixels[place]
-            inside = self.hole[place][: target.shape[0], : target.shape[1]] > 0
-            target[inside] = piece.numpy()[: target.shape[0], : target.shape[1]][inside]
-        return self.as_grey_as_known(pixels)
+            pixels, inside = self.read(place), self.hole[place] > 0
+            pixels[inside] = piece.numpy()[: inside.shape[0], : inside.shape[1]][inside]
+            box = self.in_picture(place)
+            around = grown(box.slices, feather, *hole.shape)
+            shown = fade(hole[around], feather)[within(box.slices, around)]
+            yield (box.top, box.left), self.as_grey_as_known(pixels), shown
 
     def as_grey_as_known(self, pixels: np.ndarray) -> np.ndarray:
         """*pixels* without colour if the part has none outside the hole: the networks tint what they fill."""
-        known = self.rgb[self.hole[: self.box.height, : self.box.width] == 0]
-        if np.ptp(known, axis=-1).any():
-            return pixels
-        return to_rgb(Image.fromarray(pixels).convert("L"))
+        return to_rgb(Image.fromarray(pixels).convert("L")) if self._is_grey else pixels
+
+    @cached_property
+    def _is_grey(self) -> bool:
+        return not any(np.ptp(self.read(rows)[self.hole[rows] == 0], axis=-1).any() for rows in self.strips())
 
 
 @dataclass
@@ -632,33 +704,44 @@ class _OnDevice:
         return cut(self.coarse, _sent(corners, self.coarse.device), size)
 
     def parts(self, wanted: list[tuple[int, Part]]) -> Tensor:
-        """Parts of one size of the pictures with these numbers."""
-        return torch.stack([self.coarse[number][..., *part] for number, part in wanted])
+        """Places of one size of the pictures with these numbers."""
+        return torch.stack([self.coarse[number][..., *place] for number, place in wanted])
 
-    def pixels(self, number: int) -> np.ndarray:
-        """(H, W, 3) uint8."""
-        return _to_array(self.coarse[number : number + 1])
+    def pixels(self, number: int, place: Part) -> np.ndarray:
+        """(h, w, 3) uint8."""
+        return _to_array(self.coarse[number : number + 1][..., *place])
 
 
 class _OnHost:
-    """One coarse result (H, W, 3), uint8, that is too large for the device."""
+    """The coarse result of one part that is too large for the device, read from the picture but for the hole's area."""
 
-    def __init__(self, coarse: np.ndarray, device: torch.device) -> None:
-        self.coarse, self._device = coarse, device
+    def __init__(self, part: _Part, coarse: np.ndarray, device: torch.device) -> None:
+        self._part, self._coarse, self._device = part, coarse, device
 
     def windows(self, corners: np.ndarray, size: int) -> Tensor:
         """(1, N, 3, size, size) at *corners* (1, N, 2)."""
-        return _to_tensor(np.stack([self.coarse[y : y + size, x : x + size] for y, x in corners[0]]), self._device)[
-            None
-        ]
+        places = [(0, (slice(y, y + size), slice(x, x + size))) for y, x in corners[0]]
+        return self.parts(places)[None]
 
     def parts(self, wanted: list[tuple[int, Part]]) -> Tensor:
-        """Parts of one size."""
-        return _to_tensor(np.stack([self.coarse[part] for _, part in wanted]), self._device)
+        """Places of one size."""
+        return _to_tensor(np.stack([self._read(place) for _, place in wanted]), self._device)
 
-    def pixels(self, number: int) -> np.ndarray:
-        """All."""
-        return self.coarse
+    def pixels(self, number: int, place: Part) -> np.ndarray:
+        """That of the area."""
+        return self._coarse
+
+    def _read(self, place: Part) -> np.ndarray:
+        part = self._part
+        rows, columns = part.rows[place[0]], part.columns[place[1]]
+        held = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+        pixels = part.read(held)
+        starts = [max(a.start, b.start) for a, b in zip(held, part.area, strict=True)]
+        stops = [min(a.stop, b.stop) for a, b in zip(held, part.area, strict=True)]
+        if starts[0] < stops[0] and starts[1] < stops[1]:
+            both = slice(starts[0], stops[0]), slice(starts[1], stops[1])
+            pixels[within(both, held)] = self._coarse[within(both, part.area)]
+        return pixels[np.ix_(rows - held[0].start, columns - held[1].start)]
 
 
 def check_device(device: torch.device | str) -> None:
@@ -691,8 +774,9 @@ def _check_size(what: str, size: tuple[int, ...], wanted: tuple[int, int], image
 
 
 def _pad(array: np.ndarray, multiple: int) -> np.ndarray:
-    """Grow the first two axes to a multiple, at their ends: reflected, repeated where a side is too short."""
-    for axis in (0, 1):
+    """Grow the first two axes, or the only one, to a multiple, at their ends: reflected, repeated where a side is too
+    short."""
+    for axis in range(min(2, array.ndim)):
         side = array.shape[axis]
         extra = -side % multiple
         widths = [(0, extra if index == axis else 0) for index in range(array.ndim)]

@@ -130,6 +130,7 @@ class TMAD(nn.Module):
         *inner* of (B, 3, H, W), float32, linear.
         """
         mosaics, details = lay_out(candidates, cells, coarse, mask, patch_size=self.config.patch_size, area=area)
+        del candidates  # as large as all that PSNet computes
         return self.psnet(coarse, mask, mosaics, details, inner)
 
 

@@ -107,7 +107,8 @@ def overlap_add(windows: Tensor, cells: Tensor, *, patch_size: int, size: tuple[
     height, width = size
     places = (height // patch_size) * (width // patch_size)
     image = torch.arange(batch, device=cells.device)[:, None].expand_as(cells)
-    grid = windows.new_zeros(batch, places, channels * side * side).index_put((image, cells), windows.flatten(2))
+    grid = windows.new_zeros(batch, places, channels * side * side).index_put_((image, cells), windows.flatten(2))
+    del windows  # which `fold` copies once more
     over = (side - patch_size) // 2
     padded = (height + 2 * over, width + 2 * over)
     added = F.fold(grid.transpose(1, 2), padded, kernel_size=side, stride=patch_size)

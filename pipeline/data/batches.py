@@ -9,9 +9,8 @@ side, but take turns at everything that Python does (docs/log.md).
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -21,10 +20,11 @@ import torch
 
 from pipeline.data.coarse_results import CoarseResults
 from pipeline.data.fetch import ROWS, draw_after, matrix, read_pieces, with_draws
-from pipeline.data.onthefly import WINDOWS_AHEAD, LiveSet, Tally, make_windows, windows
+from pipeline.data.onthefly import PORTION_RECORDS, WINDOWS_AHEAD, LiveSet, Tally, make_windows
 from pipeline.data.order import chunks
 from pipeline.data.reader import ordered_tables
 from pipeline.data.schema import Manifest, read_manifest, read_records, set_folder
+from pipeline.data.sources import prefetch
 from pipeline.errors import ConfigMismatch, CorruptSet
 from pipeline.storage import absolute
 from tmad.batch import Batch, mirror
@@ -81,7 +81,7 @@ def training_batches(
     readers = world_size if reader else 1
     if isinstance(train, LiveSet):
         _check_patch_size(train.manifest, f"of photographs {train.config.source}", patch_size)
-        portions = windows(train.manifest, **place)
+        portions = chunks(train.manifest, records=PORTION_RECORDS, cut=True, **place)
         read = partial(draw_after, read=partial(make_windows, photographs=train.photographs), **draws)
         at_once = record_tasks * readers
         ahead = at_once * WINDOWS_AHEAD
@@ -196,15 +196,10 @@ def _decoded(
 ) -> Iterator[Batch]:
     """Decode *ahead* batches before they are asked for, each in one thread: threads that share a batch wait for the
     interpreter lock more than they decode."""
-    pending: deque[Future[Batch]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
-        for table in tables:
-            pending.append(pool.submit(_batch, table, coarse, pool_size, pinned))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        for batch in prefetch.ahead((pool.submit(_batch, table, coarse, pool_size, pinned) for table in tables), ahead):
+            yield batch.result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -31,28 +31,25 @@ class CoarseResults:
                 raise CorruptSource(f"{storage.redact(self.uri)} has two results of one image: {other} and {key}")
         return found
 
-    def key_of(self, image_id: str) -> str | None:
-        """The picture that is the result of the record *image_id*, `<key of the image>#<number of the crop>`."""
-        return self.keys.get(stem_of(image_id.rpartition("#")[0]))
-
     def read(self, image_id: str, height: int, width: int) -> np.ndarray:
-        """The result of that record, (height, width, 3), uint8. Raises `MissingInput` if there is none, `CorruptSource`
-        for a picture that cannot be decoded or has another size."""
-        key = self.key_of(image_id)
-        if key is None:
-            name = stem_of(image_id.rpartition("#")[0])
-            raise MissingInput(f"no result of {image_id}: looked for {name} with any ending in {self._shown('')}")
+        """The result of the record *image_id*, `<key of the image>#<number of the crop>`, (height, width, 3), uint8.
+
+        Raises `MissingInput` if there is none, `CorruptSource` for a picture that cannot be decoded or has another
+        size.
+        """
+        name = stem_of(image_id.rpartition("#")[0])
+        if (key := self.keys.get(name)) is None:
+            where = storage.redact(self.uri)
+            raise MissingInput(f"no result of {image_id}: looked for {name} with any ending in {where}")
+        place = storage.join(self.uri, key)
         try:
-            picture = decode_rgb(storage.read_bytes(storage.join(self.uri, key)))
+            picture = decode_rgb(storage.read_bytes(place))
         except UnreadableImage as error:
-            raise CorruptSource(f"the result {self._shown(key)} cannot be decoded: {error}") from None
+            raise CorruptSource(f"the result {storage.redact(place)} cannot be decoded: {error}") from None
         if picture.shape[:2] != (height, width):
             found = f"{picture.shape[1]}x{picture.shape[0]}"
             raise CorruptSource(
-                f"the result {self._shown(key)} has {found} pixels, the record {image_id} {width}x{height}: results "
-                "are of the crops; prepare images that have their size already"
+                f"the result {storage.redact(place)} has {found} pixels, the record {image_id} {width}x{height}: "
+                "results are of the crops; prepare images that have their size already"
             )
         return picture
-
-    def _shown(self, key: str) -> str:
-        return storage.redact(storage.join(self.uri, key) if key else self.uri)

@@ -78,16 +78,14 @@ def examine(key: str, photograph: Photograph, config: ContractConfig) -> dict[st
 
     Raises `UnreadableImage`: `too-narrow` beyond `max_aspect`, `grey` with `drop_grey`.
     """
-    rgb, height, width = photograph.rgb, photograph.height, photograph.width
-    grey = check_photograph(photograph, config)
     return {
+        "grey": check_photograph(photograph, config),
         "key": key,
         "bytes": photograph.size,
         "digest": bytes.fromhex(photograph.sha256)[:16],
-        "hash": perceptual_hash(rgb),
-        "grey": grey,
-        "width": width,
-        "height": height,
+        "hash": perceptual_hash(photograph.rgb),
+        "width": photograph.width,
+        "height": photograph.height,
     }
 
 

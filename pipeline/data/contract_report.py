@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from pipeline.data.collection import UNUSABLE
 from pipeline.data.contract import join_holes, polarity_warning
 from pipeline.data.duplicates import Facts
 from pipeline.data.prepare_config import PrepareConfig
+from pipeline.data.receipts import shard_file
 from pipeline.data.schema import Record, open_shard, set_folder
 from pipeline.data.sources.base import Source
 from pipeline.data.user_masks import join_counts, mask_warnings
@@ -73,7 +75,7 @@ def write_report(
     *facts*: those of these shards; *kept_copies*: copies that stay in the set; *listed*: images in the source;
     *other*: the facts of `config.against`.
     """
-    findings = summarise(receipts, facts, kept_copies, listed=listed, settings=config.settings())
+    findings = _summary(receipts, facts, kept_copies, listed, config.settings())
     text = (json.dumps(findings, indent=2) + "\n").encode()
     numbers, page = join(out, "report.json"), join(out, "report.html")
     # Numbers are removed first and written last, so beside them lies the page that belongs to them.
@@ -84,11 +86,10 @@ def write_report(
     return page
 
 
-def summarise(
+def _summary(
     receipts: Sequence[dict[str, Any]],
     facts: Facts,
     kept_copies: Sequence[dict[str, Any]],
-    *,
     listed: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
@@ -101,9 +102,10 @@ def summarise(
     own_masks = settings.get("mask_from")
     mask_counts = join_counts([receipt.get("masks", {}) for receipt in receipts])
     if own_masks is None:
-        warnings = [polarity_warning(holes["mean"])]
+        warning = polarity_warning(holes["mean"])
+        warnings = [warning] if warning else []
     else:
-        warnings = [*mask_warnings(mask_counts, own_masks, settings["mask_hole"])]
+        warnings = mask_warnings(mask_counts, own_masks, settings["mask_hole"])
     if looked_at < listed:
         warnings.append(f"stopped after {looked_at} of {listed} images")
     return {
@@ -112,7 +114,7 @@ def summarise(
         "images_used": looked_at - len(left_out),
         "records": sum(receipt["rows"] for receipt in receipts),
         "drops": dict(sorted(Counter(drop["reason"] for drop in left_out).items())),
-        "warnings": [warning for warning in warnings if warning],
+        "warnings": warnings,
         "decoded": _sizes(facts),
         "grey": {"count": len(grey), "first": grey[:SHOWN]},
         "holes": holes,
@@ -144,15 +146,16 @@ def _page(findings: dict[str, Any], pictures: _Pictures) -> str:
         facts["shorter side, pixels"] = f"{side['min']} to {side['max']}, median {side['median']:g}"
         facts["longer to shorter side"] = f"up to {aspect['max']:g}, median {aspect['median']:g}"
     facts["images without colour, kept"] = findings["grey"]["count"]
-    sections = [(reason, [one for one in findings["left_out"] if one["reason"] == reason]) for reason in drops]
+    left_out, kept, grey = findings["left_out"], findings["copies_kept"], findings["grey"]
+    sections = [(reason, [one for one in left_out if one["reason"] == reason], drops[reason]) for reason in drops]
     for reason, title in (("duplicate", "Duplicates that were kept"), ("near-duplicate", "Near duplicates, kept")):
-        sections.append((title, [one for one in findings["copies_kept"] if one["reason"] == reason]))
-    sections.append(("Without colour, kept", [{"key": key, "detail": ""} for key in findings["grey"]["first"]]))
-    totals = {"Without colour, kept": findings["grey"]["count"]}
+        copies = [one for one in kept if one["reason"] == reason]
+        sections.append((title, copies, len(copies)))
+    colourless = [{"key": key, "detail": ""} for key in grey["first"]]
+    sections.append(("Without colour, kept", colourless, grey["count"]))
     galleries = []
-    for title, lines in sections:
+    for title, lines, total in sections:
         if lines:
-            total = totals.get(title, len(lines))
             more = f", the first {SHOWN} by key" if total > SHOWN else ""
             galleries.append((f"{title}: {total}{more}", pictures.of(lines[:SHOWN]), "copy_of" in lines[0]))
     label = (
@@ -172,18 +175,15 @@ def _page(findings: dict[str, Any], pictures: _Pictures) -> str:
     )
 
 
+@dataclass(frozen=True)
 class _Pictures:
     """Thumbnails of images of the source, of another set's records and of this set's."""
 
-    def __init__(
-        self,
-        out: str,
-        receipts: Sequence[dict[str, Any]],
-        source: Source,
-        config: PrepareConfig,
-        other: Facts | None,
-    ) -> None:
-        self.out, self.receipts, self.source, self.config, self.other = out, receipts, source, config, other
+    out: str
+    receipts: Sequence[dict[str, Any]]
+    source: Source
+    config: PrepareConfig
+    other: Facts | None
 
     def of(self, lines: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[bytes | None]]]:
         """Figures of a gallery; of copies the image that stays is on the right."""
@@ -207,8 +207,7 @@ class _Pictures:
         for position in positions:
             number = int(np.searchsorted(ends, position, side="right"))
             receipt = self.receipts[number]
-            row = int(position - ends[number] + receipt["rows"])
-            group, place = divmod(row, self.config.row_group_rows)
+            group, place = divmod(int(position - ends[number] + receipt["rows"]), self.config.row_group_rows)
             table = open_shard(self.out, receipt["file"]).read_row_group(group)
             record = Record(**table.slice(place, 1).to_pylist()[0])
             rgb, hole = record.pixels(), record.mask() != 0
@@ -223,13 +222,11 @@ class _Pictures:
             return None
 
     def _of_other_set(self, key: str) -> bytes | None:
-        if self.other is None:
-            return None
+        assert self.other is not None, "only its images are copies of another set's"
         position = pc.index(self.other.table["key"], key).as_py()
-        number = self.other.shards[self.other.shard_of(position)]
+        file = shard_file(self.other.shards[self.other.shard_of(position)], "parquet")
         try:
-            shard = open_shard(set_folder(absolute(str(self.config.against))), f"shards/{number:05d}.parquet")
-            table = shard.read(columns=["image", "source"])
+            table = open_shard(set_folder(absolute(str(self.config.against))), file).read(columns=["image", "source"])
             images = table.filter(pc.equal(pc.struct_field(table["source"], "key"), key))["image"]
             return thumbnail(decode_rgb(images[0].as_py()))
         except UNUSABLE:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from pipeline.data.schema import Manifest, open_shard
+from pipeline.data.schema import Manifest, stored_rows
 
 LISTING_NAME = "evaluation_set.jsonl"
 
@@ -20,23 +20,20 @@ _COLUMNS = ("image_id", "height", "masks", "hole_fraction", "label", "source", "
 
 def listing(folder: str, manifest: Manifest) -> bytes:
     """The content of evaluation_set.jsonl for the shards of *manifest* in *folder*: a line an image and mask."""
-    lines = []
-    for shard in manifest.shards:
-        file = open_shard(folder, shard.file)
-        for group in range(file.num_row_groups):
-            for row in file.read_row_group(group, columns=list(_COLUMNS)).to_pylist():
-                for variant, bits in enumerate(row["masks"]):
-                    line = {
-                        "image_id": row["image_id"],
-                        "key": row["source"]["key"],
-                        "sha256": row["source"]["sha256"],
-                        "crop": {**row["crop"], "side": row["height"]},
-                        "variant": variant,
-                        "mask_family": row["mask_family"][variant],
-                        "mask_seed": row["mask_seed"][variant],
-                        "mask_sha256": hashlib.sha256(bits).hexdigest(),
-                        "hole_fraction": row["hole_fraction"][variant],
-                        "label": row["label"],
-                    }
-                    lines.append(json.dumps(line, sort_keys=True) + "\n")
-    return "".join(lines).encode()
+    lines = (
+        {
+            "image_id": row["image_id"],
+            "key": row["source"]["key"],
+            "sha256": row["source"]["sha256"],
+            "crop": {**row["crop"], "side": row["height"]},
+            "variant": variant,
+            "mask_family": row["mask_family"][variant],
+            "mask_seed": row["mask_seed"][variant],
+            "mask_sha256": hashlib.sha256(bits).hexdigest(),
+            "hole_fraction": row["hole_fraction"][variant],
+            "label": row["label"],
+        }
+        for row in stored_rows(folder, manifest, _COLUMNS)
+        for variant, bits in enumerate(row["masks"])
+    )
+    return "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode()

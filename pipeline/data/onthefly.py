@@ -16,6 +16,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from pipeline.data.collection import UNUSABLE, ImagesConfig, drop_of, open_colle
 from pipeline.data.contract import check_photograph
 from pipeline.data.fetch import ROWS
 from pipeline.data.fetch import shuffled as in_random_order
-from pipeline.data.order import pieces
 from pipeline.data.records import RecordConfig, make_records, open_as
 from pipeline.data.schema import Manifest, Shard
 from pipeline.data.sources.base import Source
@@ -193,65 +193,43 @@ class Tally:
                 logger.warning("%s", warning)
 
 
-def windows(manifest: Manifest, *, seed: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    """Portions of the order, `PORTION_RECORDS` each: `position` of the first row, and `windows`, as in `order.Piece`,
-    with the `places` in each."""
-    portion: list[dict[str, Any]] = []
-    position, room = start, PORTION_RECORDS
-    for piece in pieces(manifest, seed=seed, start=start, stop=stop):
-        places = range(piece.start, piece.stop)
-        while places:
-            taken, places = places[:room], places[room:]
-            portion.append({"epoch": piece.epoch, "seed": piece.seed, "groups": piece.groups, "places": [*taken]})
-            room -= len(taken)
-            if room == 0:
-                yield {"position": position, "windows": portion}
-                position, room, portion = position + PORTION_RECORDS, PORTION_RECORDS, []
-    if portion:
-        yield {"position": position, "windows": portion}
-
-
 def make_windows(portion: dict[str, Any], *, photographs: ray.ObjectRef[Photographs]) -> pa.Table:
-    """The rows (`_ROWS`) of a portion of the order (`windows`), made here and now.
+    """The rows (`_ROWS`) of a portion of the order (`order.chunks`), made here and now.
 
     Raises `TooManyBadImages` if a whole window is unusable, `StorageFailed` in an outage.
     """
     images = ray.get(photographs)
     reader = MaskReader(images.masks, max_pixels=images.records.max_pixels)
-    known: dict[tuple[int, int], dict[str, Any]] = {}
 
-    def made(record: int, epoch: int) -> dict[str, Any]:
-        one = record, epoch % images.records.masks_per_image
-        if one not in known:
-            known[one] = images.record(*one, reader)
-        return known[one]
+    @cache
+    def made(record: int, variant: int) -> dict[str, Any]:
+        return images.record(record, variant, reader)
 
-    shuffled = [(window, _shuffled_records(window["seed"], window["groups"], images)) for window in portion["windows"]]
+    wanted = []
+    for window in portion["pieces"]:
+        firsts = [int(file) + number * images.config.row_group_rows for file, number, _ in window["groups"]]
+        rows = [np.arange(first, first + group[2]) for first, group in zip(firsts, window["groups"], strict=True)]
+        records = np.concatenate(rows)
+        records = records[in_random_order(window["seed"], len(records))].tolist()
+        variant = window["epoch"] % images.records.masks_per_image
+        wanted += [(window["epoch"], variant, records, place) for place in range(window["start"], window["stop"])]
     # In the order of the source, which a Parquet table is read in.
-    for record, epoch in sorted({(int(order[at]), one["epoch"]) for one, order in shuffled for at in one["places"]}):
-        made(record, epoch)
-    rows = []
-    for window, order in shuffled:
-        for place in window["places"]:
-            drops: Counter[str] = Counter()
-            own = made(int(order[place]), window["epoch"])
-            for record in np.roll(order, -place):
-                row = made(int(record), window["epoch"])
-                if "reason" not in row:
-                    break
-                drops[row["reason"]] += 1
-            else:
-                raise TooManyBadImages(
-                    f"none of the {len(order)} images that are shuffled together can be used: {by_reason(drops)}; "
-                    f"the first of them is {own['key']}: {redact(own['detail'])}",
-                    reasons=dict(drops),
-                )
-            rows.append({**row, "epoch": window["epoch"], "drop": json.dumps(own) if "reason" in own else None})
-    return pa.Table.from_pylist(rows, schema=_ROWS)
-
-
-def _shuffled_records(seed: int, groups: list[tuple[str, int, int]], images: Photographs) -> np.ndarray:
-    """Numbers of the records of a window, in their shuffled order."""
-    firsts = [int(file) + number * images.config.row_group_rows for file, number, _ in groups]
-    records = np.concatenate([first + np.arange(rows) for first, (_, _, rows) in zip(firsts, groups, strict=True)])
-    return records[in_random_order(seed, len(records))]
+    for record, variant in sorted({(records[place], variant) for _, variant, records, place in wanted}):
+        made(record, variant)
+    table = []
+    for epoch, variant, records, place in wanted:
+        drops: Counter[str] = Counter()
+        own = made(records[place], variant)
+        for record in records[place:] + records[:place]:
+            row = made(record, variant)
+            if "reason" not in row:
+                break
+            drops[row["reason"]] += 1
+        else:
+            raise TooManyBadImages(
+                f"none of the {len(records)} images that are shuffled together can be used: {by_reason(drops)}; "
+                f"the first of them is {own['key']}: {redact(own['detail'])}",
+                reasons=dict(drops),
+            )
+        table.append({**row, "epoch": epoch, "drop": json.dumps(own) if "reason" in own else None})
+    return pa.Table.from_pylist(table, schema=_ROWS)

@@ -70,15 +70,24 @@ def pieces(manifest: Manifest, *, seed: int, start: int, stop: int) -> Iterator[
             position, number, window = position + rows, number + 1, []
 
 
-def chunks(manifest: Manifest, *, seed: int, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    """`pieces` joined into portions worth a task: `position` of the first row, and `pieces` as dictionaries."""
+def chunks(
+    manifest: Manifest, *, seed: int, start: int, stop: int, records: int = CHUNK_RECORDS, cut: bool = False
+) -> Iterator[dict[str, Any]]:
+    """`pieces` joined into portions worth a task: `position` of the first row, and `pieces` as dictionaries.
+
+    A portion has *records* rows or more; with *cut*, pieces are divided, so that it has just as many.
+    """
     portion: list[dict[str, Any]] = []
     position, size = start, 0
     for piece in pieces(manifest, seed=seed, start=start, stop=stop):
-        portion.append(vars(piece))
-        size += piece.stop - piece.start
-        if size >= CHUNK_RECORDS:
-            yield {"position": position, "pieces": portion}
-            position, size, portion = position + size, 0, []
+        first = piece.start
+        while first < piece.stop:
+            last = min(piece.stop, first + records - size) if cut else piece.stop
+            portion.append({**vars(piece), "start": first, "stop": last})
+            size += last - first
+            first = last
+            if size >= records:
+                yield {"position": position, "pieces": portion}
+                position, size, portion = position + size, 0, []
     if portion:
         yield {"position": position, "pieces": portion}

@@ -32,7 +32,6 @@ from pipeline.data.receipts import (
 from pipeline.data.records import make_records
 from pipeline.data.schema import MANIFEST_NAME, SCHEMA_VERSION, Manifest, read_manifest, set_folder
 from pipeline.data.shards import ShardMaker, leave_out_copies, make_shards
-from pipeline.data.sources.base import Source
 from pipeline.data.sources.partitions import compare
 from pipeline.data.user_masks import MaskReader, join_counts, mask_warnings
 from pipeline.errors import FolderInUse, MissingInput, TooManyBadImages, WrongCount
@@ -60,7 +59,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     _check_places(config)
     with lease_folder(absolute(config.out), expiry_s=config.lease_expiry_s) as lease:
-        return _prepare(config, lease)
+        return _Preparation(config, lease).run()
 
 
 def check(config: PrepareConfig) -> list[str]:
@@ -81,20 +80,17 @@ def check(config: PrepareConfig) -> list[str]:
     lines = [f"{len(plan)} images in {len(plan.shards())} shards, {len(there) if there else 0} of them planned before"]
     if beside := collection.source.beside():
         lines.append(f"{len(beside)} files beside them are no images, e.g. {next(iter(beside))!r}")
-    step = max(1, math.ceil(len(collection.keys) / CHECKED))
-    looked = collection.keys[::step]
-    mean, reasons, counts = _look(collection, looked, config)
-    lines.append(f"{len(looked)} were read: {len(looked) - reasons.total()} can be used")
+    looked, mean, reasons, counts = _look(collection, CHECKED, config)
+    lines.append(f"{looked} were read: {looked - reasons.total()} can be used")
     lines += [f"{count} {reason}" for reason, count in reasons.most_common()]
-    lines.append(_room(out, mean * len(plan), file_sizes(out)))
+    lines.append(check_room(out, mean * len(plan) - sum(file_sizes(out).values()), "crops", "--out"))
     return [*lines, *mask_warnings(join_counts([counts]), config.mask_from, config.mask_hole)]
 
 
-def _look(
-    collection: Collection, keys: Sequence[str], config: PrepareConfig
-) -> tuple[float, Counter[str], dict[str, int]]:
-    """Bytes that one of these photographs takes in the set, on average; how many are unusable, by reason; and what was
-    found about masks."""
+def _look(collection: Collection, most: int, config: PrepareConfig) -> tuple[int, float, Counter[str], dict[str, int]]:
+    """Read up to *most* photographs, evenly over the collection: how many were read, bytes that one takes in the set on
+    average, how many are unusable by reason, and what was found about masks."""
+    keys = collection.keys[:: max(1, math.ceil(len(collection.keys) / most))]
     reasons, size = Counter[str](), 0
     reader = MaskReader(collection.masks, max_pixels=config.max_pixels)
     for key in keys:
@@ -104,13 +100,7 @@ def _look(
             reasons[drop_of(key, error, 0)["reason"]] += 1
         else:
             size += sum(len(row["image"]) for row in rows)
-    return size / max(1, len(keys)), reasons, reader.counts
-
-
-def _room(out: str, size: float, there: Mapping[str, int]) -> str:
-    """How a set with crops of *size* bytes fits into what is free beside what is *there* of it, in words; masks and
-    coordinates are a few percent more. Raises `StorageFailed` if it does not."""
-    return check_room(out, size - sum(there.values()), "crops", "--out")
+    return len(keys), size / max(1, len(keys)), reasons, reader.counts
 
 
 def _check_places(config: PrepareConfig) -> None:
@@ -125,76 +115,177 @@ def _check_places(config: PrepareConfig) -> None:
             )
 
 
-def _prepare(config: PrepareConfig, lease: Lease) -> Manifest:
-    out = lease.folder
-    other = None if config.against is None else read_other_facts(config.against)
-    collection = open_collection(config.source, config, config, label_column=config.label_column, cache=out)
-    source, keys, masks = collection.source, collection.keys, collection.masks
-    _settle_settings(lease, config)
-    _check_count(keys, source, lease, config)
-    if not is_remote(out):
-        mean, _, _ = _look(collection, keys[:: max(1, math.ceil(len(keys) / SAMPLED))], config)
-        _room(out, mean * len(keys), file_sizes(out))
-    plan = _settle_plan(lease, keys, config)
-    del keys, collection
-    inputs = plan.inputs(source, config, masks)
-    maker = ShardMaker(masks, lease, config, inputs)
-    there = file_sizes(out)
-    receipts = read_receipts(out, inputs, there)
-    if receipts:
-        logger.info("%d of %d shards are already there and are kept", len(receipts), len(inputs))
-    todo = [index for index in inputs if index not in receipts]
-    unplanned = unplanned_files(there, inputs)
-    if todo or unplanned:
-        lease.remove(MANIFEST_NAME)
-        for file in unplanned:
-            lease.remove(file)
-    elif config.against is None and (manifest := _as_it_was(there, receipts, plan, config)) is not None:
-        _check_drops(receipts, len(plan), source, lease, config)
-        _tell(manifest, receipts, config)
-        return manifest
-    done = sum(receipt["images"] for receipt in receipts.values())
-    with Progress(len(plan), done=done, exported_as=(redact(out), "prepare")) as progress:
-        progress.reasons.update(count_drops(list(receipts.values())))
-        for receipt in make_shards(source, plan, todo, maker):
-            receipts[receipt["index"]] = receipt
-            progress.add(receipt["images"], reasons=count_drops([receipt]))
-            if progress.reasons.total() > config.max_bad_fraction * len(plan):
-                _check_drops(receipts, len(plan), source, lease, config)
-    facts = read_facts(out, list(inputs))
-    copies = find_copies(facts, other, config)
-    planned = {
-        index: with_copies(receipts[index], dropped) for index, dropped in zip(inputs, copies.dropped, strict=True)
+def _settings(out: str, config: PrepareConfig) -> dict[str, Any]:
+    """Arguments of `compare_settings` and `settle`."""
+    return {
+        "uri": join(out, "settings.json"),
+        "settings": {"schema_version": SCHEMA_VERSION, **config.settings()},
+        "what": f"the set in {redact(out)}",
+        "remedy": "choose another out or remove it",
     }
-    _check_drops(planned, len(plan), source, lease, config, other)
-    receipts = _without_copies({index: receipts[index] for index in inputs}, planned, source, plan, maker)
-    lease.write("quarantine.jsonl", _quarantine(receipts))
-    ordered = list(receipts.values())
-    lease.check()
-    write_report(out, ordered, facts, copies.kept, listed=len(plan), source=source, config=config, other=other)
-    manifest = make_manifest(ordered, len(plan), config)
-    if manifest.records == 0:
-        raise MissingInput(
-            f"none of the {len(plan)} images in {redact(config.source)} can be used: {by_reason(manifest.drops)}; "
-            f"each one's reason is in {redact(out)}/quarantine.jsonl"
+
+
+class _Preparation:
+    """A job that holds the lease of its set, and the receipts of the shards that are finished, by number."""
+
+    def __init__(self, config: PrepareConfig, lease: Lease) -> None:
+        self.config, self.lease, self.out = config, lease, lease.folder
+        self.other = None if config.against is None else read_other_facts(config.against)
+        collection = open_collection(config.source, config, config, label_column=config.label_column, cache=self.out)
+        self.source = collection.source
+        settle(**_settings(self.out, config), write=partial(lease.write, "settings.json"))
+        self._check_count(collection.keys)
+        if not is_remote(self.out):
+            _, mean, _, _ = _look(collection, SAMPLED, config)
+            there = sum(file_sizes(self.out).values())
+            check_room(self.out, mean * len(collection.keys) - there, "crops", "--out")
+        self.plan = self._settle_plan(collection.keys)
+        self.inputs = self.plan.inputs(self.source, config, collection.masks)
+        self.maker = ShardMaker(collection.masks, lease, config, self.inputs)
+        self.receipts: dict[int, dict[str, Any]] = {}
+
+    def run(self) -> Manifest:
+        """The manifest, of a set made now or found finished."""
+        there = file_sizes(self.out)
+        self.receipts = read_receipts(self.out, self.inputs, there)
+        if self.receipts:
+            logger.info("%d of %d shards are already there and are kept", len(self.receipts), len(self.inputs))
+        todo = [index for index in self.inputs if index not in self.receipts]
+        unplanned = unplanned_files(there, self.inputs)
+        if not (todo or unplanned) and self.other is None and self._is_finished(there):
+            self._check_drops(self.receipts)
+        else:
+            for file in [MANIFEST_NAME, *unplanned] if todo or unplanned else []:
+                self.lease.remove(file)
+            self._make(todo)
+            self._finish()
+        manifest = self._manifest()
+        _tell(manifest, self.receipts, self.config)
+        return manifest
+
+    def _check_count(self, keys: Sequence[str]) -> None:
+        """Compare with the partition that was named, write what was found, and stop if it is something else."""
+        if self.config.expect is None:
+            return
+        report = compare(self.config.expect, self.source, keys)
+        values = {**dataclasses.asdict(report), "agrees": report.agrees}
+        self.lease.write("source_report.json", (json.dumps(values, indent=2) + "\n").encode())
+        if report.agrees:
+            logger.info("%s", report.message())
+        elif self.config.allow_count_difference:
+            logger.warning("%s; going on all the same", report.message())
+        else:
+            raise WrongCount(
+                f"{redact(self.config.source)}: {report.message()}; the whole report is "
+                f"{redact(self.out)}/source_report.json, allow_count_difference continues with what is there",
+                report=values,
+            )
+
+    def _settle_plan(self, keys: Sequence[str]) -> ShardPlan:
+        """The plan that is there, or a new one for the images of the source as they are now."""
+        old = read_plan(self.out)
+        plan = extend_plan(old, keys, self.config)
+        if plan is not old:
+            if old is not None:
+                logger.info("the set had %d images, the source has %d: planning again", len(old), len(plan))
+            self.lease.remove(MANIFEST_NAME)
+            self.lease.write(PLAN_NAME, plan.encode())
+        return plan
+
+    def _manifest(self) -> Manifest:
+        return make_manifest(list(self.receipts.values()), len(self.plan), self.config)
+
+    def _is_finished(self, there: Mapping[str, int]) -> bool:
+        """Whether these files are a finished set: the manifest is written last, and removed before anything changes."""
+        own = {LISTING_NAME} if self.config.split == "val" else set()
+        if not {MANIFEST_NAME, "quarantine.jsonl", "report.json", "report.html", *own} <= there.keys():
+            return False
+        return read_bytes(join(self.out, MANIFEST_NAME)) == self._manifest().to_json().encode()
+
+    def _make(self, todo: Sequence[int]) -> None:
+        done = sum(receipt["images"] for receipt in self.receipts.values())
+        with Progress(len(self.plan), done=done, exported_as=(redact(self.out), "prepare")) as progress:
+            progress.reasons.update(count_drops(self.receipts.values()))
+            for receipt in make_shards(self.source, self.plan, todo, self.maker):
+                self.receipts[receipt["index"]] = receipt
+                progress.add(receipt["images"], reasons=count_drops([receipt]))
+                if progress.reasons.total() > self.config.max_bad_fraction * len(self.plan):
+                    self._check_drops(self.receipts)
+        self.receipts = {index: self.receipts[index] for index in self.inputs}
+
+    def _finish(self) -> None:
+        """Leave copies out, and write all that is said about the whole set; the manifest last."""
+        facts = read_facts(self.out, list(self.inputs))
+        copies = find_copies(facts, self.other, self.config)
+        planned = {
+            index: with_copies(self.receipts[index], dropped)
+            for index, dropped in zip(self.inputs, copies.dropped, strict=True)
+        }
+        self._check_drops(planned)
+        self._leave_out_copies(planned)
+        self._report(self.receipts, facts, copies.kept)
+        manifest = self._manifest()
+        if manifest.records == 0:
+            raise MissingInput(
+                f"none of the {len(self.plan)} images in {redact(self.config.source)} can be used: "
+                f"{by_reason(manifest.drops)}; each one's reason is in {redact(self.out)}/quarantine.jsonl"
+            )
+        if self.config.split == "val":
+            self.lease.write(LISTING_NAME, listing(self.out, manifest))
+        self.lease.write(MANIFEST_NAME, manifest.to_json().encode())
+
+    def _leave_out_copies(self, planned: dict[int, dict[str, Any]]) -> None:
+        """Write anew the shards that do not hold what is *planned*."""
+        changed = [index for index, receipt in planned.items() if receipt["drops"] != self.receipts[index]["drops"]]
+        if not changed:
+            return
+        self.lease.remove(MANIFEST_NAME)
+
+        def left_out(receipt: dict[str, Any]) -> set[str]:
+            return {drop["key"] for drop in receipt["drops"]}
+
+        # An earlier run may have left out what now, with other images in the source, is the first of its kind.
+        lacking = [index for index in changed if not left_out(self.receipts[index]) <= left_out(planned[index])]
+        for receipt in make_shards(self.source, self.plan, lacking, self.maker):
+            self.receipts[receipt["index"]] = receipt
+        copied = [
+            {**self.receipts[index], "drops": planned[index]["drops"]}
+            for index in changed
+            if planned[index]["drops"] != self.receipts[index]["drops"]
+        ]
+        logger.info("leaving copies out of %d of %d shards", len(copied), len(planned))
+        for receipt in leave_out_copies(copied, self.maker):
+            self.receipts[receipt["index"]] = receipt
+
+    def _report(self, receipts: Mapping[int, dict[str, Any]], facts: Facts, kept: Sequence[dict[str, Any]]) -> str:
+        """Write quarantine and report, in the order of the shards; the place of the page."""
+        ordered = [receipt for _, receipt in sorted(receipts.items())]
+        lines = [json.dumps(drop) + "\n" for receipt in ordered for drop in receipt["drops"]]
+        self.lease.write("quarantine.jsonl", "".join(lines).encode())
+        self.lease.check()
+        return write_report(
+            self.out,
+            ordered,
+            facts,
+            kept,
+            listed=len(self.plan),
+            source=self.source,
+            config=self.config,
+            other=self.other,
         )
-    if config.split == "val":
-        lease.write(LISTING_NAME, listing(lease.folder, manifest))
-    lease.write(MANIFEST_NAME, manifest.to_json().encode())
-    _tell(manifest, receipts, config)
-    return manifest
 
-
-def _as_it_was(
-    there: Mapping[str, int], receipts: Mapping[int, dict[str, Any]], plan: ShardPlan, config: PrepareConfig
-) -> Manifest | None:
-    """The manifest, if these files are a finished set: it is written last, and removed before anything is changed."""
-    own = {LISTING_NAME} if config.split == "val" else set()
-    if not {MANIFEST_NAME, "quarantine.jsonl", "report.json", "report.html", *own} <= there.keys():
-        return None
-    manifest = make_manifest(list(receipts.values()), len(plan), config)
-    kept = read_bytes(join(absolute(config.out), MANIFEST_NAME))
-    return manifest if kept == manifest.to_json().encode() else None
+    def _check_drops(self, receipts: Mapping[int, dict[str, Any]]) -> None:
+        """Write quarantine and report and stop the job if too many images are left out by these *receipts*."""
+        drops = count_drops(receipts.values())
+        bad, listed = sum(drops.values()), len(self.plan)
+        if bad > self.config.max_bad_fraction * listed:
+            report = self._report(receipts, read_facts(self.out, sorted(receipts)), [])
+            raise TooManyBadImages(
+                f"{bad} of {listed} images cannot be used, more than max_bad_fraction="
+                f"{self.config.max_bad_fraction:g} allows: {by_reason(drops)}; each one's reason is in "
+                f"{redact(self.out)}/quarantine.jsonl, pictures are in {redact(report)}",
+                reasons=drops,
+            )
 
 
 def _tell(manifest: Manifest, receipts: Mapping[int, dict[str, Any]], config: PrepareConfig) -> None:
@@ -215,108 +306,3 @@ def _tell(manifest: Manifest, receipts: Mapping[int, dict[str, Any]], config: Pr
         manifest.digest,
     )
     logger.info("what was found and left out, with pictures: %s/report.html", out)
-
-
-def _settle_settings(lease: Lease, config: PrepareConfig) -> None:
-    """Write `settings.json`, or compare with the one that is there."""
-    settle(**_settings(lease.folder, config), write=partial(lease.write, "settings.json"))
-
-
-def _settings(out: str, config: PrepareConfig) -> dict[str, Any]:
-    """Arguments of `compare_settings` and `settle`."""
-    return {
-        "uri": join(out, "settings.json"),
-        "settings": {"schema_version": SCHEMA_VERSION, **config.settings()},
-        "what": f"the set in {redact(out)}",
-        "remedy": "choose another out or remove it",
-    }
-
-
-def _settle_plan(lease: Lease, keys: Sequence[str], config: PrepareConfig) -> ShardPlan:
-    """The plan that is there, or a new one for the images of the source as they are now."""
-    old = read_plan(lease.folder)
-    plan = extend_plan(old, keys, config)
-    if plan is not old:
-        if old is not None:
-            logger.info("the set had %d images, the source has %d: planning again", len(old), len(plan))
-        lease.remove(MANIFEST_NAME)
-        lease.write(PLAN_NAME, plan.encode())
-    return plan
-
-
-def _check_count(keys: Sequence[str], source: Source, lease: Lease, config: PrepareConfig) -> None:
-    """Compare with the partition that was named, write what was found, and stop if it is something else."""
-    if config.expect is None:
-        return
-    report = compare(config.expect, source, keys)
-    values = {**dataclasses.asdict(report), "agrees": report.agrees}
-    lease.write("source_report.json", (json.dumps(values, indent=2) + "\n").encode())
-    if report.agrees:
-        logger.info("%s", report.message())
-    elif config.allow_count_difference:
-        logger.warning("%s; going on all the same", report.message())
-    else:
-        raise WrongCount(
-            f"{redact(config.source)}: {report.message()}; the whole report is "
-            f"{redact(lease.folder)}/source_report.json, allow_count_difference continues with what is there",
-            report=values,
-        )
-
-
-def _without_copies(
-    receipts: dict[int, dict[str, Any]],
-    planned: dict[int, dict[str, Any]],
-    source: Source,
-    plan: ShardPlan,
-    maker: ShardMaker,
-) -> dict[int, dict[str, Any]]:
-    """Write anew the shards that do not hold what is *planned*; the receipts of all shards, in order."""
-    changed = [index for index, receipt in planned.items() if receipt["drops"] != receipts[index]["drops"]]
-    if not changed:
-        return receipts
-    maker.lease.remove(MANIFEST_NAME)
-
-    def left_out(receipt: dict[str, Any]) -> set[str]:
-        return {drop["key"] for drop in receipt["drops"]}
-
-    # An earlier run may have left out what now, with other images in the source, is the first of its kind.
-    lacking = [index for index in changed if not left_out(receipts[index]) <= left_out(planned[index])]
-    receipts = {**receipts, **{receipt["index"]: receipt for receipt in make_shards(source, plan, lacking, maker)}}
-    copied = [
-        {**receipts[index], "drops": planned[index]["drops"]}
-        for index in changed
-        if planned[index]["drops"] != receipts[index]["drops"]
-    ]
-    logger.info("leaving copies out of %d of %d shards", len(copied), len(planned))
-    return {**receipts, **{receipt["index"]: receipt for receipt in leave_out_copies(copied, maker)}}
-
-
-def _quarantine(receipts: Mapping[int, dict[str, Any]]) -> bytes:
-    """The content of quarantine.jsonl, in the order of the shards."""
-    lines = [json.dumps(drop) for _, receipt in sorted(receipts.items()) for drop in receipt["drops"]]
-    return "".join(line + "\n" for line in lines).encode()
-
-
-def _check_drops(
-    receipts: Mapping[int, dict[str, Any]],
-    listed: int,
-    source: Source,
-    lease: Lease,
-    config: PrepareConfig,
-    other: Facts | None = None,
-) -> None:
-    """Write quarantine and report and stop the job as soon as too many images are left out."""
-    out = lease.folder
-    drops = count_drops(list(receipts.values()))
-    bad = sum(drops.values())
-    if bad > config.max_bad_fraction * listed:
-        lease.write("quarantine.jsonl", _quarantine(receipts))
-        ordered = [receipt for _, receipt in sorted(receipts.items())]
-        facts = read_facts(out, [receipt["index"] for receipt in ordered])
-        report = write_report(out, ordered, facts, [], listed=listed, source=source, config=config, other=other)
-        raise TooManyBadImages(
-            f"{bad} of {listed} images cannot be used, more than max_bad_fraction={config.max_bad_fraction:g} allows: "
-            f"{by_reason(drops)}; each one's reason is in {redact(out)}/quarantine.jsonl, pictures are in "
-            f"{redact(report)}",
-            reasons=drops,
-        )

@@ -11,7 +11,6 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.data.collection import CollectionConfig
 from pipeline.data.contract import ContractConfig
-from pipeline.data.pool_pixels import check_group_bytes
 from pipeline.data.records import RecordConfig
 from pipeline.data.schema import record_schema, set_folder
 from pipeline.data.sources.partitions import PartitionName
@@ -20,6 +19,9 @@ from pipeline.storage import absolute, redact
 from tmad.config import STRICT, PositiveFloat, check_choice
 from tmad.masks import MASKS
 from tmad.rng import seed_of
+
+MAX_GROUP_BYTES = 2**30
+"""A row group is put together in memory, and read at once by most readers."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -63,12 +65,12 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
                 f"masks_per_image must be a multiple of the {len(self.families)} families, so that every crop gets "
                 f"holes of each, got {self.masks_per_image}"
             )
-        if self.pool_pixels:
-            check_group_bytes(
-                rows=self.row_group_rows,
-                variants=self.masks_per_image,
-                pool_size=self.memory.pool_size,
-                patch_size=self.patch_size,
+        record_bytes = self.masks_per_image * self.memory.pool_size * 3 * self.patch_size**2
+        if self.pool_pixels and self.row_group_rows * record_bytes > MAX_GROUP_BYTES:
+            raise ValueError(
+                f"with pool_pixels, row_group_rows must be at most {max(1, MAX_GROUP_BYTES // record_bytes)}, got "
+                f"{self.row_group_rows}: {record_bytes:,} bytes of windows a record make row groups of more than "
+                f"{MAX_GROUP_BYTES:,} bytes"
             )
 
     @property
@@ -87,26 +89,18 @@ class PrepareConfig(RecordConfig, ContractConfig, CollectionConfig):
     def settings(self) -> dict[str, Any]:
         """What decides the content of the set, for the manifest and for comparison with an earlier run."""
         values = dataclasses.asdict(self)
-        for name in ("out", "max_bad_fraction", "expect", "allow_count_difference", "vanished", "lease_expiry_s"):
-            del values[name]
         for name in ("source", "root", "masks"):
             values[name] = redact(absolute(values[name])) if values[name] else None
         values["against"] = redact(set_folder(absolute(self.against))) if self.against else None
+        left_out = {"out", "max_bad_fraction", "expect", "allow_count_difference", "vanished", "lease_expiry_s"}
         # Settings that not every set has stand only where they are given: the other sets keep their identity.
-        for name in ("root", "image_column", "key_column", "label_column", "masks", "mask_column", "against"):
-            if values[name] is None:
-                del values[name]
-        for name in ("mask_value", "mask_threshold", "scale_masks"):
+        for name in (
+            *("root", "image_column", "key_column", "label_column", "masks", "mask_column", "against"),
+            *("mask_value", "mask_threshold", "scale_masks", "pool_pixels", "split", "families"),
+        ):
             if values[name] == type(self).__dataclass_fields__[name].default:
-                del values[name]
-        for name in ("mask_from", "mask_hole") if self.mask_from == "family" else ("mask",):
-            del values[name]
-        if not self.pool_pixels:
-            del values["pool_pixels"]
-        if self.split == "train":
-            del values["split"]
-        if not self.families:
-            del values["families"]
-        else:
-            del values["mask"]
-        return json.loads(json.dumps(values))
+                left_out.add(name)
+        left_out |= {"mask_from", "mask_hole"} if self.mask_from == "family" else {"mask"}
+        if self.families:
+            left_out.add("mask")
+        return json.loads(json.dumps({name: value for name, value in values.items() if name not in left_out}))

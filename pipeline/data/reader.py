@@ -9,7 +9,6 @@ Not Ray Data: docs/decisions/022-ray.md.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import ObjectLostError
 
+from pipeline.data.sources import prefetch
 from pipeline.data.tasks import own_errors
 
 TASK_RETRIES = 3
@@ -37,7 +37,7 @@ class Reader:
     def __init__(self) -> None:
         self._reading: object = None
         self._tables: dict[int, dict[int, Any]] = {}
-        self._came: dict[int, set[int]] = {}
+        self._waiting: dict[int, set[int]] = {}
         self._batons: list[Any] = []
 
     def take(
@@ -50,24 +50,20 @@ class Reader:
         """
         at_once, ranks = share["at_once"], share["ranks"]
         if reading != self._reading:
-            self._reading, self._tables, self._came, self._batons = reading, {}, {}, [None] * at_once
+            self._reading, self._tables, self._waiting, self._batons = reading, {}, {}, [None] * at_once
         if number not in self._tables:
             # Whoever has the baton of its slot may run. Tasks ask for no processor, so they cannot starve where
             # training holds them all.
             slot = number % at_once
-            task = _read_shares.options(num_returns=len(ranks) + 1)
+            task: Any = _shares_and_baton.options(num_returns=len(ranks) + 1)
             *tables, self._batons[slot] = task.remote(portion, read, share, self._batons[slot])
-            self._tables[number], self._came[number] = dict(zip(ranks, tables, strict=True)), set()
+            self._tables[number], self._waiting[number] = dict(zip(ranks, tables, strict=True)), set(ranks)
         table = self._tables[number][rank]
-        self._came[number].add(rank)
-        if len(self._came[number]) == len(ranks):
-            self._forget(number)
-        self._forget(number - _FORGOTTEN_AFTER)
+        self._waiting[number].discard(rank)
+        for done in (number - _FORGOTTEN_AFTER, *([] if self._waiting[number] else [number])):
+            self._tables.pop(done, None)
+            self._waiting.pop(done, None)
         return [table]
-
-    def _forget(self, number: int) -> None:
-        self._tables.pop(number, None)
-        self._came.pop(number, None)
 
 
 def start_reader() -> Any:
@@ -94,33 +90,23 @@ def ordered_tables(
     Of every *batch* positions from *start* on, *world_size* ranks have equal parts. *at_once* portions are read at a
     time. With a *reader* (`start_reader`) all ranks must go through the same *portions*; without, this one reads alone.
     """
-    ranks = range(world_size) if reader else [rank]
-    share = {"start": start, "batch": batch, "world_size": world_size, "ranks": list(ranks), "at_once": at_once}
+    ranks = list(range(world_size)) if reader else [rank]
+    share = {"start": start, "batch": batch, "world_size": world_size, "ranks": ranks, "at_once": at_once}
     reading = (seed, start, batch, world_size)
     take = reader.take.remote if reader else Reader().take
-    pending: deque[tuple[tuple[Any, ...], Any]] = deque()
+    asked = ((reading, number, portion, read, rank, share) for number, portion in enumerate(portions))
     with own_errors():
-        for number, portion in enumerate(portions):
-            asked = (reading, number, portion, read, rank, share)
-            pending.append((asked, take(*asked)))
-            if len(pending) > ahead:
-                yield _table(take, *pending.popleft())
-        while pending:
-            yield _table(take, *pending.popleft())
-
-
-def _table(take: Callable[..., Any], asked: tuple[Any, ...], answer: Any) -> pa.Table:
-    for _ in range(_REPEATS):
-        try:
-            return _get(answer)
-        except ObjectLostError:  # its owner, the reader, died after it had answered
-            answer = take(*asked)
-    return _get(answer)
-
-
-def _get(answer: Any) -> pa.Table:
-    (table,) = ray.get(answer) if isinstance(answer, ray.ObjectRef) else answer
-    return ray.get(table)
+        for question, answer in prefetch.ahead(((one, take(*one)) for one in asked), ahead):
+            for left in reversed(range(_REPEATS + 1)):
+                try:
+                    (table,) = ray.get(answer) if reader else answer
+                    rows = ray.get(table)
+                    break
+                except ObjectLostError:  # its owner, the reader, died after it had answered
+                    if not left:
+                        raise
+                    answer = take(*question)
+            yield rows
 
 
 def read_shares(portion: dict[str, Any], read: Read, share: dict[str, Any]) -> list[pa.Table]:
@@ -131,8 +117,6 @@ def read_shares(portion: dict[str, Any], read: Read, share: dict[str, Any]) -> l
     return [table.filter(pa.array(ranks == rank)) for rank in share["ranks"]]
 
 
+@ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_retries=TASK_RETRIES)
 def _shares_and_baton(portion: dict[str, Any], read: Read, share: dict[str, Any], baton: None) -> tuple[Any, ...]:
     return (*read_shares(portion, read, share), None)
-
-
-_read_shares: Any = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_retries=TASK_RETRIES)(_shares_and_baton)

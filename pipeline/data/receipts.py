@@ -70,6 +70,6 @@ def make_manifest(receipts: Sequence[dict[str, Any]], listed: int, config: Prepa
     )
 
 
-def count_drops(receipts: Sequence[dict[str, Any]]) -> dict[str, int]:
+def count_drops(receipts: Iterable[dict[str, Any]]) -> dict[str, int]:
     """Images left out, by reason."""
     return dict(sorted(Counter(drop["reason"] for receipt in receipts for drop in receipt["drops"]).items()))

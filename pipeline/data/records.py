@@ -7,9 +7,9 @@ training input, gives the same.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import simplejpeg
@@ -164,53 +164,53 @@ def make_records(
     variants = variants or range(config.masks_per_image)
     photograph = photograph or open_as(data, config)
     masks = masks or MaskReader()
-    whole_masks = _whole_masks(key, photograph, config, masks)
-    source = {"key": key, "size": photograph.size, "sha256": photograph.sha256}
+    sides = (photograph.height, photograph.width)
+    whole_masks: list[np.ndarray] = []
+    if config.mask_from == "alpha":
+        assert photograph.original is not None, "opened with its alpha channel"
+        whole_masks = [masks.of_alpha(photograph.original)]
+    elif config.mask_from in ("paired", "column"):
+        whole_masks = masks.of_image(key, *sides)
     rows = []
     for number in crops:
         rng = numpy_generator(config.seed, "crop", key, number)
         image_id = f"{key}#{number}"
-        drawn: Iterable[np.ndarray]
         families: list[str] = [config.mask_from] * len(variants)
         seeds: list[int | None] = [None] * len(variants)
         if config.mask_from == "family":
+            place = _draw_place(photograph, config, rng)
             families = [config.family(variant, image_id) for variant in variants]
             seeds = [seed_of(config.seed, "mask", image_id, variant) for variant in variants]
-            place, drawn = _draw_place(photograph, config, rng), _family_masks(image_id, config, variants)
+            holes = [_family_mask(image_id, config, variant) for variant in variants]
         elif config.mask_from == "random":
             place = _draw_place(photograph, config, rng)
-            mask_rng = numpy_generator(config.seed, "mask", image_id)
             seeds = [seed_of(config.seed, "mask", image_id)] * len(variants)
-            found = masks.draw(config.masks_per_image, config.crop_size, mask_rng)
-            drawn = islice(found, variants.start, variants.stop)
+            mask_rng = numpy_generator(config.seed, "mask", image_id)
+            drawn = masks.draw(config.masks_per_image, config.crop_size, mask_rng)
+            holes = list(islice(drawn, variants.start, variants.stop))
         else:
             first = number * config.masks_per_image
             turn = [whole_masks[(first + one) % len(whole_masks)] for one in range(config.masks_per_image)]
             place, cut = _draw_place_with_hole(photograph, turn, config, rng)
-            drawn = cut[variants.start : variants.stop]
-        sides = (photograph.height, photograph.width)
-        if photograph.keeps_its_bytes and sides == place["scaled"] == (config.crop_size, config.crop_size):
+            holes = cut[variants.start : variants.stop]
+        height, width = place["scaled"]
+        if photograph.keeps_its_bytes and sides == (height, width) == (config.crop_size, config.crop_size):
             encoded = data
         else:
             encoded = _encode(crop_scaled(photograph.rgb, original=sides, **place), config)
-        holes = list(_with_memory(image_id, drawn, config, variants))
+        pools = [_pool(image_id, mask, config, variant) for variant, mask in zip(variants, holes, strict=True)]
         rows.append(
             {
                 "image_id": image_id,
                 "image": encoded,
                 "height": config.crop_size,
                 "width": config.crop_size,
-                "masks": [pack_mask(mask) for mask, _ in holes],
-                "pool_yx": [pool.reshape(-1) for _, pool in holes],
-                "hole_fraction": [float(mask.mean()) for mask, _ in holes],
+                "masks": [pack_mask(mask) for mask in holes],
+                "pool_yx": [pool.reshape(-1) for pool in pools],
+                "hole_fraction": [float(mask.mean()) for mask in holes],
                 "label": label,
-                "source": source,
-                "crop": {
-                    "scaled_height": place["scaled"][0],
-                    "scaled_width": place["scaled"][1],
-                    "top": place["top"],
-                    "left": place["left"],
-                },
+                "source": {"key": key, "size": photograph.size, "sha256": photograph.sha256},
+                "crop": {"scaled_height": height, "scaled_width": width, "top": place["top"], "left": place["left"]},
                 "mask_family": families,
                 "mask_seed": seeds,
             }
@@ -218,14 +218,7 @@ def make_records(
     return rows
 
 
-class _Place(TypedDict):
-    scaled: tuple[int, int]
-    top: int
-    left: int
-    size: int
-
-
-def _draw_place(photograph: Photograph, config: RecordConfig, rng: np.random.Generator) -> _Place:
+def _draw_place(photograph: Photograph, config: RecordConfig, rng: np.random.Generator) -> dict[str, Any]:
     """Scale and place of one crop, as `crop_scaled` takes them."""
     short_side = int(rng.integers(config.short_sides[0], config.short_sides[1], endpoint=True))
     height, width = scaled_size(photograph.height, photograph.width, short_side)
@@ -236,7 +229,7 @@ def _draw_place(photograph: Photograph, config: RecordConfig, rng: np.random.Gen
 
 def _draw_place_with_hole(
     photograph: Photograph, whole_masks: Sequence[np.ndarray], config: RecordConfig, rng: np.random.Generator
-) -> tuple[_Place, list[np.ndarray]]:
+) -> tuple[dict[str, Any], list[np.ndarray]]:
     """A crop in which each of the image's masks has hole and known pixels, and these parts of the masks."""
     for _ in range(_CROP_DRAWS):
         place = _draw_place(photograph, config, rng)
@@ -248,46 +241,30 @@ def _draw_place_with_hole(
     return place, cut
 
 
-def _whole_masks(key: str, photograph: Photograph, config: RecordConfig, masks: MaskReader) -> list[np.ndarray]:
-    """The masks that belong to the image itself, at its size."""
-    if config.mask_from == "alpha":
-        assert photograph.original is not None, "opened with its alpha channel"
-        return [masks.of_alpha(photograph.original)]
-    if config.mask_from in ("paired", "column"):
-        return masks.of_image(key, photograph.height, photograph.width)
-    return []
+def _family_mask(image_id: str, config: RecordConfig, variant: int) -> np.ndarray:
+    """Mask (crop, crop) of a variant. A draw of no hole or nothing but hole is drawn again."""
+    rng = numpy_generator(config.seed, "mask", image_id, variant)
+    family, side = config.family(variant, image_id), config.crop_size
+    for _ in range(_MASK_DRAWS):
+        mask = draw_mask(family, side, side, rng)
+        if mask.any() and not mask.all():
+            return mask
+    raise ValueError(
+        f"mask family {family!r} gave {_MASK_DRAWS} times no hole or nothing but hole at {side} pixels; choose another "
+        "mask or crop_size"
+    )
 
 
-def _family_masks(image_id: str, config: RecordConfig, variants: range) -> Iterator[np.ndarray]:
-    """Mask (crop, crop) of each variant. A draw of no hole or nothing but hole is drawn again."""
-    for variant in variants:
-        rng = numpy_generator(config.seed, "mask", image_id, variant)
-        for _ in range(_MASK_DRAWS):
-            mask = draw_mask(config.family(variant, image_id), config.crop_size, config.crop_size, rng)
-            if mask.any() and not mask.all():
-                break
-        else:
-            raise ValueError(
-                f"mask family {config.family(variant, image_id)!r} gave {_MASK_DRAWS} times no hole or nothing but "
-                f"hole at {config.crop_size} pixels; choose another mask or crop_size"
-            )
-        yield mask
-
-
-def _with_memory(
-    image_id: str, masks: Iterable[np.ndarray], config: RecordConfig, variants: range
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Mask (crop, crop) and memory (P, 2) of each variant."""
-    for variant, mask in zip(variants, masks, strict=True):
-        pool = select_pool(
-            mask,
-            patch_size=config.patch_size,
-            stride=config.patch_size // config.memory.stride_divisor,
-            pool_size=config.memory.pool_size,
-            rule=config.memory.rule,
-            rng=numpy_generator(config.seed, "pool", image_id, variant),
-        )
-        yield mask, pool
+def _pool(image_id: str, mask: np.ndarray, config: RecordConfig, variant: int) -> np.ndarray:
+    """Memory (P, 2) of a variant."""
+    return select_pool(
+        mask,
+        patch_size=config.patch_size,
+        stride=config.patch_size // config.memory.stride_divisor,
+        pool_size=config.memory.pool_size,
+        rule=config.memory.rule,
+        rng=numpy_generator(config.seed, "pool", image_id, variant),
+    )
 
 
 def _encode(crop: np.ndarray, config: RecordConfig) -> bytes:

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -274,16 +275,17 @@ def read_records(uri: str, limit: int | None = None, *, patches: bool = False) -
     `CorruptSet` naming the shard that cannot be read.
     """
     manifest = read_manifest(uri)
-    left = manifest.records if limit is None else limit
     columns = [*manifest.columns, *([PATCHES_FIELD.name] if patches else [])]
+    rows = stored_rows(set_folder(uri), manifest, columns)
+    yield from (Record(**row) for row in itertools.islice(rows, limit))
+
+
+def stored_rows(folder: str, manifest: Manifest, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """These columns of every record of the set in *folder*, in their stored order; one row group at a time."""
     for shard in manifest.shards:
-        if left <= 0:
-            return
-        file = open_shard(set_folder(uri), shard.file)
+        file = open_shard(folder, shard.file)
         for group in range(file.num_row_groups):
-            for row in file.read_row_group(group, columns=columns).to_pylist()[: max(left, 0)]:
-                yield Record(**row)
-                left -= 1
+            yield from file.read_row_group(group, columns=list(columns)).to_pylist()
 
 
 def open_shard(folder: str, file: str) -> pq.ParquetFile:

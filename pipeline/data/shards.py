@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,11 +29,10 @@ from pipeline.data.collection import UNUSABLE, drop_of
 from pipeline.data.contract import FACTS_SCHEMA, examine, summarise_holes
 from pipeline.data.duplicates import encode_facts, facts_file
 from pipeline.data.plan import ShardPlan
-from pipeline.data.pool_pixels import with_patches
 from pipeline.data.prepare_config import PrepareConfig
 from pipeline.data.receipts import shard_file
 from pipeline.data.records import make_records, open_as
-from pipeline.data.schema import PATCHES_FIELD, open_shard
+from pipeline.data.schema import PATCHES_FIELD, Record, open_shard
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.prefetch import read_ahead
 from pipeline.data.tasks import iterate, quiet, run_tasks
@@ -85,10 +85,11 @@ def read_files(source: Source, shard: int, keys: Sequence[str]) -> Iterator[pa.T
     """The files of a shard (`FILES_SCHEMA`) in order, some at a time. Raises `StorageFailed` in an outage."""
     rows: list[dict[str, Any]] = []
     size = 0
-    for number, (key, read) in enumerate(read_ahead(source, keys), 1):
+    labels = source.labels(pa.array(keys, pa.large_string())).to_pylist()
+    for number, ((key, read), label) in enumerate(zip(read_ahead(source, keys), labels, strict=True), 1):
         row: dict[str, Any] = {"shard": shard, "key": key, "last": number == len(keys)}
         try:
-            row |= {"file": read(), "label": source.label(key)}
+            row |= {"file": read(), "label": label}
             size += len(row["file"])
         except UNUSABLE as error:
             row["drop"] = json.dumps(drop_of(key, error, 0))
@@ -176,11 +177,14 @@ class ShardMaker:
         config, lease = self.config, self.lease
         sink = pa.BufferOutputStream()
         rows = config.row_group_rows
-        groups = with_patches(table, rows=rows, patch_size=config.patch_size) if config.pool_pixels else iter([table])
         schema = config.record_schema.append(PATCHES_FIELD) if config.pool_pixels else config.record_schema
         with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=False) as writer:
-            for group in groups:
-                writer.write_table(group, row_group_size=rows)
+            for start in range(0, len(table), rows):
+                group = table.slice(start, rows).combine_chunks()
+                if config.pool_pixels:
+                    patches = [_windows(Record(**row), config.patch_size) for row in group.to_pylist()]
+                    group = pa.table([*group.columns, pa.array(patches, PATCHES_FIELD.type)], schema=schema)
+                writer.write_table(group)
         data = sink.getvalue().to_pybytes()
         file = shard_file(receipt["index"], "parquet")
         if len(table):
@@ -201,6 +205,13 @@ class ShardMaker:
         text = json.dumps(receipt, sort_keys=True)
         lease.write(shard_file(receipt["index"], "json"), text.encode())
         return pa.table({"receipt": [text]})
+
+
+def _windows(record: Record, patch_size: int) -> list[bytes]:
+    """The pixels of the record's windows, an entry a variant, as `schema.PATCHES_FIELD` says."""
+    everywhere = np.lib.stride_tricks.sliding_window_view(record.pixels(), (patch_size, patch_size), axis=(0, 1))
+    pools = [record.pool(variant) for variant in range(len(record.pool_yx))]
+    return [everywhere[pool[:, 0], pool[:, 1]].transpose(0, 2, 3, 1).tobytes() for pool in pools]
 
 
 def _flat(lists: pa.ChunkedArray, schema: pa.Schema) -> pa.Table:

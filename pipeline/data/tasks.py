@@ -40,19 +40,19 @@ def run_tasks(
     tasks, otherwise as they are finished. Beyond *max_ray_tasks*, several tasks are run one after the other in one of
     Ray's, which keeps its bookkeeping small.
     """
-    items = [{"task": json.dumps(task)} for task in tasks]
-    blocks = min(len(items), max_ray_tasks)
     options: dict[str, Any] = {"runtime_env": runtime_env} if runtime_env else {}
-    dataset = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
-        _over_blocks(function),
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=num_cpus,
-        num_gpus=num_gpus or None,
-        compute=ray.data.TaskPoolStrategy(size=at_once) if at_once else None,
-        **options,
+    return quiet(
+        _tasks(tasks, max_ray_tasks).map_batches(
+            _over_blocks(function),
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus or None,
+            compute=ray.data.TaskPoolStrategy(size=at_once) if at_once else None,
+            **options,
+        ),
+        in_order=in_order,
     )
-    return quiet(dataset, in_order=in_order)
 
 
 def run_on_actors(
@@ -67,17 +67,22 @@ def run_on_actors(
 ) -> ray.data.Dataset:
     """As `run_tasks`, on *size* actors: `worker(*arguments)` is made once in each and called with tasks as JSON, a
     block `{"task": [...]}`, for the tables of each. A lost actor is replaced and its task run again."""
-    items = [{"task": json.dumps(task)} for task in tasks]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), max_ray_tasks)).map_batches(
-        worker,
-        fn_constructor_args=arguments,
-        compute=ray.data.ActorPoolStrategy(size=size),
-        batch_size=1,
-        batch_format="numpy",
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
+    return quiet(
+        _tasks(tasks, max_ray_tasks).map_batches(
+            worker,
+            fn_constructor_args=arguments,
+            compute=ray.data.ActorPoolStrategy(size=size),
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+        )
     )
-    return quiet(dataset)
+
+
+def _tasks(tasks: Sequence[dict[str, Any]], most: int) -> ray.data.Dataset:
+    items = [{"task": json.dumps(task)} for task in tasks]
+    return ray.data.from_items(items, override_num_blocks=min(len(items), most))
 
 
 def quiet(dataset: ray.data.Dataset, *, in_order: bool = False) -> ray.data.Dataset:

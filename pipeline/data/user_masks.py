@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -57,19 +57,13 @@ class OwnMasks:
         """Keys of the masks of the image *key*, by code point."""
         if self.stems is None or self.names is None:
             return [key]
-        stem, found = stem_of(key), []
-        first = bisect_left(self.stems, stem, key=lambda one: one.as_py())
-        for row in range(first, len(self.stems)):
-            if self.stems[row].as_py() != stem:
-                break
-            found.append(self.names[row].as_py())
-        return found
+        stem = stem_of(key)
+        first, end = (cut(self.stems, stem, key=lambda one: one.as_py()) for cut in (bisect_left, bisect_right))
+        return list(self.names[first:end].to_pylist())
 
     def made_of(self, keys: Sequence[str]) -> Any:
         """What decides, beside the settings, which masks the images *keys* get."""
-        if self.stems is not None:
-            return [self.of_image(key) for key in keys]
-        return self._names_digest
+        return self._names_digest if self.stems is None else [self.of_image(key) for key in keys]
 
     def versions(self, keys: Sequence[str]) -> list[str]:
         """For each of the images *keys* a text that changes when one of its masks, or of those it may get, does."""
@@ -134,32 +128,27 @@ def open_masks(
                 f"got {masks_per_image}"
             )
         return OwnMasks(opened, redact(place), rule, scaled, names=pa.array(names, pa.large_string()))
-    paired = replace(_pair(opened, redact(place), names, rule, keys), scaled=scaled)
-    if not any(paired.of_image(key) for key in keys):
+    own = {stem_of(key) for key in keys}
+
+    def image_of(name: str) -> str:
+        stem = stem_of(name)
+        folder = stem.rpartition("/")[0]
+        return folder if folder in own and stem not in own else stem
+
+    stems, ordered = zip(*sorted((image_of(name), name) for name in names), strict=True)
+    if own.isdisjoint(stems):
         raise MissingInput(
             f"no image has a mask in {redact(place)}: looked for {', '.join(map(repr, map(stem_of, keys[:_SHOWN])))} "
             f"with an image ending; there is {names[0]!r}"
         )
-    return paired
+    large = pa.large_string()
+    return OwnMasks(opened, redact(place), rule, scaled, pa.array(stems, large), pa.array(ordered, large))
 
 
 def stem_of(key: str) -> str:
     """The key without the ending of an image file."""
     name, dot, ending = key.rpartition(".")
     return name if f"{dot}{ending}".lower() in PICTURES else key
-
-
-def _pair(source: Source, place: str, names: Sequence[str], rule: MaskRule, keys: Sequence[str]) -> OwnMasks:
-    own = {stem_of(key) for key in keys}
-    pairs = []
-    for name in names:
-        stem = stem_of(name)
-        folder = stem.rpartition("/")[0]
-        pairs.append((folder if folder in own and stem not in own else stem, name))
-    pairs.sort()
-    stems, ordered = zip(*pairs, strict=True)
-    large = pa.large_string()
-    return OwnMasks(source, place, rule, stems=pa.array(stems, large), names=pa.array(ordered, large))
 
 
 @dataclass
@@ -192,19 +181,18 @@ class MaskReader:
         names = masks.of_image(key)
         if not names:
             raise UnreadableImage("no-mask", f"no mask named {stem_of(key)}.* in {masks.place}")
-        found = []
-        for name in names:
-            picture = self._read(name)
-            if picture.size != (width, height) and not masks.scaled:
-                raise UnreadableImage(
-                    "mask-size",
-                    f"the mask {name} has {picture.width}x{picture.height} pixels, its image {width}x{height}",
-                )
-            hole = self._hole(picture, masks.rule, f"the mask {name}")
-            if picture.size != (width, height):
-                hole = check_hole(scaled_hole(hole, height, width), f"the mask {name}, brought to {width}x{height},")
-            found.append(hole)
-        return found
+        return [self._of_size(name, masks, height, width) for name in names]
+
+    def _of_size(self, name: str, masks: OwnMasks, height: int, width: int) -> np.ndarray:
+        picture = self._read(name)
+        fits = picture.size == (width, height)
+        if not fits and not masks.scaled:
+            found = f"{picture.width}x{picture.height}"
+            raise UnreadableImage("mask-size", f"the mask {name} has {found} pixels, its image {width}x{height}")
+        hole = self._hole(picture, masks.rule, f"the mask {name}")
+        if fits:
+            return hole
+        return check_hole(scaled_hole(hole, height, width), f"the mask {name}, brought to {width}x{height},")
 
     def of_file(self, data: bytes, rule: MaskRule, name: str) -> np.ndarray:
         """The hole in the bytes of one mask file. Raises `UnreadableImage`."""
@@ -218,8 +206,7 @@ class MaskReader:
         """
         masks = self._place()
         assert masks.names is not None, "masks are drawn from a list"
-        total = len(masks.names)
-        found = 0
+        total, left = len(masks.names), count
         error = UnreadableImage("no-mask", f"{masks.place} has {total} masks, {count} are needed")
         for row in rng.choice(total, size=min(total, count + SPARE_DRAWS), replace=False):
             name = masks.names[int(row)].as_py()
@@ -231,8 +218,7 @@ class MaskReader:
                 error = one
                 continue
             yield mask
-            found += 1
-            if found == count:
+            if (left := left - 1) == 0:
                 return
         raise error
 
@@ -283,18 +269,17 @@ def join_counts(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
 
 def mask_warnings(counts: Mapping[str, int], mask_from: MaskFrom, hole: Colour) -> list[str]:
     """What to say about masks with these counts."""
-    total = counts["masks"]
+    total, alpha = counts["masks"], mask_from == "alpha"
     found = []
     if counts["mostly_hole"] > total / 2:
-        if mask_from == "alpha":
+        other = "black" if hole == "white" else "white"
+        advice = f"{hole} is taken for the hole; if {other} is, set mask_hole to {other}"
+        if alpha:
             advice = "the transparent part is the hole; is alpha the other way round?"
-        else:
-            other = "black" if hole == "white" else "white"
-            advice = f"{hole} is taken for the hole; if {other} is, set mask_hole to {other}"
         found.append(f"in {counts['mostly_hole']} of {total} masks the hole is more than half of the picture: {advice}")
     if counts["grey"]:
-        what = "alpha channels are partly transparent" if mask_from == "alpha" else "masks are not only black and white"
-        where = "in the middle" if mask_from == "alpha" else "by mask_threshold"
+        what = "alpha channels are partly transparent" if alpha else "masks are not only black and white"
+        where = "in the middle" if alpha else "by mask_threshold"
         found.append(
             f"{counts['grey']} of {total} {what}: values between 0 and 255 are parted {where}; lossless files with two "
             "values leave nothing to chance"

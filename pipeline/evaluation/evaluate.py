@@ -8,11 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.data.schema import read_manifest
 from pipeline.errors import FolderInUse
 from pipeline.evaluation.compare import REPORT, Comparison, compare, folder_of, read_summary
 from pipeline.evaluation.config import EvaluateConfig
-from pipeline.evaluation.external import export_inputs
 from pipeline.evaluation.measure import measure_set, open_inputs
 from pipeline.evaluation.page import sections, tables
 from pipeline.evaluation.parts import Job
@@ -99,12 +97,6 @@ def check(config: EvaluateConfig) -> list[str]:
     lines = [f"{images} images with {masks} masks each, of {redact(config.data)} (digest {job.manifest.digest})"]
     lines += [f"{row.title}: {row.not_measured or 'measured'}" for row in job.rows]
     return [*lines, _room(job)]
-
-
-def export(config: EvaluateConfig) -> int:
-    """Write the set's inputs into the folder `config.export`; returns how many images and masks."""
-    assert config.export is not None, "asked for"
-    return export_inputs(config.data, config.export, manifest=read_manifest(config.data))
 
 
 def _room(job: Job) -> str:

@@ -98,7 +98,7 @@ class _Image:
     def pixels(self) -> int:
         """That the networks will see."""
         parts = self.state.prepared.parts if isinstance(self.state, _Loaded) else []
-        return sum(part.mask.size for part in parts)
+        return sum(part.pixels for part in parts)
 
 
 def make_inpainter(folder: Path | str, config: InpaintConfig, *, device: str) -> Inpainter:

@@ -192,13 +192,12 @@ def _acquire(lease: Lease, mine: Holder) -> None:
     while True:
         theirs = _read(lease.folder)
         if theirs is None:
-            signed = dataclasses.replace(mine, sign=time.time())
-            if create(join(lease.folder, LEASE_NAME), _encode(signed)):
+            if create(join(lease.folder, LEASE_NAME), _signed(mine)):
                 break
         elif theirs.token == mine.token:  # the answer to the put was lost
             break
         elif _has_ended(lease.folder, theirs):
-            _sign(lease, mine)
+            write_atomic(join(lease.folder, LEASE_NAME), _signed(mine))
             settle = True
             break
     if settle:
@@ -248,7 +247,7 @@ def _renew(lease: Lease, mine: Holder, stop: threading.Event) -> None:
     while not stop.wait(mine.sign_every_s):
         try:
             lease.check()
-            _sign(lease, mine)
+            write_atomic(join(lease.folder, LEASE_NAME), _signed(mine))
         except FolderInUse:
             return  # whoever writes next says so
         except TMADError as error:
@@ -262,12 +261,9 @@ def _release(lease: Lease) -> None:
         remove(join(lease.folder, LEASE_NAME))
 
 
-def _sign(lease: Lease, mine: Holder) -> None:
-    write_atomic(join(lease.folder, LEASE_NAME), _encode(dataclasses.replace(mine, sign=time.time())))
-
-
-def _encode(holder: Holder) -> bytes:
-    return (json.dumps(dataclasses.asdict(holder), indent=2) + "\n").encode()
+def _signed(mine: Holder) -> bytes:
+    """The content of the lease with a sign of life of now."""
+    return (json.dumps({**dataclasses.asdict(mine), "sign": time.time()}, indent=2) + "\n").encode()
 
 
 def _read(folder: str) -> Holder | None:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import TextIO
 
 from tqdm import tqdm
@@ -20,7 +20,7 @@ EVERY_S = 10.0
 log = logging.getLogger(__name__)
 
 
-class Progress:
+class Progress(AbstractContextManager["Progress"]):
     """Counts images inside its `with` block; the first `add` ends the loading of models."""
 
     def __init__(self, total: int, *, done: int = 0, exported_as: tuple[str, str] | None = None) -> None:
@@ -35,12 +35,7 @@ class Progress:
         self._last = self._began[0]
         self._bar = tqdm(total=total, initial=done, unit=" images", disable=not sys.stderr.isatty(), leave=False)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def add(self, images: int, *, megapixels: float = 0.0, reasons: Mapping[str, int] | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import atexit
 import errno
-import io
+import itertools
 import json
 import logging
 import os
@@ -23,19 +23,18 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractBufferedFile
 
 from pipeline import observe
 from pipeline.errors import MissingInput, StorageFailed, TMADError
 from pipeline.storage import s3
-
-Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -161,46 +160,44 @@ def for_ray(uri: str) -> tuple[str, Any]:
 
 def exists(uri: str) -> bool:
     """True if there is a file or a folder at *uri*."""
-    fs, path = file_system(uri)
-    if isinstance(fs, LocalFileSystem):
-        return bool(fs.exists(path))
-    try:
-        # Not `fs.exists`: for a bucket it takes refused credentials and a silent server for an absence.
-        _guard(uri, "look up", lambda: fs.info(path, **_bounded(fs)))
-    except MissingInput:
-        return False
-    return True
+    return _info(uri) is not None if is_remote(uri) else os.path.exists(absolute(uri))
 
 
 def size(uri: str) -> int | None:
-    """Bytes of the file at *uri*, none if there is no such file."""
+    """Bytes of the file at *uri*, `None` if there is no such file."""
+    found = _info(uri)
+    return int(found["size"]) if found and found["type"] == "file" else None
+
+
+def _info(uri: str) -> dict[str, Any] | None:
+    # Not `fs.exists`: for a bucket it takes refused credentials and a silent server for an absence.
     fs, path = file_system(uri)
     try:
-        found = _guard(uri, "look up", lambda: fs.info(path, **_bounded(fs)))
+        with _own_errors(uri, "look up"):
+            return dict(fs.info(path, **_bounded(fs)))
     except MissingInput:
         return None
-    return int(found["size"]) if found["type"] == "file" else None
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole file, of the size that storage says it has. Raises `MissingInput` if it is not there, `StorageFailed`
     for any other trouble."""
     if not is_remote(uri):
-        return _guard(uri, "read", lambda: _read_local(uri))
+        with _own_errors(uri, "read"):
+            return _read_local(uri)
     fs, path = file_system(uri)
     # Nearly all that is read from S3 is small: without asking for its size first, that is half the requests.
     begin = _begin(uri) if uri.startswith(s3.SCHEMES) else b""
     if 0 < len(begin) < PART_BYTES:
         return begin
-    info = _guard(uri, "read", lambda: fs.info(path, **_bounded(fs)))
+    with _own_errors(uri, "read"):
+        info = fs.info(path, **_bounded(fs))
     if info["type"] != "file":
         raise MissingInput(f"cannot read {redact(uri)}: it is a folder")
     if info["size"] is None:
         return bytes(_patiently(uri, lambda: fs.cat_file(path, **_bounded(fs))))
     total = int(info["size"])
     parts = [(start, min(PART_BYTES, total - start)) for start in range(len(begin), total, PART_BYTES)]
-    if len(parts) <= 1:
-        return begin + b"".join(read_range(uri, *part) for part in parts)
     with ThreadPoolExecutor(_PART_READERS, thread_name_prefix="read") as pool:
         return begin + b"".join(pool.map(lambda part: read_range(uri, *part), parts))
 
@@ -274,39 +271,13 @@ def open_remote(uri: str, read_ahead: int = 0) -> IO[bytes]:
     length = size(uri)
     if length is None:
         raise MissingInput(f"cannot read {redact(uri)}: it is not there")
-    raw = _RemoteFile(uri, length)
-    return io.BufferedReader(raw, read_ahead) if read_ahead else raw  # type: ignore[return-value]
+    cache = "readahead" if read_ahead else "none"
+    return _RemoteFile(None, uri, block_size=read_ahead or PART_BYTES, cache_type=cache, size=length)
 
 
-class _RemoteFile(io.RawIOBase):
-    def __init__(self, uri: str, length: int) -> None:
-        self._uri, self._length, self._place = uri, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
-        self._place = max(0, base + offset)
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._length - self._place))
-        buffer[:count] = read_range(self._uri, self._place, count)
-        self._place += count
-        return count
-
-
-def fingerprint(uri: str) -> str:
-    """A text that changes when the file at *uri* is replaced, without reading it: of its size, time or tag."""
-    fs, path = file_system(uri)
-    return str(_guard(uri, "look up", lambda: fs.ukey(path)))
+class _RemoteFile(AbstractBufferedFile):
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return read_range(self.path, start, end - start)
 
 
 def write_atomic(uri: str, data: bytes, *, ready: Callable[[], None] | None = None) -> None:
@@ -319,14 +290,13 @@ def write_atomic(uri: str, data: bytes, *, ready: Callable[[], None] | None = No
     ready = ready or (lambda: None)
     if not isinstance(fs, LocalFileSystem):
         ready()
-        parts = 1 + len(data) // _WRITE_PART_BYTES
-        _guard(uri, "write", lambda: fs.pipe_file(path, data, **_bounded(fs, parts)))
+        with _own_errors(uri, "write"):
+            fs.pipe_file(path, data, **_bounded(fs, 1 + len(data) // _WRITE_PART_BYTES))
         return
     folder, name = os.path.split(path)
     # A part of the name: the whole may be as long as a name can be.
     temporary = os.path.join(folder, f".{name[:40]}.{uuid.uuid4().hex}.tmp")
-
-    def write() -> None:
+    with _own_errors(uri, "write"):
         os.makedirs(folder, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -338,8 +308,6 @@ def write_atomic(uri: str, data: bytes, *, ready: Callable[[], None] | None = No
         finally:
             if os.path.exists(temporary):
                 os.unlink(temporary)
-
-    _guard(uri, "write", write)
 
 
 def check_room(uri: str, count: float, what: str, option: str) -> str:
@@ -394,8 +362,7 @@ def create(uri: str, data: bytes) -> bool:
     Elsewhere each may believe that it did, and one of their files stays.
     """
     fs, path = file_system(uri)
-
-    def attempt() -> bool:
+    with _own_errors(uri, "write"):
         try:
             if isinstance(fs, LocalFileSystem):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -411,25 +378,22 @@ def create(uri: str, data: bytes) -> bool:
             if s3.error_code(error) != "NotImplemented":
                 raise
             fs.pipe_file(path, data, **_bounded(fs))
-        return True
-
-    return _guard(uri, "write", attempt)
+    return True
 
 
 def remove(uri: str) -> None:
     """Delete one file; it is no error if it is not there."""
     fs, path = file_system(uri)
-    try:
-        _guard(uri, "delete", lambda: fs.rm_file(path, **_bounded(fs)))
-    except MissingInput:
-        return
+    with suppress(MissingInput), _own_errors(uri, "delete"):
+        fs.rm_file(path, **_bounded(fs))
 
 
 def remove_folder(uri: str) -> None:
     """Delete everything below the folder *uri*, in no particular order; it is no error if it is not there."""
     if exists(uri):
         fs, path = file_system(uri)
-        _guard(uri, "delete", lambda: fs.rm(path, recursive=True))
+        with _own_errors(uri, "delete"):
+            fs.rm(path, recursive=True)
 
 
 def file_sizes(uri: str) -> dict[str, int]:
@@ -457,7 +421,10 @@ def listing(uri: str) -> dict[str, Listed]:
     which `join` refuses. Raises `MissingInput` if there is no such folder or if it is a file."""
     found = _listed(uri)
     if not found:
-        _check_folder(uri)
+        if (info := _info(uri)) is None:
+            raise MissingInput(f"there is no folder {redact(uri)}")
+        if info["type"] == "file":
+            raise MissingInput(f"{redact(uri)} is a file; a folder is needed here")
     return {
         key: Listed(
             *(int(info["size"] or 0), _version(info)),
@@ -477,7 +444,8 @@ def names_in(uri: str) -> list[str]:
     """Names of the files and folders in the folder *uri* itself, sorted; none if it is not there."""
     fs, path = file_system(uri)
     try:
-        found = _guard(uri, "list", lambda: fs.ls(path, detail=False))
+        with _own_errors(uri, "list"):
+            found = fs.ls(path, detail=False)
     except MissingInput:
         return []
     return sorted(_printable(name.rstrip("/").rsplit("/", 1)[-1]) for name in found)
@@ -485,11 +453,7 @@ def names_in(uri: str) -> list[str]:
 
 def version(uri: str) -> str:
     """That of `listing`, of one file; empty if it is not there."""
-    fs, path = file_system(uri)
-    try:
-        return _version(_guard(uri, "look up", lambda: fs.info(path, **_bounded(fs))))
-    except MissingInput:
-        return ""
+    return _version(found) if (found := _info(uri)) else ""
 
 
 def _version(info: Mapping[str, Any]) -> str:
@@ -501,27 +465,22 @@ def _listed(uri: str) -> dict[str, Any]:
     """What file systems know of the visible files below *uri*, by key."""
     fs, path = file_system(uri)
     root = path.rstrip("/") + "/"
-    found = _guard(uri, "list", lambda: fs.find(path, detail=True))
+    with _own_errors(uri, "list"):
+        found = fs.find(path, detail=True)
     # An object whose name ends with a slash stands for a folder; Arrow writes such, and so does Ray for checkpoints.
     inside = {name: info for name, info in found.items() if name.startswith(root) and not name.endswith("/")}
     keys = {_printable(name[len(root) :]): info for name, info in inside.items()}
-    return {key: info for key, info in keys.items() if not _is_hidden(key)}
-
-
-def _check_folder(uri: str) -> None:
-    fs, path = file_system(uri)
-    if not exists(uri):
-        raise MissingInput(f"there is no folder {redact(uri)}")
-    if _guard(uri, "look up", lambda: fs.isfile(path)):
-        raise MissingInput(f"{redact(uri)} is a file; a folder is needed here")
+    return {key: info for key, info in keys.items() if not any(map(is_hidden, key.split("/")))}
 
 
 def _printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _is_hidden(key: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in key.split("/"))
+def is_hidden(part: str) -> bool:
+    """Whether a file or folder of this name is hidden. Steps to another folder are not: such a name is left out by
+    whoever reads it, with its reason."""
+    return part.startswith(".") and part not in (".", "..")
 
 
 def local_copy(uri: str) -> Path:
@@ -531,11 +490,10 @@ def local_copy(uri: str) -> Path:
         raise MissingInput(f"there is nothing at {redact(uri)}")
     if not is_remote(uri):
         return Path(absolute(uri))
-    fs, path = file_system(uri)
     folder = Path(tempfile.mkdtemp(prefix="tmad-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if fs.isfile(path):
-        target = folder / path.rsplit("/", 1)[-1]
+    if size(uri) is not None:
+        target = folder / uri.rsplit("/", 1)[-1]
         target.write_bytes(read_bytes(uri))
         return target
     for key in list_files(uri):
@@ -552,41 +510,31 @@ def upload_folder(local: str | Path, uri: str, *, last: str = "") -> None:
         write_atomic(join(uri, key), (Path(local) / key).read_bytes())
 
 
-def _guard(uri: str, verb: str, call: Callable[[], Result]) -> Result:
-    """Run *call*; what storage raises becomes an error of ours."""
-    with _own_errors(uri, verb):
-        result = call()
-    return result
-
-
 @contextmanager
 def _own_errors(uri: str, verb: str) -> Iterator[None]:
     """What storage raises inside becomes an error of ours that names the place and the cause and hides credentials.
 
     The original is not kept as its cause: its text may hold a signed address, and a log would show it.
     """
+    known: TMADError
     try:
         yield
+        return
     except TMADError:
         raise
     except Exception as error:
-        known = _translated(uri, verb, error)
-        if known is None:
+        failed = f"cannot {verb} {redact(uri)}"
+        if is_remote(uri) and (cause := _cause(uri, error)) is not None:
+            made = MissingInput if cause.kind == "bucket" else StorageFailed
+            known = made(f"{failed}: {redact(cause.words)}", kind=cause.kind)
+        elif isinstance(error, FileNotFoundError | NotADirectoryError):
+            known = MissingInput(f"{failed}: it is not there")
+        elif isinstance(error, OSError | ValueError | ImportError):
+            kind = "full" if isinstance(error, OSError) and error.errno in _NOBODYS_FAULT else "other"
+            known = StorageFailed(f"{failed}: {redact(f'{type(error).__name__}: {error}')}", kind=kind)
+        else:
             raise
-        raise known from None
-
-
-def _translated(uri: str, verb: str, error: Exception) -> TMADError | None:
-    remote = is_remote(uri)
-    if remote and (cause := _cause(uri, error)) is not None:
-        made = MissingInput if cause.kind == "bucket" else StorageFailed
-        return made(f"cannot {verb} {redact(uri)}: {redact(cause.words)}", kind=cause.kind)
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return MissingInput(f"cannot {verb} {redact(uri)}: it is not there")
-    if isinstance(error, OSError | ValueError | ImportError):
-        kind = "full" if isinstance(error, OSError) and error.errno in _NOBODYS_FAULT else "other"
-        return StorageFailed(f"cannot {verb} {redact(uri)}: {redact(f'{type(error).__name__}: {error}')}", kind=kind)
-    return None
+    raise known from None
 
 
 def _cause(uri: str, error: Exception) -> s3.Cause | None:
@@ -615,17 +563,16 @@ def _patiently(uri: str, read: Callable[[], bytes]) -> bytes:
     patience = s3.Patience.of_environment()
     deadline = time.monotonic() + patience.total_s
 
-    def attempts() -> bytes:
-        for number in range(1, patience.attempts):
+    with _own_errors(uri, "read"):
+        for number in itertools.count(1):
             try:
                 return read()
             except Exception as error:
                 pause = random.uniform(0, min(_MAX_PAUSE_S, 2.0 ** (number - 1)))
-                if not s3.passes(error) or time.monotonic() + pause >= deadline:
+                late = number == patience.attempts or time.monotonic() + pause >= deadline
+                if late or not s3.passes(error):
                     raise
                 observe.count("storage_repeat")
                 logger.info("%s arrived cut short, attempt %d of %d", redact(uri), number, patience.attempts)
                 time.sleep(pause)
-        return read()
-
-    return _guard(uri, "read", attempts)
+    raise AssertionError("it is read, or an error is raised")

@@ -7,7 +7,6 @@ a body that arrives cut short by `pipeline.storage`, which is the only user of t
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,21 +96,19 @@ class CutShort(OSError):
 def passes(error: BaseException) -> bool:
     """Whether *error* is a body that ended early: the one transient fault that botocore does not repeat, since it has
     handed the body over by then."""
-    return (
-        isinstance(error, CutShort)
-        or _is(error, "aiohttp", "ClientPayloadError", "ClientConnectionError")
-        or _is(error, "botocore", "ResponseStreamingError", "IncompleteReadError")
-        or _is(error, "aiobotocore", "AioReadTimeoutError")
+    return isinstance(error, CutShort) or _is(
+        error,
+        "aiohttp.ClientPayloadError",
+        "aiohttp.ClientConnectionError",
+        "botocore.ResponseStreamingError",
+        "botocore.IncompleteReadError",
+        "aiobotocore.AioReadTimeoutError",
     )
 
 
 def error_code(error: BaseException) -> str:
     """S3's error code (`NoSuchBucket`), the bare status where a HEAD was refused (`403`), empty for anything else."""
-    for one in _chain(error):
-        response = getattr(one, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
+    return str(_answer(error).get("Error", {}).get("Code", ""))
 
 
 def needs_code(error: BaseException) -> bool:
@@ -119,56 +116,74 @@ def needs_code(error: BaseException) -> bool:
     return error_code(error) in ("400", "403")
 
 
+_WITHOUT_ANSWER = (
+    (
+        "botocore.NoCredentialsError botocore.PartialCredentialsError botocore.CredentialRetrievalError",
+        "credentials",
+        f"no complete credentials were found; {_LOOKED_AT}",
+    ),
+    (
+        "botocore.ProfileNotFound botocore.TokenRetrievalError botocore.SSOTokenLoadError "
+        "botocore.UnauthorizedSSOTokenError",
+        "credentials",
+        f"AWS_PROFILE names no usable profile; {_LOOKED_AT}",
+    ),
+    ("fsspec.FSTimeoutError", "timeout", f"{{where}} was not done in time; {ENVIRONMENT['total_s']} is the bound"),
+    (
+        "botocore.ReadTimeoutError",
+        "timeout",
+        f"{{where}} stayed silent in each of {{attempts}} attempts; {ENVIRONMENT['silence_s']} is the bound",
+    ),
+    (
+        "botocore.ResponseStreamingError botocore.IncompleteReadError aiohttp.ClientPayloadError",
+        "incomplete",
+        "the file arrived cut short in each of {attempts} attempts",
+    ),
+    ("pipeline.CutShort", "incomplete", "the file arrived cut short in each of {attempts} attempts ({error})"),
+    (
+        "botocore.ConnectTimeoutError botocore.ProxyConnectionError botocore.SSLError aiohttp.ClientConnectorError",
+        "endpoint",
+        "{where} cannot be reached ({attempts} attempts); AWS_ENDPOINT_URL names another",
+    ),
+    (
+        "botocore.ConnectionError botocore.HTTPClientError aiohttp.ClientConnectionError",
+        "connection",
+        "{where} closed the connection without an answer in each of {attempts} attempts",
+    ),
+    (
+        "botocore.ParamValidationError",
+        "request",
+        "the URI has no valid bucket or key; s3://bucket/key is expected",
+    ),
+    ("botocore.BotoCoreError aiohttp.ClientError", "request", "{kind}: {error}"),
+)
+"""Classes of errors that came without an answer of S3, the kind of the cause, and its words; the first that fits."""
+
+
 def cause_of(error: BaseException, *, bucket: str, endpoint: str, attempts: int) -> Cause | None:
-    """What *error* of s3fs, botocore or aiohttp means; none if it is not one of theirs.
+    """What *error* of s3fs, botocore or aiohttp means; `None` if it is not one of theirs.
 
     *endpoint* is named where it could be wrong; *attempts* is how often a request is made.
     """
-    code, status, tries = error_code(error), _status(error), _tries(error) or attempts
+    code, answer = error_code(error), _answer(error).get("ResponseMetadata", {})
+    status, repeated = int(answer.get("HTTPStatusCode", 0)), answer.get("RetryAttempts")
     where = f"the endpoint {endpoint}" if endpoint else "the endpoint"
+    answered = f"{where} answered {status}" + (f" {code}" if code not in ("", str(status)) else "")
     if code in _CREDENTIALS:
         return Cause("credentials", f"{where} refused the credentials ({code}); {_LOOKED_AT}")
     if code == "NoSuchBucket":
         return Cause("bucket", f"there is no bucket {bucket!r} at {where}")
     if status >= 500 or code in ("SlowDown", "Throttling", "RequestTimeout"):
-        return Cause("server", f"{where} answered {' '.join(_shown(status, code))} to each of {tries} attempts")
+        return Cause("server", f"{answered} to each of {attempts if repeated is None else int(repeated) + 1} attempts")
     if status in (401, 403):
         return Cause("permission", f"{where} does not allow it ({code or status}); {_LOOKED_AT}")
     if status >= 400 and status != 404:
-        return Cause("request", f"{where} answered {' '.join(_shown(status, code))}")
-    return _cause_without_answer(error, where, attempts)
-
-
-def _cause_without_answer(error: BaseException, where: str, attempts: int) -> Cause | None:
+        return Cause("request", answered)
     chain = list(_chain(error))
-
-    def any_is(package: str, *names: str) -> bool:
-        return any(_is(one, package, *names) for one in chain)
-
-    if any_is("botocore", "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"):
-        return Cause("credentials", f"no complete credentials were found; {_LOOKED_AT}")
-    if any_is("botocore", "ProfileNotFound", "TokenRetrievalError", "SSOTokenLoadError", "UnauthorizedSSOTokenError"):
-        return Cause("credentials", f"AWS_PROFILE names no usable profile; {_LOOKED_AT}")
-    if any_is("fsspec", "FSTimeoutError"):
-        return Cause("timeout", f"{where} was not done in time; {ENVIRONMENT['total_s']} is the bound")
-    if any_is("botocore", "ReadTimeoutError"):
-        return Cause(
-            "timeout", f"{where} stayed silent in each of {attempts} attempts; {ENVIRONMENT['silence_s']} is the bound"
-        )
-    if any_is("botocore", "ResponseStreamingError", "IncompleteReadError") or any_is("aiohttp", "ClientPayloadError"):
-        return Cause("incomplete", f"the file arrived cut short in each of {attempts} attempts")
-    if any_is("pipeline", "CutShort"):
-        return Cause("incomplete", f"the file arrived cut short in each of {attempts} attempts ({error})")
-    if any_is("botocore", "ConnectTimeoutError", "ProxyConnectionError", "SSLError") or any_is(
-        "aiohttp", "ClientConnectorError"
-    ):
-        return Cause("endpoint", f"{where} cannot be reached ({attempts} attempts); AWS_ENDPOINT_URL names another")
-    if any_is("botocore", "ConnectionError", "HTTPClientError") or any_is("aiohttp", "ClientConnectionError"):
-        return Cause("connection", f"{where} closed the connection without an answer in each of {attempts} attempts")
-    if any_is("botocore", "ParamValidationError"):
-        return Cause("request", "the URI has no valid bucket or key; s3://bucket/key is expected")
-    if any_is("botocore", "BotoCoreError") or any_is("aiohttp", "ClientError"):
-        return Cause("request", f"{type(error).__name__}: {' '.join(str(error).split())}")
+    for names, kind, words in _WITHOUT_ANSWER:
+        if any(_is(one, *names.split()) for one in chain):
+            said = " ".join(str(error).split())
+            return Cause(kind, words.format(where=where, attempts=attempts, kind=type(error).__name__, error=said))
     return None
 
 
@@ -198,33 +213,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         todo += [one.__cause__, inner if isinstance(inner, BaseException) else None]
 
 
-def _is(error: BaseException, package: str, *names: str) -> bool:
-    """Whether *error* is of a class of these *names* in *package*, or of one derived from it.
-
-    By name, because the packages are only imported where S3 is used.
-    """
-    return package in sys.modules and any(
-        kind.__name__ in names and kind.__module__.split(".")[0] == package for kind in type(error).__mro__
-    )
+def _is(error: BaseException, *names: str) -> bool:
+    """Whether *error* is of one of these classes, `package.Name`, or of one derived from it: by name, because the
+    packages are only imported where S3 is used."""
+    return any(f"{kind.__module__.split('.')[0]}.{kind.__name__}" in names for kind in type(error).__mro__)
 
 
-def _metadata(error: BaseException) -> dict[str, Any]:
-    for one in _chain(error):
-        response = getattr(one, "response", None)
-        if isinstance(response, dict):
-            return dict(response.get("ResponseMetadata", {}))
-    return {}
-
-
-def _status(error: BaseException) -> int:
-    return int(_metadata(error).get("HTTPStatusCode", 0))
-
-
-def _tries(error: BaseException) -> int:
-    """How often the request was made, as botocore counted."""
-    retries = _metadata(error).get("RetryAttempts")
-    return 0 if retries is None else int(retries) + 1
-
-
-def _shown(status: int, code: str) -> list[str]:
-    return [str(status)] if code in ("", str(status)) else [str(status), code]
+def _answer(error: BaseException) -> dict[str, Any]:
+    """S3's answer that *error* came from, empty if there was none."""
+    answers = (getattr(one, "response", None) for one in _chain(error))
+    return next((one for one in answers if isinstance(one, dict)), {})

@@ -198,19 +198,15 @@ def ablate(config: AblateConfig) -> tuple[Finished, str]:
 def table(rows: Sequence[Row], study: Study) -> Table:
     """Ours beside the paper's."""
     columns = list(dict.fromkeys(name for values in study.paper.values() for name in values))
-    body: list[list[object]] = []
-    for row in rows:
-        cells: list[object] = [row.label]
-        for name in SHOWN:
-            value = row.metrics.get(name)
-            spread = f" ±{row.spread[name] / 2:.2g}" if name in row.spread else ""
-            cells.append(None if value is None else f"{value:.4g}{spread}")
-        body.append(
-            [
-                *cells,
-                *(None if value is None else str(value) for value in map(study.paper.get(row.label, {}).get, columns)),
-            ]
-        )
+
+    def ours(row: Row, name: str) -> str | None:
+        spread = f" ±{row.spread[name] / 2:.2g}" if name in row.spread else ""
+        return None if (value := row.metrics.get(name)) is None else f"{value:.4g}{spread}"
+
+    def papers(row: Row, name: str) -> str | None:
+        return None if (value := study.paper.get(row.label, {}).get(name)) is None else str(value)
+
+    body = [[row.label, *(ours(row, name) for name in SHOWN), *(papers(row, name) for name in columns)] for row in rows]
     return Table(["", *SHOWN, *(f"paper: {name}" for name in columns)], body)
 
 

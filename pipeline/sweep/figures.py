@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,8 @@ def parallel_coordinates(trials: Sequence[Trial], space: Mapping[str, Domain], o
     """A line for each trial through an upright axis for each setting, and one for the objective, which colours it."""
     shown = [trial for trial in trials if objective in trial.metrics]
     top, height = 30, 240
-    values = [trial.metrics[objective] for trial in shown]
-    axes = {name: _Axis.of_setting(domain, [one.point[name] for one in shown]) for name, domain in space.items()}
-    axes[objective] = _Axis.of_numbers(values)
+    axes = {name: _of_setting(domain, [one.point[name] for one in shown]) for name, domain in space.items()}
+    axes[objective] = _of_metric(shown, objective)
     xs = {name: 60 + place * (WIDTH - 120) / max(1, len(axes) - 1) for place, name in enumerate(axes)}
     drawing = Drawing(WIDTH, top + height + 14, f"parallel coordinates of {len(shown)} trials")
     for name, x in xs.items():
@@ -31,7 +30,8 @@ def parallel_coordinates(trials: Sequence[Trial], space: Mapping[str, Domain], o
         drawing.add("text", short, title=name, x=x, y=14, text_anchor="middle")
         for share, text in axes[name].ticks:
             drawing.add("text", text, x=x + 4, y=top + height * (1 - share) + 4)
-    goodness = _Axis.of_numbers(values, reverse=direction(objective) == "min")
+    goodness = _of_metric(shown, objective, reverse=direction(objective) == "min")
+    alike = len({trial.metrics[objective] for trial in shown}) < 2
     for trial in sorted(shown, key=lambda one: goodness.share(one.metrics[objective])):
         row = {**trial.point, objective: trial.metrics[objective]}
         places = " ".join(
@@ -42,7 +42,7 @@ def parallel_coordinates(trials: Sequence[Trial], space: Mapping[str, Domain], o
             title=_told(trial, objective),
             class_="trial" if trial.status == "finished" else "trial cut",
             points=places,
-            stroke=_colour(goodness.share(trial.metrics[objective]) if len(set(values)) > 1 else 1.0),
+            stroke=_colour(1.0 if alike else goodness.share(trial.metrics[objective])),
         )
     return drawing
 
@@ -69,10 +69,7 @@ def front(trials: Sequence[Trial], x_name: str, y_name: str) -> Drawing:
     best = pareto(trials, (x_name, y_name))
     top, left, height, width = 16, 70, 300, 640
     ends = {"max": "higher is better", "min": "reversed: lower is better"}
-    axes = {
-        name: _Axis.of_numbers([trial.metrics[name] for trial in shown], reverse=direction(name) == "min")
-        for name in (x_name, y_name)
-    }
+    axes = {name: _of_metric(shown, name, reverse=direction(name) == "min") for name in (x_name, y_name)}
 
     def place(trial: Trial) -> tuple[float, float]:
         x, y = (axis.share(trial.metrics[name]) for name, axis in axes.items())
@@ -100,41 +97,34 @@ def front(trials: Sequence[Trial], x_name: str, y_name: str) -> Drawing:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Where values stand between the ends of an axis, as shares of its length."""
+    """Where values stand between the ends of an axis, as shares of its length, and what is written along it."""
 
-    low: float = 0.0
-    high: float = 1.0
-    log: bool = False
-    reverse: bool = False
-    places: Mapping[str, float] | None = None
-    """Of values that are no numbers."""
+    share: Callable[[Any], float]
+    ticks: list[tuple[float, str]]
 
-    @classmethod
-    def of_numbers(cls, values: Sequence[float], *, reverse: bool = False) -> _Axis:
-        return cls(min(values, default=0.0), max(values, default=1.0), reverse=reverse)
 
-    @classmethod
-    def of_setting(cls, domain: Domain, values: Sequence[Any]) -> _Axis:
-        if isinstance(domain, LogRange):
-            return cls(domain.low, domain.high, log=True)
-        ordered = sorted({str(value): value for value in (*domain.values, *values)}.values(), key=sort_key)
-        last = max(1, len(ordered) - 1)
-        return cls(places={_key(value): index / last for index, value in enumerate(ordered)})
-
-    def share(self, value: Any) -> float:
-        if self.places is not None:
-            return self.places[_key(value)]
-        if self.high <= self.low:
+def _of_numbers(low: float, high: float, *, log: bool = False, reverse: bool = False) -> _Axis:
+    def share(value: float) -> float:
+        if high <= low:
             return 0.5
-        low, high, value = map(math.log, (self.low, self.high, value)) if self.log else (self.low, self.high, value)
-        share = (value - low) / (high - low)
-        return 1 - share if self.reverse else share
+        first, last, here = map(math.log, (low, high, value)) if log else (low, high, value)
+        part = (here - first) / (last - first)
+        return 1 - part if reverse else part
 
-    @property
-    def ticks(self) -> list[tuple[float, str]]:
-        if self.places is not None:
-            return [(place, name) for name, place in self.places.items()]
-        return [(self.share(value), f"{value:.4g}") for value in dict.fromkeys((self.low, self.high))]
+    return _Axis(share, [(share(value), f"{value:.4g}") for value in dict.fromkeys((low, high))])
+
+
+def _of_metric(trials: Sequence[Trial], name: str, *, reverse: bool = False) -> _Axis:
+    values = [trial.metrics[name] for trial in trials]
+    return _of_numbers(min(values), max(values), reverse=reverse)
+
+
+def _of_setting(domain: Domain, values: Sequence[Any]) -> _Axis:
+    if isinstance(domain, LogRange):
+        return _of_numbers(domain.low, domain.high, log=True)
+    ordered = sorted({str(value): value for value in (*domain.values, *values)}.values(), key=sort_key)
+    places = {_key(value): index / max(1, len(ordered) - 1) for index, value in enumerate(ordered)}
+    return _Axis(lambda value: places[_key(value)], [(place, name) for name, place in places.items()])
 
 
 def _key(value: Any) -> str:

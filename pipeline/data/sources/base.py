@@ -32,7 +32,7 @@ class Source(ABC):
         """The file of one image. Raises `MissingInput` or `StorageFailed`."""
 
     def runs(self, keys: Sequence[str]) -> list[Sequence[str]] | None:
-        """*keys*, in their order, as runs that `read_run` reads by one request each; none where requests for several
+        """*keys*, in their order, as runs that `read_run` reads by one request each; `None` where requests for several
         at once gain nothing: on local disks, or where reading one brings the next."""
         return None
 
@@ -49,81 +49,37 @@ class Source(ABC):
         """A text for each of *keys* that changes when its file is replaced, without reading it; empty for one that is
         not there."""
 
-    def label(self, key: str) -> int | None:
-        """The class that the collection gives the image, none if it gives none."""
-        return None
-
     def labels(self, keys: pa.Array) -> pa.Array:
-        """The classes of many images, int64, null where there is none."""
+        """The class that the collection gives each image, int64, null where it gives none."""
         return pa.nulls(len(keys), pa.int64())
 
 
-class Index:
-    """Keys with a few whole numbers each, sorted by key and found by bisection.
-
-    It lies in Arrow memory: an index of millions of keys goes to the workers once a machine and is not copied there.
-    """
-
-    def __init__(self, table: pa.Table) -> None:
-        """*table*: column `key` and columns of whole numbers, rows in any order; equal keys keep theirs."""
-        self.table = table.take(pc.sort_indices(table["key"])).combine_chunks()
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    def keys(self) -> list[str]:
-        """All keys, by code point."""
-        return list(self.table["key"].to_pylist())
-
-    def find(self, key: str) -> dict[str, Any] | None:
-        """The numbers of *key*, none if it is not there."""
-        if not self.table.num_rows:
-            return None
-        keys = self.table["key"].chunk(0)
-        row = bisect_left(keys, key, key=lambda one: one.as_py())
-        if row == len(keys) or keys[row].as_py() != key:
-            return None
-        return {name: self.table[name][row].as_py() for name in self.table.column_names if name != "key"}
-
-    def label(self, key: str) -> int | None:
-        """The number of *key* in the column `label`, none if it has none or is not there."""
-        if self.table["label"].null_count == len(self):
-            return None
-        place = self.find(key)
-        return None if place is None else place["label"]
-
-    def labels(self, keys: pa.Array) -> pa.Array:
-        """The numbers of *keys* in the column `label`, int64, null for those that have none or are not there."""
-        if self.table["label"].null_count == len(self):
-            return pa.nulls(len(keys), pa.int64())
-        rows = pc.index_in(keys, value_set=self.table["key"].combine_chunks())
-        return self.table["label"].combine_chunks().take(rows)
-
-    def repeated(self) -> np.ndarray:
-        """Rows of the table whose key is also that of the row before."""
-        keys = self.table["key"]
-        same = pc.equal(keys.slice(1), keys.slice(0, max(len(keys) - 1, 0)))
-        return np.flatnonzero(same.to_numpy()) + 1
-
-
 class Indexed(Source):
-    """What sources have in common whose images lie in files that an `Index` tells the places of."""
+    """Images in files, with a table of their places: columns `key`, `label` and whole numbers, sorted by key.
+
+    An Arrow table of millions of keys goes to the workers once a machine and is not copied there.
+    """
 
     uri: str
     files: tuple[str, ...]
     left_out: tuple[str, ...]
 
     @property
-    def _index(self) -> Index:
+    def _index(self) -> pa.Table:
         raise NotImplementedError
 
     @property
     def _uris(self) -> Sequence[str]:
         return [join(self.uri, file) for file in self.files] if self.files else [self.uri]
 
+    def _find(self, key: str) -> dict[str, Any] | None:
+        keys = whole(self._index["key"])
+        row = bisect_left(keys, key, key=lambda one: one.as_py())
+        found = row < len(keys) and keys[row].as_py() == key
+        return self._index.slice(row, 1).to_pylist()[0] if found else None
+
     def _place(self, key: str) -> dict[str, Any]:
-        place = self._index.find(key)
-        if place is None:
+        if (place := self._find(key)) is None:
             raise MissingInput(f"there is no {key!r} in {redact(self.uri)}")
         return place
 
@@ -134,22 +90,43 @@ class Indexed(Source):
     def versions(self, keys: Sequence[str]) -> list[str]:
         """The version of the file that holds each, and its place there."""
         files = [version(uri) for uri in self._uris]
-        table = self._index.table
-        rows = pc.index_in(pa.array(keys, pa.large_string()), value_set=table["key"].combine_chunks())
-        names = [name for name in table.column_names if name not in ("key", "file")]
-        places = zip(*(table[name].take(rows).to_pylist() for name in ("file", *names)), strict=True)
+        names = [name for name in self._index.column_names if name not in ("key", "file")]
+        places = zip(*(column.to_pylist() for column in take(self._index, keys, "file", *names)), strict=True)
         return ["" if file is None else f"{files[file]} {rest}" for file, *rest in places]
 
-    def label(self, key: str) -> int | None:
-        """The class that the collection gives the image."""
-        return self._index.label(key)
-
     def labels(self, keys: pa.Array) -> pa.Array:
-        """Those of `label`, all at once."""
-        return self._index.labels(keys)
+        """Those in the table."""
+        (labels,) = take(self._index, keys, "label")
+        return labels
 
 
-def make_index_table(keys: list[str], **numbers: list[int] | list[int | None]) -> pa.Table:
-    """The table that an `Index` is made of."""
+def index_of(keys: list[str], **numbers: list[int] | list[int | None]) -> pa.Table:
+    """A table of *keys* with whole numbers for each, in the order given."""
     columns = {name: pa.array(values, pa.int64()) for name, values in numbers.items()}
     return pa.table({"key": pa.array(keys, pa.large_string()), **columns})
+
+
+def sorted_by_key(table: pa.Table) -> tuple[pa.Table, np.ndarray]:
+    """*table* sorted by its column `key`, equal keys in their order; and the rows whose key is also that of the row
+    before."""
+    table = table.take(pc.sort_indices(table["key"])).combine_chunks()
+    keys = table["key"]
+    same = pc.equal(keys.slice(1), keys.slice(0, max(len(keys) - 1, 0)))
+    return table, np.flatnonzero(same.to_numpy()) + 1
+
+
+def without(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """*table* without these *rows*."""
+    return table.take(np.delete(np.arange(len(table)), rows)).combine_chunks() if rows.size else table
+
+
+def take(table: pa.Table, keys: Sequence[str] | pa.Array, *names: str) -> list[pa.Array]:
+    """The columns *names* of *table* at the rows of *keys*, null where there is none."""
+    keys = keys if isinstance(keys, pa.Array) else pa.array(keys, pa.large_string())
+    rows = pc.index_in(keys, value_set=whole(table["key"]))
+    return [whole(table[name]).take(rows) for name in names]
+
+
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """`column.combine_chunks()`, but nothing is copied where there is one chunk."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

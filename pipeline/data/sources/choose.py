@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pipeline.data.sources.base import Source
 from pipeline.data.sources.keylist import KeyList
@@ -46,36 +48,35 @@ def open_source(
     compressed archives, and where these are most of a folder.
     """
     uri = absolute(uri)
+    columns = {"image_column": image_column, "key_column": key_column, "label_column": label_column}
     if uri.endswith(LIST_SUFFIXES):
         folder = absolute(root) if root else uri.rsplit("/", 1)[0]
-        _refuse(uri, "a list of keys", image_column=image_column, key_column=key_column, label_column=label_column)
-        if _IN_A_FILE.search(folder):
-            return KeyList(uri, open_source(folder, cache=cache), folder)
+        _refuse(uri, "a list of keys", columns)
         # Files are asked for by their names: the folder, which may be a whole file system, is not walked.
         tree = KeyList(uri, ImageTree(folder), folder)
-        if tree.begins_in_root() or not any(name.lower().endswith((".tar", ".parquet")) for name in names_in(folder)):
-            return tree
-        return KeyList(uri, open_source(folder, cache=cache), folder)
-    _refuse(uri, "not a list of keys", root=root)
-    source = _open(uri, image_column, key_column, label_column, cache)
+        if _IN_A_FILE.search(folder) or (
+            not tree.begins_in_root() and any(name.lower().endswith((".tar", ".parquet")) for name in names_in(folder))
+        ):
+            return KeyList(uri, open_source(folder, cache=cache), folder)
+        return tree
+    _refuse(uri, "not a list of keys", {"root": root})
+    source = _open(uri, columns, cache)
     if not isinstance(source, ParquetTable):
-        _refuse(uri, "not a Parquet table", image_column=image_column, key_column=key_column, label_column=label_column)
+        _refuse(uri, "not a Parquet table", columns)
     return source
 
 
-def _open(
-    uri: str, image_column: str | None, key_column: str | None, label_column: str | None, cache: str | None
-) -> Source:
+def _open(uri: str, columns: Mapping[str, Any], cache: str | None) -> Source:
     if uri.endswith(".tar"):
         return TarShards(uri, cache=cache)
     if inside := _IN_A_TAR.fullmatch(uri):
         return TarShards(inside[1], below=inside[2], cache=cache)
     if uri.endswith(".parquet"):
-        return ParquetTable(uri, (), image_column, key_column, label_column)
+        return ParquetTable(uri, **columns)
     if uri.lower().endswith(ARCHIVE_SUFFIXES):
         raise _compressed(uri)
     files = {key: file for key, file in listing(uri).items() if not is_ledger(key)}
-    images = [key for key in files if is_image(key, files[key])]
+    images = tuple(key for key in files if is_image(key, files[key]))
     tars, tables, archives = (
         tuple(key for key in files if key.lower().endswith(suffix)) for suffix in (".tar", ".parquet", ARCHIVE_SUFFIXES)
     )
@@ -83,7 +84,7 @@ def _open(
     def size(keys: Iterable[str]) -> int:
         return sum(files[key].size for key in keys)
 
-    read: Sequence[str] = tars if tars and size(tars) > size(images) else images or tars or tables
+    read = tars if tars and size(tars) > size(images) else images or tars or tables
     if not read and archives:
         raise _compressed(f"{uri}/{archives[0]}")
     if size(archives) > size(read):
@@ -91,12 +92,13 @@ def _open(
             f"most of {redact(uri)} would not be read: {len(archives)} compressed archives ({archives[0]!r}, ...) are "
             f"larger than the {len(read)} files that can be; unpack them, or keep them in another place"
         )
-    rest = tuple(key for key in files if key not in set(read))
+    chosen = set(read)
+    rest = tuple(key for key in files if key not in chosen)
     _tell(uri, rest, files)
     if tars and read is tars:
         return TarShards(uri, tars, cache=cache, left_out=rest)
-    if read is tables and tables:
-        return ParquetTable(uri, tables, image_column, key_column, label_column, left_out=rest)
+    if tables and read is tables:
+        return ParquetTable(uri, tables, left_out=rest, **columns)
     return ImageTree(uri, files)
 
 
@@ -107,22 +109,16 @@ def is_ledger(key: str) -> bool:
 
 def _tell(uri: str, rest: Sequence[str], files: Mapping[str, Listed]) -> None:
     """One line on what is passed over."""
-    if rest:
-        endings = Counter(
-            "links to folders" if files[key].link else _ending(key.rsplit("/", 1)[-1]) for key in rest
-        ).most_common(_SHOWN)
-        logger.warning(
-            "%s: %d files are not read as images: %s%s; e.g. %r",
-            redact(uri),
-            len(rest),
-            ", ".join(f"{count} {ending}" for ending, count in endings),
-            ", ..." if len(endings) == _SHOWN else "",
-            rest[0],
-        )
-
-
-def _ending(name: str) -> str:
-    return "." + name.rsplit(".", 1)[1].lower() if "." in name else "without an ending"
+    if not rest:
+        return
+    endings = [os.path.splitext(key)[1].lower() or "without an ending" for key in rest]
+    kinds = Counter(
+        "links to folders" if files[key].link else ending for key, ending in zip(rest, endings, strict=True)
+    )
+    shown = [f"{count} {kind}" for kind, count in kinds.most_common(_SHOWN)]
+    more = ", ..." if len(shown) == _SHOWN else ""
+    what = f"{len(rest)} files are not read as images: {', '.join(shown)}{more}; e.g. {rest[0]!r}"
+    logger.warning("%s: %s", redact(uri), what)
 
 
 def _compressed(uri: str) -> CorruptSource:
@@ -132,7 +128,7 @@ def _compressed(uri: str) -> CorruptSource:
     )
 
 
-def _refuse(uri: str, kind: str, **settings: str | None) -> None:
+def _refuse(uri: str, kind: str, settings: Mapping[str, str | None]) -> None:
     given = [name for name, value in settings.items() if value is not None]
     if given:
         raise ValueError(f"{' and '.join(given)} cannot be used here: the source {redact(uri)} is {kind}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.data.sources.base import Index, Indexed
+from pipeline.data.sources.base import Indexed, sorted_by_key, without
 from pipeline.errors import CorruptSource, MissingInput
 from pipeline.storage import open_file, redact
 
@@ -60,61 +62,52 @@ class ParquetTable(Indexed):
             none = "no row has a key" if self._listed[1] else "no row"
             raise MissingInput(f"there is no image in {redact(self.uri)}: {none} in {len(self._uris)} Parquet file(s)")
         by_place = [(name, "ascending") for name in ("file", "group", "row")]
-        return list(self._index.table.sort_by(by_place)["key"].to_pylist())
+        return list(self._index.sort_by(by_place)["key"].to_pylist())
 
     def read(self, key: str) -> bytes:
         """The bytes of one row; those of no image are empty."""
         place = self._place(key)
         group = place["file"], place["group"]
         if not self._held or self._held[0][0] != group:
-            self._held[:] = [(group, self._images(*group))]
+            with _opened(self._uris[place["file"]]) as parquet:
+                column = self._image_column(self._uris[place["file"]], parquet.schema_arrow)
+                self._held[:] = [(group, _read(parquet, column, place["group"]))]
         return self._held[0][1][place["row"]].as_py() or b""
-
-    def _images(self, file: int, group: int) -> pa.ChunkedArray:
-        with open_file(self._uris[file]) as opened:
-            parquet = _parquet(self._uris[file], opened)
-            column = self._image_column(self._uris[file], parquet.schema_arrow)
-            return _read(parquet, column, group)
 
     def beside(self) -> dict[str, str]:
         """Files of the folder that are of another kind; rows without a key, or with the key of an earlier row."""
         return {**super().beside(), **self._listed[1]}
 
     @property
-    def _index(self) -> Index:
+    def _index(self) -> pa.Table:
         return self._listed[0]
 
     @cached_property
-    def _listed(self) -> tuple[Index, dict[str, str]]:
+    def _listed(self) -> tuple[pa.Table, dict[str, str]]:
         """Where every image lies, and the rows that have no key of their own, as `FILE#ROW`. Made where keys are listed
         and carried along to the workers."""
         with ThreadPoolExecutor(_READERS) as pool:
-            table = pa.concat_tables(pool.map(self._list_file, range(len(self._uris)))).combine_chunks()
-        nameless = pc.is_null(table["key"])
-        odd = {self._row_name(table, row): "no-key" for row in np.flatnonzero(nameless.to_numpy()).tolist()}
-        index = Index(table.filter(pc.invert(nameless)))
-        again = index.repeated()
-        odd |= {self._row_name(index.table, row): "same-key" for row in again.tolist()}
+            rows = pa.concat_tables(pool.map(self._list_file, range(len(self._uris)))).combine_chunks()
+        nameless = pc.is_null(rows["key"])
+        table, again = sorted_by_key(rows.filter(pc.invert(nameless)))
+        odd = dict.fromkeys(self._row_names(rows.filter(nameless)), "no-key")
+        odd |= dict.fromkeys(self._row_names(table.take(again)), "same-key")
         if odd:
             logger.warning(
                 "%s: %d rows have no key of their own in column %r and are left out, %s first",
                 *(redact(self.uri), len(odd), self.key_column, next(iter(odd))),
             )
-        once = np.ones(len(index), bool)
-        once[again] = False
-        kept = index.table.filter(pa.array(once)) if again.size else index.table
-        return Index(kept.drop_columns(["at"])), odd
+        return without(table, again).drop_columns(["at"]), odd
 
-    def _row_name(self, table: pa.Table, row: int) -> str:
-        return f"{self._name(table['file'][row].as_py())}#{table['at'][row].as_py()}"
+    def _row_names(self, table: pa.Table) -> list[str]:
+        return [f"{self._name(row['file'])}#{row['at']}" for row in table.select(["file", "at"]).to_pylist()]
 
     def _name(self, number: int) -> str:
         return self.files[number] if self.files else self.uri.rsplit("/", 1)[-1]
 
     def _list_file(self, number: int) -> pa.Table:
         uri = self._uris[number]
-        with open_file(uri) as opened:
-            parquet = _parquet(uri, opened)
+        with _opened(uri) as parquet:
             self._image_column(uri, parquet.schema_arrow)
             rows = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
             total = sum(rows)
@@ -150,19 +143,19 @@ class ParquetTable(Indexed):
         found = _type_of(uri, parquet.schema_arrow, name, setting)
         try:
             return _read(parquet, name).cast(kind)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            where = f"column {name!r} of {redact(uri)} ({found})"
+            raise CorruptSource(f"{where} cannot be the {setting}: {error}") from None
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[pq.ParquetFile]:
+    with open_file(uri) as file:
+        try:
+            parquet = pq.ParquetFile(file, pre_buffer=True)
         except pa.ArrowInvalid as error:
-            raise CorruptSource(
-                f"column {name!r} of {redact(uri)} ({found}) cannot be the {setting}: {error}"
-            ) from None
-        except pa.ArrowNotImplementedError:
-            raise CorruptSource(f"column {name!r} of {redact(uri)} cannot be the {setting}: it holds {found}") from None
-
-
-def _parquet(uri: str, opened: object) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(opened, pre_buffer=True)
-    except pa.ArrowInvalid as error:
-        raise CorruptSource(f"{redact(uri)} is no Parquet file or was cut off: {error}") from None
+            raise CorruptSource(f"{redact(uri)} is no Parquet file or was cut off: {error}") from None
+        yield parquet
 
 
 def _read(parquet: pq.ParquetFile, name: str, group: int | None = None) -> pa.ChunkedArray:

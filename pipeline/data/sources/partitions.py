@@ -1,7 +1,7 @@
-"""The official partitions of the paper's data sets: how many images each has, and the files it comes in.
+"""The official partitions of the paper's data sets, and how many images each has.
 
 A download that lacks an archive, a list of another edition, a half-copied folder: all look like a data set. Comparing
-with the published number shows them before days are spent.
+with the published number shows them before days are spent. docs/bring-your-own-data.md names the files they come in.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ PartitionName = Literal[
 ]
 
 _EXAMPLES = 10
+_PLACES = "http://places2.csail.mit.edu, for research and education; its terms are on that page"
+_PARIS = "only by request to the owners of Context Encoders (Pathak et al. 2016)"
+_DEEPFILL = "the split of DeepFill's lists; there is no official one"
 
 
 @dataclass(frozen=True)
@@ -33,44 +36,20 @@ class Partition:
     """One part of a data set as its owners publish it."""
 
     images: int
-    list_file: str = ""
-    """The official list, whose paths begin at the folder in the archive."""
-    small: str = ""
-    """Archive and folder in it of the images of 256 x 256 pixels."""
-    large: str = ""
-    """Archive and folder in it of the images in their full size."""
-    note: str = ""
+    note: str
     """Where it comes from, and what is disputed about it."""
 
 
-_PLACES = "http://places2.csail.mit.edu, for research and education; its terms are on that page"
-_PARIS = "only by request to the owners of Context Encoders (Pathak et al. 2016)"
-_DEEPFILL = "the split of DeepFill's lists; there is no official one"
-
 PARTITIONS: dict[PartitionName, Partition] = {
-    "places365-standard-train": Partition(
-        1_803_460,
-        "places365_train_standard.txt",
-        "train_256_places365standard.tar/data_256",
-        "train_large_places365standard.tar/data_large",
-        _PLACES,
-    ),
-    "places365-challenge-train": Partition(
-        8_026_628,
-        "places365_train_challenge.txt",
-        "train_256_places365challenge.tar/data_256",
-        "train_large_places365challenge.tar/data_large",
-        f"{_PLACES}; its description also says 8,097,967",
-    ),
-    "places365-val": Partition(36_500, "places365_val.txt", "val_256.tar/val_256", "val_large.tar/val_large", _PLACES),
-    "places365-test": Partition(
-        328_500, "places365_test.txt", "test_256.tar/test_256", "test_large.tar/test_large", _PLACES
-    ),
-    "celeba-hq": Partition(30_000, note="https://github.com/tkarras/progressive_growing_of_gans, non-commercial"),
-    "celeba-hq-deepfill-train": Partition(28_000, "train_shuffled.flist", note=_DEEPFILL),
-    "celeba-hq-deepfill-val": Partition(2_000, "val_shuffled.flist", note=_DEEPFILL),
-    "paris-streetview-train": Partition(14_900, note=_PARIS),
-    "paris-streetview-test": Partition(100, note=_PARIS),
+    "places365-standard-train": Partition(1_803_460, _PLACES),
+    "places365-challenge-train": Partition(8_026_628, f"{_PLACES}; its description also says 8,097,967"),
+    "places365-val": Partition(36_500, _PLACES),
+    "places365-test": Partition(328_500, _PLACES),
+    "celeba-hq": Partition(30_000, "https://github.com/tkarras/progressive_growing_of_gans, non-commercial"),
+    "celeba-hq-deepfill-train": Partition(28_000, _DEEPFILL),
+    "celeba-hq-deepfill-val": Partition(2_000, _DEEPFILL),
+    "paris-streetview-train": Partition(14_900, _PARIS),
+    "paris-streetview-test": Partition(100, _PARIS),
 }
 
 
@@ -99,25 +78,19 @@ class CountReport:
         parts = [f"{self.partition} has {self.expected:,} images, {self.listed:,} are listed here"]
         if self.listed != self.expected:
             parts.append(f"{abs(self.listed - self.expected):,} too {'few' if self.listed < self.expected else 'many'}")
-        for count, what, examples in (
-            (self.missing, "listed images are not in the root", self.missing_examples),
-            (self.unlisted, "images in the root are not in the list", self.unlisted_examples),
-        ):
-            if count:
-                parts.append(f"{count:,} {what}, e.g. {examples[0]!r}")
+        if self.missing:
+            parts.append(f"{self.missing:,} listed images are not in the root, e.g. {self.missing_examples[0]!r}")
+        if self.unlisted:
+            parts.append(
+                f"{self.unlisted:,} images in the root are not in the list, e.g. {self.unlisted_examples[0]!r}"
+            )
         return "; ".join(parts)
 
 
 def compare(name: PartitionName, source: Source, keys: Sequence[str]) -> CountReport:
     """The *keys* of *source* beside the partition *name*; for a list, also beside what its root holds."""
-    partition = PARTITIONS[name]
     facts: dict[str, Any] = {}
     if isinstance(source, KeyList):
-        missing, unlisted = source.compare_with_root()
-        facts = {
-            "missing": len(missing),
-            "unlisted": len(unlisted),
-            "missing_examples": missing[:_EXAMPLES],
-            "unlisted_examples": unlisted[:_EXAMPLES],
-        }
-    return CountReport(partition=name, expected=partition.images, listed=len(keys), note=partition.note, **facts)
+        for what, some in zip(("missing", "unlisted"), source.compare_with_root(), strict=True):
+            facts |= {what: len(some), f"{what}_examples": some[:_EXAMPLES]}
+    return CountReport(name, PARTITIONS[name].images, len(keys), note=PARTITIONS[name].note, **facts)

@@ -19,17 +19,19 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import feather
 
-from pipeline.data.sources.base import Index, Indexed, make_index_table
+from pipeline.data.sources.base import Indexed, index_of, sorted_by_key, without
 from pipeline.errors import CorruptSource, MissingInput
 from pipeline.storage import (
     exists,
-    fingerprint,
+    is_hidden,
     is_remote,
     open_file,
     read_bytes,
     read_range,
     redact,
+    version,
     write_atomic,
 )
 from tmad.images import PICTURES, SUFFIXES
@@ -77,7 +79,7 @@ class TarShards(Indexed):
             raise MissingInput(
                 f"there is no image in {redact(self.uri)}: no member{where} ends in one of {', '.join(SUFFIXES)}"
             )
-        return self._index.keys()
+        return list(self._index["key"].to_pylist())
 
     def read(self, key: str) -> bytes:
         """The bytes of one member, by one ranged read."""
@@ -89,62 +91,57 @@ class TarShards(Indexed):
         if not is_remote(self.uri):
             return None
         runs: list[list[str]] = []
-        first: dict[str, Any] | None = None
-        last: dict[str, Any] | None = None
+        places: list[dict[str, Any]] = []
         for key in keys:
-            place = self._index.find(key)
-            if first and last and place and _follows(first, last, place):
+            place = self._find(key)
+            if places and place and _follows(places[0], places[-1], place):
                 runs[-1].append(key)
+                places.append(place)
             else:
                 runs.append([key])
-                first = place
-            last = place
+                places = [place] if place else []
         return list(runs)
 
     def read_run(self, keys: Sequence[str]) -> list[bytes]:
         """All of them by one ranged read."""
-        if len(keys) == 1:
-            return [self.read(keys[0])]
         places = [self._place(key) for key in keys]
         start, last = places[0]["offset"], places[-1]
         data = read_range(self._uris[last["file"]], start, last["offset"] + last["size"] - start)
         return [data[place["offset"] - start :][: place["size"]] for place in places]
 
     @cached_property
-    def _index(self) -> Index:
+    def _index(self) -> pa.Table:
         """Where every image lies. Made where keys are listed and carried along to the workers."""
         with ThreadPoolExecutor(_WALKERS) as pool:
-            identity: list[Any] = [
-                self.below,
-                *map(list, zip(self.files or [""], pool.map(fingerprint, self._uris), strict=True)),
-            ]
-            kept = self._kept(identity)
-            if kept is not None:
-                return kept
+            files = zip(self.files or [""], pool.map(version, self._uris), strict=True)
+            identity = [self.below, *map(list, files)]
+            if self.cache and exists(self.cache):
+                table = feather.read_table(pa.BufferReader(read_bytes(self.cache)))
+                if json.loads(table.schema.metadata[b"made_of"]) == identity:
+                    return table.combine_chunks()
             logger.info("finding the images in %d tar file(s) of %s", len(self._uris), redact(self.uri))
-            tables = list(pool.map(_last_of_each_name, self._uris, [self.below] * len(self._uris)))
-        index = Index(self._joined(tables, [""] * len(tables)))
-        if index.repeated().size:
-            index = Index(self._joined(tables, [f"{file}/" for file in self.files]))
+            tables = list(pool.map(self._list_file, range(len(self._uris))))
+        table, repeated = sorted_by_key(pa.concat_tables(tables))
+        if repeated.size:
+            for number, (file, one) in enumerate(zip(self.files, tables, strict=True)):
+                before, slash = (pa.scalar(text, pa.large_string()) for text in (file, "/"))
+                named = pc.binary_join_element_wise(before, one["key"], slash)
+                tables[number] = one.set_column(0, "key", named)
+            table, _ = sorted_by_key(pa.concat_tables(tables))
         if self.cache:
-            _write_table(self.cache, index.table, identity)
-        return index
+            sink = pa.BufferOutputStream()
+            feather.write_feather(table.replace_schema_metadata({"made_of": json.dumps(identity)}), sink)
+            write_atomic(self.cache, sink.getvalue().to_pybytes())
+        return table
 
-    def _joined(self, tables: Sequence[pa.Table], before: Sequence[str]) -> pa.Table:
-        """One table of all files, *before[n]* in front of the names in file n."""
-        nothing = pa.scalar("", pa.large_string())
-        parts = []
-        for number, (table, prefix) in enumerate(zip(tables, before, strict=True)):
-            keys = pc.binary_join_element_wise(pa.scalar(prefix, pa.large_string()), table["key"], nothing)
-            file = pa.array(np.full(len(table), number), pa.int64())
-            parts.append(table.set_column(0, "key", keys).append_column("file", file))
-        return pa.concat_tables(parts)
-
-    def _kept(self, identity: list[Any]) -> Index | None:
-        if not self.cache or not exists(self.cache):
-            return None
-        table = pa.ipc.open_file(pa.BufferReader(read_bytes(self.cache))).read_all()
-        return Index(table) if json.loads(table.schema.metadata[b"made_of"]) == identity else None
+    def _list_file(self, number: int) -> pa.Table:
+        """Name, offset, size, label and file of every image of one archive, sorted by name."""
+        uri = self._uris[number]
+        table, repeated = sorted_by_key(_walk(uri, f"{self.below}/" if self.below else ""))
+        if repeated.size:
+            logger.info("%s holds %d images twice; the last of each name counts", redact(uri), repeated.size)
+        table = without(table, repeated - 1)
+        return table.append_column("file", pa.array(np.full(len(table), number), pa.int64()))
 
 
 def _follows(first: dict[str, Any], last: dict[str, Any], place: dict[str, Any]) -> bool:
@@ -152,25 +149,6 @@ def _follows(first: dict[str, Any], last: dict[str, Any], place: dict[str, Any])
     gap = place["offset"] - last["offset"] - last["size"]
     whole = place["offset"] + place["size"] - first["offset"]
     return bool(place["file"] == first["file"] and 0 <= gap <= _GAP_BYTES and whole <= RUN_BYTES)
-
-
-def _write_table(uri: str, table: pa.Table, identity: list[Any]) -> None:
-    sink = pa.BufferOutputStream()
-    table = table.replace_schema_metadata({"made_of": json.dumps(identity)})
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    write_atomic(uri, sink.getvalue().to_pybytes())
-
-
-def _last_of_each_name(uri: str, below: str) -> pa.Table:
-    """Name, offset, size and label of every image of one archive, sorted by name."""
-    index = Index(_walk(uri, f"{below}/" if below else ""))
-    earlier = index.repeated() - 1
-    if earlier.size:
-        logger.info("%s holds %d images twice; the last of each name counts", redact(uri), earlier.size)
-    keep = np.ones(len(index), bool)
-    keep[earlier] = False
-    return index.table.filter(pa.array(keep))
 
 
 def _walk(uri: str, folder: str) -> pa.Table:
@@ -182,7 +160,7 @@ def _walk(uri: str, folder: str) -> pa.Table:
     links = unread = 0
     with open_file(uri, read_ahead=READ_AHEAD) as file:
         for name, member in _members(uri, file):
-            if not name.startswith(folder) or any(map(_is_hidden, name.split("/"))):
+            if not name.startswith(folder) or any(map(is_hidden, name.split("/"))):
                 continue
             key = name.removeprefix(folder)
             if name.lower().endswith(PICTURES):
@@ -204,7 +182,7 @@ def _walk(uri: str, folder: str) -> pa.Table:
     if unread:
         logger.warning("%s: %d members .cls hold no whole number; there is no label then", redact(uri), unread)
     labels = [classes.get(_sample(key)) for key in keys]
-    return make_index_table(keys, offset=offsets, size=sizes, label=labels)
+    return index_of(keys, offset=offsets, size=sizes, label=labels)
 
 
 def _members(uri: str, file: IO[bytes]) -> Iterator[tuple[str, tarfile.TarInfo]]:
@@ -231,11 +209,6 @@ def _members(uri: str, file: IO[bytes]) -> Iterator[tuple[str, tarfile.TarInfo]]
         logger.warning("%s ends %s without the mark of an end; was it cut off there?", redact(uri), place)
     elif any(block):
         raise CorruptSource(f"{redact(uri)} is cut off or damaged {place}: no header stands there")
-
-
-def _is_hidden(part: str) -> bool:
-    """Not a step to another folder: such a name is left out by whoever reads it, with its reason."""
-    return part.startswith(".") and part not in (".", "..")
 
 
 def _sample(key: str) -> str:

@@ -40,10 +40,10 @@ class ImageTree(Source):
 
     def beside(self) -> dict[str, str]:
         """Files that are no images by their names, and links to folders."""
-        files = self._listing()
-        left = {key: file for key, file in files.items() if not is_image(key, file)}
-        kinds = {key: "link" if file.link else "not-a-file" if file.special else "" for key, file in left.items()}
-        return {key: kind or "not-an-image" for key, kind in kinds.items()}
+        left = {key: file for key, file in self._listing().items() if not is_image(key, file)}
+        return {
+            key: "link" if file.link else "not-a-file" if file.special else "not-an-image" for key, file in left.items()
+        }
 
     def versions(self, keys: Sequence[str]) -> list[str]:
         """By the listing, or one by one where there was none."""
@@ -51,7 +51,13 @@ class ImageTree(Source):
             object.__setattr__(self, "files", listing(self.uri))
         if self.files is not None:
             return [self.files[key].version if key in self.files else "" for key in keys]
-        return [_version_of(self.uri, key) for key in keys]
+        return [self._version(key) for key in keys]
+
+    def _version(self, key: str) -> str:
+        try:
+            return version(join(self.uri, key))
+        except UnsafeName:
+            return ""
 
     def _listing(self) -> Mapping[str, Listed]:
         return listing(self.uri) if self.files is None else self.files
@@ -66,17 +72,5 @@ class ImageTree(Source):
 
 
 def is_image(key: str, file: Listed) -> bool:
-    """Whether *key* is a file with a picture's ending."""
-    return is_picture(key) and not file.link and not file.special
-
-
-def is_picture(key: str) -> bool:
-    """Whether *key* has a picture's ending, of one that can be decoded or not."""
-    return key.lower().endswith(PICTURES)
-
-
-def _version_of(uri: str, key: str) -> str:
-    try:
-        return version(join(uri, key))
-    except UnsafeName:
-        return ""
+    """Whether *key* is a file with a picture's ending, of one that can be decoded or not."""
+    return key.lower().endswith(PICTURES) and not file.link and not file.special
