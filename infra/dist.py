@@ -69,7 +69,8 @@ def build(out: Path) -> Path:
         archive = out / _backend("sdist", source, out)
         wheel = out / _backend("wheel", source, out)
         with tarfile.open(archive) as packed:
-            packed.extractall(unpacked, filter="data")
+            packed.extraction_filter = getattr(tarfile, "data_filter", None)  # not in the first releases of 3.11
+            packed.extractall(unpacked)
         (folder,) = unpacked.iterdir()
         again = unpacked / _backend("wheel", folder, unpacked)
         if again.read_bytes() != wheel.read_bytes():
