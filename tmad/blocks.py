@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -179,6 +180,8 @@ def normalised_once(*networks: nn.Module) -> Iterator[None]:
     by each layer in each call."""
     layers = [layer for network in networks for layer in network.modules() if is_parametrized(layer, "weight")]
     lists: Any = [layer.parametrizations.weight for layer in layers]  # type: ignore[union-attr]
+    # Layers whose rows are alike beside each other: they share operators.
+    lists.sort(key=lambda one: one.original.shape[1:])
     bounds = [one[0] for one in lists]
     taken = _normalised(*(one.original for one in lists), bounds=bounds) if lists else ()
     try:
@@ -190,6 +193,54 @@ def normalised_once(*networks: nn.Module) -> Iterator[None]:
             bound.taken = None
 
 
+@contextmanager
+def rounded_once(*networks: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the convolutions of *networks* have the weights of now in *dtype*: rounded together, and their gradients
+    together turned back, where autocast calls two operators for each weight."""
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+    weights = [weight for layer in layers for weight in (layer.weight, layer.bias)]
+    holders = [holder for layer in layers for holder in _holders(layer)]
+    before = [holder[name] for holder, name in holders]
+    rounded = _Round.apply(dtype, *weights) if layers and layers[0].weight.dtype != dtype else before
+    try:
+        for (holder, name), weight in zip(holders, rounded, strict=True):
+            holder[name] = weight
+        yield
+    finally:
+        for (holder, name), weight in zip(holders, before, strict=True):
+            holder[name] = weight
+
+
+def _holders(layer: nn.Conv2d) -> list[tuple[dict[str, Any], str]]:
+    """Where a convolution finds its weight and its bias."""
+    # As `torch.func.functional_call` does it, which has no place for the weight that a parametrization has computed.
+    own: dict[str, Any] = layer._parameters
+    lists: Any = getattr(layer, "parametrizations", None)
+    return [(own, "weight") if lists is None else (vars(lists.weight[0]), "taken"), (own, "bias")]
+
+
+class _Round(torch.autograd.Function):
+    """Tensors in another type; one operator for all of them, and one for all gradients."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype = tensors[0].dtype  # type: ignore[attr-defined]
+        return tuple(_converted(tensors, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = iter(_converted([grad for grad in grads if grad is not None], ctx.dtype))  # type: ignore[attr-defined]
+        return None, *(None if grad is None else next(found) for grad in grads)
+
+
+def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    found = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(found, list(tensors))
+    return found
+
+
 def _normalised(*weights: Tensor, bounds: Sequence[SpectralBound]) -> tuple[Tensor, ...]:
     with torch.autocast(weights[0].device.type, enabled=False):
         result: tuple[Tensor, ...] = _Normalise.apply(bounds, *weights)
@@ -197,49 +248,87 @@ def _normalised(*weights: Tensor, bounds: Sequence[SpectralBound]) -> tuple[Tens
 
 
 class _Normalise(torch.autograd.Function):
-    """Weights at their bounds. Their vectors are rows of one tensor, filled up with zeros, so that a step calls few
-    operators for all of them; the derivative of a spectral norm is u v^T, whose vectors count as constants."""
+    """Weights at their bounds. Layers whose rows are equally long are one product of matrices, and vectors rows of one
+    tensor, filled up with zeros, so that a step calls few operators for all of them. The derivative of a spectral norm
+    is u v^T, whose vectors count as constants."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, bounds: Sequence[SpectralBound], *weights: Tensor) -> tuple[Tensor, ...]:
-        matrices = [weight.flatten(1) for weight in weights]
-        left = matrices[0].new_zeros(len(matrices), max(len(matrix) for matrix in matrices))
-        right = matrices[0].new_zeros(len(matrices), max(matrix.shape[1] for matrix in matrices))
-        lefts = [row[: len(matrix)] for row, matrix in zip(left, matrices, strict=True)]
-        rights = [row[: matrix.shape[1]] for row, matrix in zip(right, matrices, strict=True)]
-        before = [bound._v for bound in bounds]
+        buffer, blocks, parts = _stacked(weights)
+        torch._foreach_copy_(parts, list(weights))
+        matrices = [block.flatten(2) for block in blocks]
+        left, lefts = _rows(buffer, [matrix.shape[:2] for matrix in matrices])
+        right, rights = _rows(buffer, [matrix.mT.shape[:2] for matrix in matrices])
+        us = [row[: len(bound._u)] for row, bound in zip(left, bounds, strict=True)]
+        vs = [row[: len(bound._v)] for row, bound in zip(right, bounds, strict=True)]
+        kept = [bound._u for bound in bounds], [bound._v for bound in bounds]
+        torch._foreach_copy_(us + vs, kept[0] + kept[1])
         if bounds[0].training:
-            for matrix, u, v in zip(matrices, lefts, before, strict=True):
-                torch.mv(matrix, v, out=u)
+            for matrix, u, v in zip(matrices, lefts, rights, strict=True):
+                torch.bmm(matrix, v, out=u)
             left /= left.norm(dim=1, keepdim=True).clamp_(min=LEAST_NORM)
-        else:
-            torch._foreach_copy_(lefts, [bound._u for bound in bounds])
-        for matrix, u, v in zip(matrices, lefts, rights, strict=True):
-            torch.mv(matrix.t(), u, out=v)
-        if bounds[0].training:
+            for matrix, u, v in zip(matrices, lefts, rights, strict=True):
+                torch.bmm(matrix.mT, u, out=v)
             # v = W^T u / |W^T u|, so that this is u^T W v.
             norms = right.norm(dim=1).clamp_(min=LEAST_NORM)
             right /= norms[:, None]
-            torch._foreach_copy_([bound._u for bound in bounds] + before, lefts + rights)
+            torch._foreach_copy_(kept[0] + kept[1], us + vs)
         else:
-            norms = torch.stack([u.dot(v) for u, v in zip(rights, before, strict=True)])
-            torch._foreach_copy_(rights, before)
+            norms = torch.cat(
+                [u.mT @ matrix @ v for matrix, u, v in zip(matrices, lefts, rights, strict=True)]
+            ).flatten()
         scales = torch.stack([bound.bound for bound in bounds]) / norms
-        ctx.save_for_backward(left, right, norms, scales, *weights)
-        return tuple(weight * scale for weight, scale in zip(weights, scales, strict=True))
+        ctx.save_for_backward(buffer, left, right, norms, scales, *weights)
+        scaled = [block * _spread(each) for block, each in zip(blocks, scales.split([*map(len, blocks)]), strict=True)]
+        return tuple(_parts(scaled, weights))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, norms, scales, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        buffer, left, right, norms, scales, *weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        found, blocks, parts = _stacked(weights)
+        torch._foreach_copy_(parts, list(grads))
         # L depends on W by s W, s = bound / norm: dL/dW = s G - s <G, W> / norm u v^T.
-        along = torch.stack([(grad * weight).sum() for grad, weight in zip(grads, weights, strict=True)])
+        layers = [*map(len, blocks)]
+        products = (found * buffer).split([block.numel() for block in blocks])
+        along = torch.cat([product.view(count, -1).sum(1) for product, count in zip(products, layers, strict=True)])
         left = left * (-scales * along / norms)[:, None]
-        found = []
-        for grad, scale, u, v in zip(grads, scales, left, right, strict=True):
-            u, v = u[: len(grad), None, None, None], v[: grad[0].numel()].view_as(grad[0])
-            found.append(torch.addcmul(grad * scale, u, v))
-        return None, *found
+        each = zip(blocks, scales.split(layers), left.split(layers), right.split(layers), strict=True)
+        for block, scale, u, v in each:
+            _, rows, *columns = block.shape
+            v = v[:, None, : math.prod(columns)].unflatten(2, columns)
+            block.mul_(_spread(scale)).addcmul_(_spread(u[:, :rows]), v)
+        return None, *parts
+
+
+def _stacked(weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """A buffer of zeros with room for *weights*; its blocks (layers, C_out, C_in, h, w), one for neighbours whose rows
+    are alike, as high as the highest; and where in them the weights belong, laid out as they are."""
+    groups = [[*same] for _, same in groupby(weights, lambda one: (one.shape[1:], one.stride()[1:]))]
+    shapes = [(len(same), max(map(len, same)), *same[0].shape[1:]) for same in groups]
+    buffer = weights[0].new_zeros(sum(map(math.prod, shapes)))
+    blocks = [
+        part.as_strided(shape, (math.prod(shape[1:]), math.prod(shape[2:]), *same[0].stride()[1:]))
+        for part, shape, same in zip(buffer.split([*map(math.prod, shapes)]), shapes, groups, strict=True)
+    ]
+    return buffer, blocks, _parts(blocks, weights)
+
+
+def _parts(blocks: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    places = (place for block in blocks for place in block)
+    return [place[: len(weight)] for place, weight in zip(places, weights, strict=True)]
+
+
+def _rows(like: Tensor, shapes: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor]]:
+    """Zeros, a row for each layer, and of each block (layers, size) those that its vectors fill, as columns."""
+    rows = like.new_zeros(sum(count for count, _ in shapes), max(size for _, size in shapes))
+    blocks = rows.split([count for count, _ in shapes])
+    return rows, [block[:, :size, None] for block, (_, size) in zip(blocks, shapes, strict=True)]
+
+
+def _spread(values: Tensor) -> Tensor:
+    """A value for each weight, (layers, ...), over a block (layers, C_out, C_in, h, w)."""
+    return values[(..., *[None] * (5 - values.ndim))]
 
 
 def normalise_spectra(module: nn.Module) -> None:

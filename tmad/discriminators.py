@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tmad.blocks import LEAK, DownBlock, ResidualBlock, conv, leaky, normalise_spectra
 from tmad.config import DiscriminatorsConfig
@@ -26,6 +28,7 @@ class PatchDiscriminator(nn.Module):
             ResidualBlock(4 * base),
             conv(4 * base, 1),
         )
+        _with_constant_slopes(self)
         if config.spectral_norm:
             normalise_spectra(self)
 
@@ -47,6 +50,7 @@ class GlobalDiscriminator(nn.Module):
         for (a, b), stride in zip(pairwise(widths), strides, strict=True):
             layers += [_conv4(a, b, stride), leaky()]
         self.layers = nn.Sequential(*layers, _conv4(widths[-1], 1, 1))
+        _with_constant_slopes(self)
         if config.spectral_norm:
             normalise_spectra(self)
 
@@ -61,6 +65,43 @@ def _conv4(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
     nn.init.kaiming_normal_(layer.weight, a=LEAK)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
+
+
+class _Leaky(nn.LeakyReLU):
+    """Leaky ReLU of networks that a penalty differentiates twice. PyTorch's own has a second derivative of zeros, which
+    are then differentiated through all layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Compiled, the function below would lose the gradients of what stands before it.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return super().forward(x)
+        result: Tensor = _ConstantSlope.apply(x)
+        return result
+
+
+class _ConstantSlope(torch.autograd.Function):
+    """Leaky ReLU whose slope is a constant for the second derivative."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return F.leaky_relu(x, LEAK)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        (output,) = ctx.saved_tensors
+        return None if grad is None else torch.ops.aten.leaky_relu_backward(grad, output.detach(), LEAK, True)
+
+
+def _with_constant_slopes(network: nn.Module) -> None:
+    for parent in [*network.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, nn.LeakyReLU):
+                setattr(parent, name, _Leaky(LEAK, inplace=True))
 
 
 def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:

@@ -57,12 +57,18 @@ def cut(image: Tensor, corners: Tensor, size: int) -> Tensor:
     steps = torch.arange(size, device=image.device)
     rows = corners[..., 0, None] + steps
     columns = corners[..., 1, None] + steps
-    index = rows[..., :, None] * width + columns[..., None, :]
-    index += (torch.arange(batch, device=image.device) * height * width)[:, None, None, None]
+    index = torch.add(columns[..., None, :], rows[..., :, None], alpha=width)
+    index += torch.arange(0, batch * height * width, height * width, device=image.device)[:, None, None, None]
     # Pixels as rows of a table: one lookup for all channels, and a dense, deterministic backward.
     pixels = image.permute(0, 2, 3, 1).reshape(-1, channels)
     patches = F.embedding(index, pixels)
     return patches.permute(0, 1, 4, 2, 3)
+
+
+def all_cells(image: Tensor, patch_size: int) -> Tensor:
+    """All cells (B, N, C, k, k) of each image (B, C, H, W), in raster order: what `cut` gives at their corners."""
+    k = patch_size
+    return image.unflatten(3, (-1, k)).unflatten(2, (-1, k)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
 
 
 def tile(image: Tensor, patches: Tensor, cells: Tensor) -> Tensor:

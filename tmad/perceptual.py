@@ -27,8 +27,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class VGG19Features(nn.Module):
     """VGG-19 up to conv5_3, frozen; gives the three feature maps before their ReLU."""
 
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, convolutions: Sequence[int] = FEATURE_CONVOLUTIONS) -> None:
         """*convolutions* whose outputs are compared, counted from 1; layers beyond the last are left out."""
@@ -46,15 +46,17 @@ class VGG19Features(nn.Module):
             layers.append(nn.ReLU())
         self.convolutions = tuple(convolutions)
         self.features = nn.Sequential(*layers)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).reshape(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1))
+        mean, std = (torch.tensor(each).reshape(1, 3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("scale", 0.5 / std)
+        self.register_buffer("shift", (0.5 - mean) / std)
         self.requires_grad_(False)
         self.eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(M, 3, h, w) in [-1, 1], sides of at least 16 -> a map for each of `convolutions`; ImageNet's normalisation
         is applied."""
-        x = ((images + 1) / 2 - self.mean) / self.std
+        # ((images + 1) / 2 - mean) / std, by one operator.
+        x = torch.addcmul(self.shift, images, self.scale)
         maps, count = [], 0
         for layer in self.features:
             x = layer(x)
@@ -67,7 +69,7 @@ class VGG19Features(nn.Module):
 
 def perceptual_loss(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
     """Mean absolute difference of feature maps (M, C, h, w), summed over the maps."""
-    return torch.stack([F.l1_loss(a.float(), b.float()) for a, b in zip(fake, real, strict=True)]).sum()
+    return torch.stack([(a.float() - b).abs().mean() for a, b in zip(fake, real, strict=True)]).sum()
 
 
 def style_loss(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 
 from tmad import ema, losses
 from tmad.batch import Batch
-from tmad.blocks import normalised_once
+from tmad.blocks import normalised_once, rounded_once
 from tmad.coarse import compose
 from tmad.config import TrainingConfig
 from tmad.discriminators import GlobalDiscriminator, PatchDiscriminator, gradient_penalty
 from tmad.images import to_model
 from tmad.model import TMAD, TMADOutput
-from tmad.patches import cell_corners, cut
+from tmad.patches import all_cells, cell_corners, cut
 from tmad.perceptual import perceptual_loss, style_loss
 from tmad.retrieval import intact_share, patch_distances, retrieval_statistics, untrained_retrieval
 from tmad.rng import seed_of
@@ -252,7 +253,7 @@ class TrainingState:
 
     def _coarse_step(self, batch: Batch, workers: Workers) -> tuple[dict[str, Tensor], Tensor]:
         image, mask = to_model(batch.image), batch.mask.float()
-        with self._autocast():
+        with self._rounded(self.model.coarse):
             coarse_raw = self.model.predict_coarse(image, mask)
         terms = self._reconstruction(coarse_raw, image, mask)
         if not terms:
@@ -263,7 +264,7 @@ class TrainingState:
         weights = self.config.loss
         image, mask = to_model(batch.image), batch.mask.float()
         k = self.config.model.patch_size
-        with self._autocast():
+        with normalised_once(self.model.psnet), self._rounded(self.model):
             filled = None if batch.filled is None else to_model(batch.filled)
             # A coarse network that is not trained is not differentiated either.
             with torch.set_grad_enabled(self._coarse_learns):
@@ -275,15 +276,14 @@ class TrainingState:
             memory = self.model.read_memory(coarse, batch.pool_yx)
             side = math.isqrt(batch.cells.shape[1])
             block = cell_corners(batch.cells[:, :1], patch_size=k, width=image.shape[-1])
-            image, mask = cut(torch.cat([image, mask], dim=1), block, side * k)[:, 0].split([3, 1], dim=1)
-            coarse_raw, coarse = cut(torch.cat([coarse_raw, coarse], dim=1), block, side * k)[:, 0].chunk(2, dim=1)
+            layers = torch.cat([image, mask, coarse_raw, coarse], dim=1)
+            image, mask, coarse_raw, coarse = cut(layers, block, side * k)[:, 0].split([3, 1, 3, 3], dim=1)
+            image, mask = image.detach(), mask.detach()  # data, cut beside what is not
             cells = torch.arange(side * side, device=self.device).expand(len(batch), -1)
-            with normalised_once(self.model.psnet):
-                out = self.model.fill(image, mask, coarse_raw, coarse, memory, cells)
-        corners = cell_corners(cells, patch_size=k, width=side * k)
-        target = cut(image, corners, k)
-        patches = cut(out.output, corners, k) if weights.patch_region == "hole" else out.patches
-        counted = cut(mask, corners, k).flatten(2).amax(-1) > 0
+            out = self.model.fill(image, mask, coarse_raw, coarse, memory, cells)
+        target = all_cells(image, k)
+        patches = all_cells(out.output, k) if weights.patch_region == "hole" else out.patches
+        counted = all_cells(mask, k).flatten(2).amax(-1) > 0
         distances = patch_distances(out.pool, target)
 
         metrics: dict[str, Tensor] = {}
@@ -316,7 +316,7 @@ class TrainingState:
             terms["tv"] = (weights.weight_tv, losses.total_variation(out.output, mask))
         # The gradient goes through the discriminators, not into their weights.
         self._freeze_discriminators(True)
-        with normalised_once(*discriminators):
+        with normalised_once(*discriminators), self._rounded(*discriminators):
             if weights.weight_gan_patch:
                 (fake,) = self._score_patches(patches)
                 with torch.no_grad():
@@ -326,14 +326,13 @@ class TrainingState:
                 )
                 terms["gan_patch"] = (weights.weight_gan_patch, loss)
             if weights.weight_gan_global:
-                with self._autocast():
-                    scores = self.global_discriminator(out.output)
-                terms["gan_global"] = (weights.weight_gan_global, losses.global_generator_loss(scores.float()))
+                scores = self.global_discriminator(out.output).float()
+                terms["gan_global"] = (weights.weight_gan_global, losses.global_generator_loss(scores))
         generator_metrics, finite = self._update_generator(terms, workers, discriminators_finite)
         self._freeze_discriminators(False)
         metrics.update(generator_metrics)
         with torch.no_grad():
-            reference = self.untrained(cut(out.coarse, corners, k), out.pool, out.pool[..., :1, :1, :1]).index
+            reference = self.untrained(all_cells(out.coarse, k), out.pool, out.pool[..., :1, :1, :1]).index
         found = (out.weights.detach(), out.candidate_index)
         metrics |= retrieval_statistics(found, reference, distances, counted)
         metrics["candidates/intact"] = intact_share(batch.mask, batch.pool_yx, out.candidate_index, k)
@@ -365,7 +364,8 @@ class TrainingState:
         # Eq. 6 trains the discriminators alone: what they judge is data.
         fake_patches, fake_image = patches.detach(), out.output.detach()
         if weights.weight_gan_patch:
-            real, fake = self._score_patches(self._reals(out, target), fake_patches)
+            with self._rounded(self.patch_discriminator):
+                real, fake = self._score_patches(self._reals(out, target), fake_patches)
             loss = losses.patch_discriminator_loss(real, fake, relativistic=weights.relativistic, mean=workers.mean)
             metrics |= {"loss/discriminator_patch": loss.detach(), "discriminator_patch/real": real.detach().mean()}
             metrics["discriminator_patch/fake"] = fake.detach().mean()
@@ -376,7 +376,7 @@ class TrainingState:
                 metrics["penalty/patch"] = penalty.detach()
                 total = total + penalty_weight * penalty
         if weights.weight_gan_global:
-            with self._autocast():
+            with self._rounded(self.global_discriminator):
                 real, fake = self.global_discriminator(torch.cat([image, fake_image])).float().chunk(2)
             loss = losses.global_discriminator_loss(real, fake)
             metrics |= {"loss/discriminator_global": loss.detach(), "discriminator_global/real": real.detach().mean()}
@@ -392,8 +392,7 @@ class TrainingState:
     def _score_patches(self, *patches: Tensor) -> tuple[Tensor, ...]:
         """Raw scores, float32, of each of *patches* (B, N, 3, k, k), in one call: cheaper than one for each."""
         parts = [each.flatten(0, 1) for each in patches]
-        with self._autocast():
-            scores: Tensor = self.patch_discriminator(torch.cat(parts))
+        scores: Tensor = self.patch_discriminator(torch.cat(parts))
         return scores.float().split([len(part) for part in parts])
 
     @staticmethod
@@ -407,7 +406,8 @@ class TrainingState:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Eq. 10: the weighted sum of the terms, one backward, one Adam step."""
         metrics = {f"loss/{name}": value.detach() for name, (_, value) in terms.items()}
-        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+        weights = torch.tensor([weight for weight, _ in terms.values()]).to(self.device, non_blocking=True)
+        total = (torch.stack([value for _, value in terms.values()]) * weights).sum()
         metrics["loss/total"] = total.detach()
         norms, finite = self._apply(total, "generator", workers, discriminators_finite)
         return metrics | norms, finite
@@ -423,24 +423,34 @@ class TrainingState:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         workers.average_gradients(parameters)
         limit = self.config.optim.clip_grad_norm or math.inf
-        norms = {
-            f"grad_norm/{network}": nn.utils.get_total_norm(gradients)
-            for network, module in self._trained_by(name)
-            if (gradients := [p.grad for p in module.parameters() if p.grad is not None])
-        }
-        # Each on its own: the patch discriminator's gradient is ten times the global one's, which would stand still.
         # One that does not take part has no gradients, whose norm would lie on the CPU whatever the device.
-        networks = [n for _, n in self._trained_by(name)] if name == "discriminators" else [self.model]
-        groups = [[p for p in network.parameters() if p.grad is not None] for network in networks]
-        norms_before = [nn.utils.clip_grad_norm_(group, limit) for group in groups if group]
-        norm = torch.stack(norms_before).square().sum().sqrt()
+        groups = {
+            network: group
+            for network, module in self._trained_by(name)
+            if (group := [p for p in module.parameters() if p.grad is not None])
+        }
+        norms = {
+            network: nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            for network, group in groups.items()
+        }
+        norm = torch.linalg.vector_norm(torch.stack([*norms.values()]))
+        if name == "discriminators":
+            # Each on its own: the patch discriminator's gradient is ten times the global one's, which would stand
+            # still.
+            for network, group in groups.items():
+                nn.utils.clip_grads_with_norm_(group, limit, norms[network])
+        else:
+            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         finite = norm.isfinite() if others_finite is None else norm.isfinite() & others_finite
         # As `torch.amp.GradScaler` tells a fused optimizer: it looks on the device, which nobody waits for.
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]  # nothing of a step is held between steps
         optimizer.zero_grad(set_to_none=True)
-        return {f"grad_norm/{name}": norm.detach(), **norms}, finite
+        return {
+            f"grad_norm/{name}": norm,
+            **{f"grad_norm/{network}": value for network, value in norms.items()},
+        }, finite
 
     def _freeze_discriminators(self, frozen: bool) -> None:
         self.patch_discriminator.requires_grad_(not frozen)
@@ -448,6 +458,13 @@ class TrainingState:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    @contextmanager
+    def _rounded(self, *networks: nn.Module) -> Iterator[None]:
+        """Inside, *networks* compute in the precision of the settings."""
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+        with rounded_once(*networks, dtype=dtype), self._autocast():
+            yield
 
     def _trained_by(self, optimizer: str) -> Iterable[tuple[str, nn.Module]]:
         """The networks of an optimizer, by name."""

@@ -21,6 +21,7 @@ from tmad.blocks import (
     normalise_spectra,
     normalised_once,
     out_conv,
+    rounded_once,
 )
 from tmad.carafe import Carafe
 from tmad.config import CarafeConfig
@@ -152,6 +153,33 @@ def test_weights_normalised_together_are_those_of_pytorchs_spectral_norm_with_th
         changed = {name for name, value in one.state_dict().items() if not torch.equal(value, state[name])}
         assert changed == (vectors if training else set())
         assert found[0].taken is None
+
+
+def test_weights_rounded_together_are_those_that_autocast_rounds_with_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(conv(3, 8), conv(8, 8), conv(8, 5, 1))
+    unused = conv(5, 5)
+    twin = copy.deepcopy(layers)
+    normalise_spectra(layers[1])
+    normalise_spectra(twin[1])
+    parameters, x = dict(layers.named_parameters()), rand(2, 3, 6, 6)
+    with normalised_once(layers, twin), torch.autocast("cpu", torch.bfloat16):
+        expected = twin(x)
+        with rounded_once(layers, unused, dtype=torch.bfloat16):
+            assert (
+                {layer.weight.dtype for layer in layers} == {layer.bias.dtype for layer in layers} == {torch.bfloat16}
+            )
+            found = layers(x)
+        assert layers[1].weight.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    (found.float().sin().sum() + expected.float().sin().sum()).backward()
+    for one, other in zip(layers.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0.02, atol=0.02)
+    assert unused.weight.grad is None
+    with pytest.raises(RuntimeError, match="early"), rounded_once(layers, dtype=torch.bfloat16):
+        raise RuntimeError("early")
+    assert all(parameter is parameters[name] for name, parameter in layers.named_parameters())
+    assert layers[1].parametrizations.weight[0].taken is None
 
 
 def test_the_spectral_bound_does_not_depend_on_the_weights_scale() -> None:

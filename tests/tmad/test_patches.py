@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.tmad.tiny import make_mask
 from tmad.draws import draw_cells, hole_cells, hole_grid
-from tmad.patches import cell_corners, cut, tile
+from tmad.patches import all_cells, cell_corners, cut, tile
 
 
 def tile_twin(image: Tensor, patches: Tensor, cells: Tensor) -> Tensor:
@@ -56,6 +56,7 @@ def test_tiling_the_cut_cells_gives_the_image_back(rows: int, columns: int, k: i
     cells = torch.stack([torch.randperm(rows * columns, generator=generator) for _ in range(2)])
     patches = cut(image, cell_corners(cells, patch_size=k, width=columns * k), k)
     assert torch.equal(tile(torch.zeros_like(image), patches, cells), image)
+    assert torch.equal(all_cells(image, k).gather(1, cells[..., None, None, None].expand_as(patches)), patches)
 
 
 def test_tiling_equals_copying_patch_by_patch_and_keeps_the_rest() -> None:

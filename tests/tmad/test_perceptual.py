@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.tmad.tiny import Features
-from tmad.perceptual import VGG19Features, load_vgg19, perceptual_loss, style_loss, untrained_vgg19
+from tmad.perceptual import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VGG19Features,
+    load_vgg19,
+    perceptual_loss,
+    style_loss,
+    untrained_vgg19,
+)
 from tmad.rng import torch_generator
 
 TORCHVISION_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32)
@@ -102,8 +110,8 @@ def test_fewer_convolutions_need_fewer_layers_and_a_file_of_those(vgg: VGG19Feat
     torch.save(kept, tmp_path / "two.pth")
     short = load_vgg19(tmp_path / "two.pth", sha256="", convolutions=(1, 2))
     images = rand(1, 3, 16, 16)
-    x = (images + 1) / 2
-    first = vgg.features[0]((x - vgg.mean) / vgg.std)
+    mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
+    first = vgg.features[0](((images + 1) / 2 - mean) / std)
     expected = [first, vgg.features[2](first.relu())]
     torch.testing.assert_close(short(images), expected)
     with pytest.raises(ValueError, match="does not hold VGG-19 weights"):

@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tmad.test_losses import equation_6, equation_7, flat, mean, region_twin, softplus, variation_twin
@@ -31,12 +32,14 @@ from tests.tmad.tiny import (
     with_noise,
     with_optim,
 )
+from tmad import carafe
 from tmad.batch import Batch
-from tmad.blocks import SpectralBound
 from tmad.config import TrainingConfig
 from tmad.images import to_model
 from tmad.model import TMAD, TMADOutput
+from tmad.perceptual import untrained_vgg19
 from tmad.retrieval import retrieval_gain
+from tmad.rng import torch_generator
 from tmad.step import NonFiniteLoss, TrainingState, cosine_restarts
 
 WEIGHTS = {
@@ -887,17 +890,57 @@ def test_a_step_calls_one_operator_for_all_weights_and_takes_each_spectral_norm_
     assert seen.calls["lerp_"] == 0
     assert seen.calls["_foreach_sub"] <= 1 + groups
 
-    def normalised(network: nn.Module) -> int:
-        return sum(isinstance(part, SpectralBound) for part in network.modules())
+    def normalised(*networks: nn.Module) -> int:
+        layers = [part for network in networks for part in network.modules() if is_parametrized(part, "weight")]
+        return len({one.weight.shape[1:] for one in layers})
 
-    # Two products for each norm, and two other calls for its weight's gradient; the discriminators' weights change
-    # within the step, and the generator's pass does not differentiate them.
-    psnet = normalised(state.model)
-    discriminators = normalised(state.patch_discriminator) + normalised(state.global_discriminator)
+    # Two products for each length of rows; the discriminators' weights change within the step.
+    psnet = normalised(state.model.psnet)
+    discriminators = normalised(state.patch_discriminator, state.global_discriminator)
     assert min(psnet, discriminators) > 0
-    assert seen.calls["mv"] == 2 * (psnet + 2 * discriminators)
-    assert seen.calls["addcmul"] == psnet + discriminators
-    assert seen.calls["vdot"] == 0
+    # Retrieval compares memory and cells by one product more, which is differentiated by both.
+    assert seen.calls["bmm"] == 2 * (psnet + 2 * discriminators) + 4
+    assert seen.calls["mv"] == seen.calls["vdot"] == 0
+
+
+class OneOperator(torch.autograd.Function):
+    """As many calls as CARAFE's on a GPU: one, and two for its gradients."""
+
+    @staticmethod
+    def forward(ctx, features: Tensor, logits: Tensor, kernel: int) -> Tensor:
+        ctx.save_for_backward(features, logits)
+        return features.new_zeros(*features.shape[:2], *(2 * side for side in features.shape[2:]))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        features, logits = ctx.saved_tensors
+        return torch.zeros_like(features), torch.zeros_like(logits), None
+
+
+VIEWS = {
+    *("_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select"),
+    *("slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+}
+"""Operators that start no kernel."""
+
+
+def test_a_joint_step_of_the_default_networks_calls_fewer_than_1500_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carafe, "upsample", OneOperator.apply)
+    config = TrainingConfig(precision="bf16")
+    model = replace(config.model, patch_size=16)
+    model = replace(model, coarse=replace(model.coarse, base_width=4), psnet=replace(model.psnet, base_width=4))
+    config = replace(config, model=model, discriminators=TRAINING.discriminators)
+    state = TrainingState(config, perceptual=untrained_vgg19(torch_generator("vgg")))
+    state._late = 2
+    batch = make_batch(size=1, num_cells=16, config=model)
+    step(state, batch=batch)
+    with NeverWait() as seen:
+        step(state, batch=batch)
+    calls = {name: number for name, number in seen.calls.items() if name not in VIEWS}
+    assert sum(calls.values()) < 1500, Counter(calls).most_common(20)
+    # No weight is rounded by itself: there are 142 of them.
+    assert calls["_to_copy"] < 60
 
 
 @pytest.mark.gpu
