@@ -560,17 +560,20 @@ class Inpainter:
 
     def _pool(self, hole: np.ndarray, key: tuple[int | str, ...]) -> np.ndarray:
         """Corners of the memory, inside the image as it came; a side shorter than k borrows from its padding. Where
-        windows are to continue each other, those on a grid of half of k around the hole, and others if they are few."""
+        windows are to continue each other, those of a grid of half of k around the hole, and others if they are few."""
         config = self.model.config
         if max(hole.shape) > np.iinfo(np.int16).max:
             raise UnusableInput("too-long", f"sides up to {np.iinfo(np.int16).max} pixels can be filled at once")
         if min(hole.shape) < config.patch_size:
             height, width = (max(side, config.patch_size) for side in hole.shape)
             hole = _pad(hole, config.size_multiple)[:height, :width]
+        rng = numpy_generator(self.seed, "pool", *key)
         near = np.zeros((0, 2), np.int16)
         if self.coherence:
             stride = max(1, config.patch_size // 2)
-            near = nearest_windows(hole, patch_size=config.patch_size, stride=stride, most=MEMORY)
+            top, left = rng.integers(np.minimum(stride, np.array(hole.shape) - config.patch_size + 1))
+            near = nearest_windows(hole[top:, left:], patch_size=config.patch_size, stride=stride, most=MEMORY)
+            near += np.array([top, left], np.int16)
         if len(near) >= config.memory.pool_size:
             return near
         drawn = select_pool(
@@ -579,7 +582,7 @@ class Inpainter:
             stride=config.memory_stride,
             pool_size=config.memory.pool_size,
             rule=config.memory.rule,
-            rng=numpy_generator(self.seed, "pool", *key),
+            rng=rng,
         )
         return np.concatenate([near, drawn])
 

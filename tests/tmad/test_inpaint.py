@@ -239,9 +239,11 @@ def test_no_window_of_the_memory_lies_in_the_padding_of_a_side_that_is_long_enou
         assert (corners + 16 <= np.maximum(size, 16)).all()
 
 
-def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memory(model: TMAD) -> None:
-    # The memory is drawn where it is not all that lies around the hole.
-    image, mask, inpainter = picture(64, 64), make_mask(), Inpainter(model, coherence=0)
+@pytest.mark.parametrize("coherence", [0.0, 1.0])
+def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memory(
+    model: TMAD, coherence: float
+) -> None:
+    image, mask, inpainter = picture(64, 64), make_mask(), Inpainter(model, coherence=coherence)
 
     def pools(seed: int, image_id: str) -> bytes:
         return inpainter.with_options(seed=seed)(image, mask, image_id=image_id).candidates.tobytes()
@@ -253,7 +255,7 @@ def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memor
     assert pools(0, "a") == pools(0, "a")
     assert pools(0, "a") != pools(1, "a")
     assert pools(0, "a") != pools(0, "b")
-    again = Inpainter(model, seed=1, coherence=0)(image, mask, image_id="a")
+    again = Inpainter(model, seed=1, coherence=coherence)(image, mask, image_id="a")
     assert pools(1, "a") == again.candidates.tobytes()
     assert inpainter.with_options(seed=1).model is inpainter.model
 
