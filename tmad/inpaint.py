@@ -26,6 +26,7 @@ from torch import Tensor
 from tmad import builtin
 from tmad.checkpoint import CONFIG_FILE, WEIGHTS_FILE, load_model
 from tmad.coarse import compose
+from tmad.coherence import choose, continued
 from tmad.config import TMADConfig
 from tmad.holes import Box, block_any, dilate, fade, group_holes, named, polarity_notes
 from tmad.holes import EmptyMaskWarning as EmptyMaskWarning
@@ -34,10 +35,11 @@ from tmad.holes import UnusableInput as UnusableInput
 from tmad.holes import hole_mask as hole_mask
 from tmad.images import Fill, UnreadableImage, paste, scale, to_model, to_rgb, to_uint8
 from tmad.inputs import Picture, as_pillow, like, opened
-from tmad.memory import select_pool
+from tmad.memory import nearest_windows, select_pool
 from tmad.model import TMAD, folded
 from tmad.patches import Part, cut, grown, within
 from tmad.rng import numpy_generator
+from tmad.structure import halvings, predict
 
 Policy = Literal["original", "resize", "crop"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -48,6 +50,11 @@ LIMIT = 1024
 """Pixels of a side up to which the coarse network works at full size by default; some 600 MB of memory."""
 GPU_PIXELS = 2**22
 """Pixels that go through the networks together on a GPU by default."""
+
+COHERENCE = 1.0
+"""What it is worth by default that a window continues its neighbour's, in nats of S."""
+MEMORY = 512
+"""Windows of the memory where those of neighbours are to continue each other, at most; some 75 MB."""
 
 _GRAIN = 4
 """Pictures are grouped by what PSNet sees of them, padded to sides of a multiple of this many cells."""
@@ -102,6 +109,7 @@ class Inpainter:
         keep_candidates: bool = True,
         precision: Precision | None = None,
         pixels_at_once: int | None = None,
+        coherence: float = COHERENCE,
     ) -> None:
         """How pictures of any size are worked on, by a copy of *model* where it is.
 
@@ -116,6 +124,10 @@ class Inpainter:
         CPU. *pixels_at_once*: pixels of pictures of one size that go through the networks together; default:
         `GPU_PIXELS` on a GPU and one picture on a CPU, where a result is thus the same to the last bit whatever else is
         in the batch. On a GPU, in another precision or in company, a value may differ by rounding.
+
+        *coherence*: what it is worth, in nats of S, that a cell's window continues the one of a neighbouring cell, so
+        that no window shows again and again. 0 is the paper's choice, each cell by itself, from a memory of the size
+        that the model was trained with.
         """
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
@@ -125,6 +137,8 @@ class Inpainter:
             raise ValueError(f"context and feather must not be negative, got {context} and {feather}")
         if limit < 2 * model.config.size_multiple:
             raise ValueError(f"limit must be at least {2 * model.config.size_multiple}, got {limit}")
+        if coherence < 0:
+            raise ValueError(f"coherence must not be negative, got {coherence}")
         if pixels_at_once is not None and pixels_at_once < 1:
             raise ValueError(f"pixels_at_once must be at least 1, got {pixels_at_once}")
         self.model = folded(model)
@@ -143,6 +157,8 @@ class Inpainter:
         self.cells_per_chunk = cells_per_chunk
         self.seed = seed
         self.keep_candidates = keep_candidates
+        # The mean of the whole memory continues nothing.
+        self.coherence = 0.0 if model.config.retrieval.mode == "weighted_sum" else coherence
 
     @staticmethod
     def load(
@@ -278,7 +294,7 @@ class Inpainter:
         for number, part in enumerate(part for picture in pictures for part in picture.parts):
             # Those beyond the limit are worked on in tiles, each by itself.
             part.pieces.clear()
-            key = number if part.shown is None else (part.size, part.given is None)
+            key = number if part.shown is None else (part.size, part.given is None, part.shown.halvings)
             groups.setdefault(key, []).append(part)
         for group in groups.values():
             for some in self._bounded(group, group[0].pixels):
@@ -335,7 +351,8 @@ class Inpainter:
         )
         if self.policy == "original" or max(box.height, box.width) <= self.limit:
             given = None if coarse is None else _pad(part.read(part.whole, coarse), multiple)
-            part.shown = _Shown(_pad(part.read(part.whole), multiple), _pad(hole, multiple), given)
+            mask = _pad(hole, multiple)
+            part.shown = _Shown(_pad(part.read(part.whole), multiple), mask, given, halvings(mask))
         return part
 
     def _bounded(self, items: list[_Item], pixels: int) -> Iterator[list[_Item]]:
@@ -348,6 +365,8 @@ class Inpainter:
         """Fill parts of one padded size, or a single large one."""
         source: _OnDevice | _OnHost
         shown = [part.shown for part in parts if part.shown is not None]
+        most = max(len(part.pool_yx) for part in parts)
+        pool = np.stack([part.pool_yx[_filled_up(np.arange(len(part.pool_yx)), most)] for part in parts])
         if not shown:
             (part,) = parts
             source = _OnHost(part, self._coarse_of_large(part), self.device)
@@ -355,11 +374,9 @@ class Inpainter:
             memory = torch.cat(windows, dim=1)
         else:
             source = _OnDevice(self._coarse_of(shown))
-            memory = self.model.read_memory(
-                source.coarse, _sent(np.stack([part.pool_yx for part in parts]), self.device)
-            )
-        index, weights = self._retrieve(source, parts, memory)
-        self._synthesize(source, parts, memory, index, weights)
+            memory = self.model.read_memory(source.coarse, _sent(pool, self.device))
+        index, weights, joined = self._retrieve(source, parts, pool, memory)
+        self._synthesize(source, parts, memory, index, weights, joined)
         if self.keep_candidates:
             for number, part in enumerate(parts):
                 part.coarse = source.pixels(number, part.area)
@@ -373,7 +390,7 @@ class Inpainter:
         if given:
             return compose(_to_tensor(np.stack(given), self.device), image, mask)
         holes = np.bitwise_or.reduce([part.mask for part in parts])
-        return self._predict(image, mask, _around(holes, self.model.config.patch_size))
+        return self._predict(image, mask, _around(holes, self.model.config.patch_size), parts[0].halvings)
 
     def _coarse_of_large(self, part: _Part) -> np.ndarray:
         """I^_s of the area of a part that the coarse network sees reduced, (h, w, 3), uint8."""
@@ -381,25 +398,40 @@ class Inpainter:
         np.copyto(coarse, part.read(part.area), where=part.hole[part.area][..., None] == 0)
         return coarse
 
-    def _predict(self, image: Tensor, mask: Tensor, part: Part) -> Tensor:
-        """I^_s of *image*, whose holes lie in *part*."""
-        coarse = image.clone()
-        coarse[..., *part] = compose(self.model.predict_coarse(image, mask, part), image[..., *part], mask[..., *part])
+    def _predict(self, image: Tensor, mask: Tensor, part: Part, number: int) -> Tensor:
+        """I^_s of *image*, whose holes lie in *part*, from *number* halvings."""
+        coarse, multiple = image.clone(), self.model.config.size_multiple
+        result = predict(self.model.predict_coarse, image, mask, part, number=number, multiple=multiple)
+        coarse[..., *part] = compose(result, image[..., *part], mask[..., *part])
         return coarse
 
-    def _retrieve(self, source: _OnDevice | _OnHost, parts: list[_Part], memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The candidates (B, N, C) of all cells, as numbers of memory windows, and S (B, N, P); a part with fewer cells
-        than another has its first one again."""
+    def _retrieve(
+        self, source: _OnDevice | _OnHost, parts: list[_Part], pool: np.ndarray, memory: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The candidates (B, N, C) of all cells, as numbers of memory windows, S (B, N, P), and which of them continue
+        those of neighbours. A part with fewer cells than another has its first one again."""
         most = max(len(part.cells_yx) for part in parts)
         corners = np.stack([part.cells_yx[_filled_up(np.arange(len(part.cells_yx)), most)] for part in parts])
-        index, weights = [], []
+        index, weights, scores = [], [], []
         step = max(1, self.cells_per_chunk // len(parts))
         for start in range(0, most, step):
             queries = source.windows(corners[:, start : start + step], self.model.config.patch_size)
             found = self.model.retrieval(queries, self.model.patches(memory), memory[..., :1, :1, :1])
             index.append(found.index)
             weights.append(found.weights)
-        return torch.cat(index, dim=1), torch.cat(weights, dim=1)
+            scores.append(found.scores)
+        if not self.coherence:
+            return torch.cat(index, dim=1), torch.cat(weights, dim=1), None
+        of = self.model.config
+        chosen = choose(
+            torch.cat(scores, dim=1),
+            corners,
+            pool,
+            patch_size=of.patch_size,
+            num_candidates=of.retrieval.num_candidates,
+            bonus=self.coherence,
+        )
+        return chosen, torch.cat(weights, dim=1), continued(chosen, corners, pool, of.patch_size)
 
     def _synthesize(
         self,
@@ -408,11 +440,12 @@ class Inpainter:
         memory: Tensor,
         index: Tensor,
         weights: Tensor,
+        joined: Tensor | None,
     ) -> None:
         """Texture for the hole cells, a square of `cells_per_chunk` of them at a time, those of one size together.
 
-        *memory* as `TMAD.read_memory`, *index* and *weights* as `_retrieve`. PSNet sees so much around each square that
-        the result does not depend on where squares end. What it makes goes into the parts' `pieces`.
+        *memory* as `TMAD.read_memory`, *index*, *weights* and *joined* as `_retrieve`. PSNet sees so much around each
+        square that the result does not depend on where squares end. What it makes goes into the parts' `pieces`.
         """
         by_size: dict[tuple[int, ...], list[_Square]] = {}
         for number, part in enumerate(parts):
@@ -420,7 +453,7 @@ class Inpainter:
                 by_size.setdefault(square.seen_size, []).append(square)
         for (height, width), squares in by_size.items():
             for some in self._bounded(squares, height * width):
-                self._synthesize_squares(some, source, parts, memory, index, weights)
+                self._synthesize_squares(some, source, parts, memory, index, weights, joined)
 
     def _squares(self, number: int, part: _Part) -> Iterator[_Square]:
         k = self.model.config.patch_size
@@ -449,6 +482,7 @@ class Inpainter:
         memory: Tensor,
         index: Tensor,
         weights: Tensor,
+        joined: Tensor | None,
     ) -> None:
         """Squares around which PSNet sees as much of each, together; other arguments as above."""
         k, device = self.model.config.patch_size, self.device
@@ -477,6 +511,7 @@ class Inpainter:
             local,
             inner,
             area,  # type: ignore[arg-type]
+            None if joined is None else joined[whose, which],
         )
         pixels = to_uint8(made).permute(0, 2, 3, 1).to("cpu", non_blocking=True)
         for square, piece in zip(squares, pixels, strict=True):
@@ -484,7 +519,7 @@ class Inpainter:
             parts[square.number].pieces.append((square.target, piece[within(wanted, inner)]))
 
     def _found(self, part: _Part, index: Tensor, memory: Tensor) -> _Found:
-        pool = to_uint8(self.model.patches(memory)).permute(0, 2, 3, 1).cpu().numpy()
+        pool = to_uint8(self.model.patches(memory[: len(part.pool_yx)])).permute(0, 2, 3, 1).cpu().numpy()
         places, chosen = part.pool_yx + part.corner, index[: len(part.cells_yx)].cpu().numpy()
         return _Found(pool[chosen], places[chosen], pool, places)
 
@@ -504,7 +539,8 @@ class Inpainter:
         small = scale(np.concatenate(strips), size, "bilinear")
         image = _to_tensor(_pad(small, config.size_multiple)[None], self.device)
         mask = _sent(_pad(small_hole, config.size_multiple)[None, None], self.device).float()
-        coarse = _to_array(self._predict(image, mask, _around(small_hole, config.size_multiple)))[: size[0], : size[1]]
+        around, number = _around(small_hole, config.size_multiple), halvings(small_hole)
+        coarse = _to_array(self._predict(image, mask, around, number))[: size[0], : size[1]]
         rows, columns = part.area
         coarse = scale(coarse, (size[0], width))[:, columns]
         large = np.empty((*part.hole[part.area].shape, 3), np.uint8)
@@ -523,21 +559,32 @@ class Inpainter:
         return self.model.read_memory(pixels, torch.tensor([[[top - first_y, left - first_x]]], device=self.device))
 
     def _pool(self, hole: np.ndarray, key: tuple[int | str, ...]) -> np.ndarray:
-        """Corners of the memory, inside the image as it came; a side shorter than k borrows from its padding."""
+        """Corners of the memory, inside the image as it came; a side shorter than k borrows from its padding. Where
+        windows are to continue each other, those of a grid of half of k around the hole, and others if they are few."""
         config = self.model.config
         if max(hole.shape) > np.iinfo(np.int16).max:
             raise UnusableInput("too-long", f"sides up to {np.iinfo(np.int16).max} pixels can be filled at once")
         if min(hole.shape) < config.patch_size:
             height, width = (max(side, config.patch_size) for side in hole.shape)
             hole = _pad(hole, config.size_multiple)[:height, :width]
-        return select_pool(
+        rng = numpy_generator(self.seed, "pool", *key)
+        near = np.zeros((0, 2), np.int16)
+        if self.coherence:
+            stride = max(1, config.patch_size // 2)
+            top, left = rng.integers(np.minimum(stride, np.array(hole.shape) - config.patch_size + 1))
+            near = nearest_windows(hole[top:, left:], patch_size=config.patch_size, stride=stride, most=MEMORY)
+            near += np.array([top, left], np.int16)
+        if len(near) >= config.memory.pool_size:
+            return near
+        drawn = select_pool(
             hole,
             patch_size=config.patch_size,
             stride=config.memory_stride,
             pool_size=config.memory.pool_size,
             rule=config.memory.rule,
-            rng=numpy_generator(self.seed, "pool", *key),
+            rng=rng,
         )
+        return np.concatenate([near, drawn])
 
     def _coarse(self, original: Image.Image, parts: Sequence[_Part]) -> np.ndarray:
         if not self.keep_candidates:
@@ -568,6 +615,8 @@ class _Shown:
     mask: np.ndarray
     given: np.ndarray | None
     """The precomputed coarse result."""
+    halvings: int
+    """`structure.halvings`."""
 
 
 @dataclass

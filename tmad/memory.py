@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from tmad.holes import dilate
+
 _LARGE = 2**22
 """Pixels from which a table with an entry for each of them costs too much memory."""
 
@@ -73,3 +75,18 @@ def select_pool(
     chosen = np.resize(chosen, pool_size)
     rows, columns = np.divmod(chosen, counts.shape[1])
     return np.stack([rows * stride, columns * stride], axis=1).astype(np.int16)
+
+
+def nearest_windows(mask: np.ndarray, *, patch_size: int, stride: int, most: int) -> np.ndarray:
+    """Corners (N, 2), int16, of windows without a hole pixel on a grid of this *stride*: those nearest to the hole, at
+    most *most* of them; *mask* as above. Of the last that are equally near, as many as fit, at even intervals."""
+    dirty = (window_hole_counts(mask, patch_size=patch_size, stride=stride) > 0).astype(np.uint8)
+    found: list[np.ndarray] = []
+    while len(found) < most and not dirty.all():
+        wider = dilate(dirty, 1) if dirty.any() else np.ones_like(dirty)
+        ring = np.argwhere(wider > dirty)
+        if len(found) + len(ring) > most:
+            ring = ring[np.linspace(0, len(ring), most - len(found), endpoint=False).astype(np.int64)]
+        found.extend(ring)
+        dirty = wider
+    return np.array(found, np.int16).reshape(-1, 2) * np.int16(stride)

@@ -123,13 +123,15 @@ class TMAD(nn.Module):
         cells: Tensor,
         inner: Part | None = None,
         area: Part | None = None,
+        continued: Tensor | None = None,
     ) -> Tensor:
         """PSNet over a part of the picture (Sec. III-C), in which the windows *candidates* were retrieved for *cells*.
 
-        *coarse* I^_s (B, 3, H, W), *mask* (B, 1, H, W), sides multiples of k; *area* as for `mosaic.lay_out`. Returns
-        *inner* of (B, 3, H, W), float32, linear.
+        *coarse* I^_s (B, 3, H, W), *mask* (B, 1, H, W), sides multiples of k; *area* and *continued* as for
+        `mosaic.lay_out`. Returns *inner* of (B, 3, H, W), float32, linear.
         """
-        mosaics, details = lay_out(candidates, cells, coarse, mask, patch_size=self.config.patch_size, area=area)
+        k = self.config.patch_size
+        mosaics, details = lay_out(candidates, cells, coarse, mask, patch_size=k, area=area, continued=continued)
         del candidates  # as large as all that PSNet computes
         return self.psnet(coarse, mask, mosaics, details, inner)
 

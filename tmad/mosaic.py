@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tmad.coherence import NEIGHBOURS
 from tmad.patches import Part
 
 NUM_BANDS = 2
@@ -59,21 +60,32 @@ def ramp(patch_size: int, overlap: int) -> Tensor:
 
 
 def lay_out(
-    windows: Tensor, cells: Tensor, coarse: Tensor, mask: Tensor, *, patch_size: int, area: Part | None = None
+    windows: Tensor,
+    cells: Tensor,
+    coarse: Tensor,
+    mask: Tensor,
+    *,
+    patch_size: int,
+    area: Part | None = None,
+    continued: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Blend the windows that were borrowed for *cells* into pictures.
 
     *windows* (B, N, C, CHANNELS, k + 2o, k + 2o); *cells* (B, N), raster indices, none twice; *coarse* I^_s (B, 3, H,
     W); *mask* (B, 1, H, W), 1 = hole. Cells without a hole pixel take no part: their windows would reach into those
     that have one. *area*, rows and columns that hold all *cells*, multiples of k: nothing is blended beyond it (none =
-    the whole picture). Returns mosaics (B, C, 3, H, W), the candidates' colours, with *coarse* where nothing was
-    borrowed and outside the hole; and details (B, C, NUM_BANDS, 3, H, W), 0 where nothing was borrowed.
+    the whole picture). *continued* (B, N, C, 8) as `coherence.continued` gives it: windows that continue each other
+    hold the same pixels where they overlap, and are weighted there as one window (none = none does).
+
+    Returns mosaics (B, C, 3, H, W), the candidates' colours, with *coarse* where nothing was borrowed and outside the
+    hole; and details (B, C, NUM_BANDS, 3, H, W), 0 where nothing was borrowed.
     """
     if area is not None:
         top, left = (one.start // patch_size for one in area)
         columns, inner = coarse.shape[-1] // patch_size, (area[1].stop - area[1].start) // patch_size
         moved = (cells // columns - top) * inner + cells % columns - left
-        there = lay_out(windows, moved, coarse[..., *area], mask[..., *area], patch_size=patch_size)
+        parts = coarse[..., *area], mask[..., *area]
+        there = lay_out(windows, moved, *parts, patch_size=patch_size, continued=continued)
         mosaics = coarse[:, None].to(there[0].dtype).repeat(1, windows.shape[2], 1, 1, 1)
         details = there[1].new_zeros(*mosaics.shape[:2], NUM_BANDS, *mosaics.shape[2:])
         mosaics[..., *area], details[..., *area] = there
@@ -81,20 +93,36 @@ def lay_out(
     num_candidates, side = windows.shape[2], windows.shape[-1]
     size = coarse.shape[-2:]
     touched = F.max_pool2d(mask.float(), patch_size).flatten(1).gather(1, cells)[:, :, None, None, None]
-    weights = ramp(patch_size, (side - patch_size) // 2).to(windows) * touched
+    own = ramp(patch_size, (side - patch_size) // 2).to(windows)
+    weights = own * touched
     total = overlap_add(weights, cells, patch_size=patch_size, size=size)
     covered = total > 0
     # Not clamped: at the corner of a wide window that has no neighbour, weights are as small as 1e-7.
     total = torch.where(covered, total, 1)
 
     def blend(part: Tensor, weights: Tensor, total: Tensor) -> Tensor:
-        added = overlap_add((part * weights[:, :, None]).flatten(2, 3), cells, patch_size=patch_size, size=size)
+        added = overlap_add((part * weights.unsqueeze(3)).flatten(2, 3), cells, patch_size=patch_size, size=size)
         return (added / total).unflatten(1, (num_candidates, -1))
 
     colours = blend(windows[:, :, :, :3], weights, total)
-    details = blend(windows[:, :, :, 3:], weights**DETAIL_POWER, total**DETAIL_POWER)
+    if continued is None:
+        weights = weights**DETAIL_POWER
+    else:
+        joint = own.expand(*continued.shape[:3], -1, -1).clone()
+        for beside, reaching in zip(continued.to(own).unbind(-1), _neighbours(own, patch_size), strict=True):
+            joint.addcmul_(beside[..., None, None], reaching)
+        weights = weights * joint ** (DETAIL_POWER - 1)
+    details = blend(windows[:, :, :, 3:], weights, total**DETAIL_POWER)
     mosaics = torch.where((covered & (mask > 0))[:, None], colours, coarse[:, None].to(colours.dtype))
     return mosaics, details.unflatten(2, (NUM_BANDS, 3))
+
+
+def _neighbours(own: Tensor, patch_size: int) -> Tensor:
+    """A window's weights *own* (k + 2o, k + 2o) as far as those of its neighbours reach into it, (8, k + 2o, k + 2o) in
+    the order of `NEIGHBOURS`."""
+    side, k = len(own), patch_size
+    padded = F.pad(own, (k,) * 4)
+    return torch.stack([padded[k - dy * k :, k - dx * k :][:side, :side] for dy, dx in NEIGHBOURS])
 
 
 def overlap_add(windows: Tensor, cells: Tensor, *, patch_size: int, size: tuple[int, ...]) -> Tensor:

@@ -68,6 +68,8 @@ class Retrieved:
     """(B, N, C) int64, which memory patches they are."""
     weights: Tensor
     """(B, N, P), S: softmax of the similarity over the memory."""
+    scores: Tensor
+    """(B, N, P), what S is the softmax of."""
 
 
 class Retrieval(nn.Module):
@@ -82,15 +84,17 @@ class Retrieval(nn.Module):
 
     def forward(self, cells: Tensor, pool: Tensor, held: Tensor) -> Retrieved:
         """*cells* p_s (B, N, 3, K, K) and *pool* T (B, P, 3, K, K), in [-1, 1]; *held* (B, P, ...), what is handed out
-        of each memory patch: the patch itself, or a window around it. Softmax in float32."""
+        of each memory patch: the patch itself, or a window around it. S is float32."""
         query_BND = self.embed_query(cells.flatten(0, 1)).reshape(*cells.shape[:2], -1)
         memory_BPD = self.embed_memory(pool.flatten(0, 1)).reshape(*pool.shape[:2], -1)
+        # A choice must not hang on rounding, which differs with the number of cells that are scored at once.
+        exact = torch.float32 if torch.is_grad_enabled() else torch.float64
         with torch.autocast(cells.device.type, enabled=False):
             # Eq. 3. [D] The temperature keeps the softmax from saturating and changes no ranking.
-            scores_BNP = similarity(query_BND.float(), memory_BPD.float()) / self.config.temperature
-            weights = scores_BNP.softmax(dim=-1)
+            scores_BNP = similarity(query_BND.to(exact), memory_BPD.to(exact)) / self.config.temperature
+            weights = scores_BNP.softmax(dim=-1).float()
         index = scores_BNP.topk(self.config.num_candidates, dim=-1).indices
-        return Retrieved(self.hand_out(weights, held, index), index, weights)
+        return Retrieved(self.hand_out(weights, held, index), index, weights, scores_BNP)
 
     @torch.no_grad()
     def _start_as_distance(self) -> None:

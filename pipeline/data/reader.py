@@ -4,7 +4,7 @@ All workers train on parts of the same batches, and shuffled windows spread over
 would read nearly everything. A reader starts the task for a portion when the first worker asks for it; the task leaves
 one table for each of them. For one worker the reader is an object, for several an actor that only keeps references.
 
-Not Ray Data: docs/decisions/022-ray.md.
+Not Ray Data: what was tried, measured and not measured is in docs/decisions/022-ray.md.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from dataclasses import replace
 
@@ -181,7 +182,7 @@ def test_the_result_is_that_of_the_generator(model: TMAD) -> None:
     # Sides that need no padding and a picture without parts: what training computes is what inference gives.
     image, mask = picture(96, 112), np.zeros((96, 112), np.uint8)
     mask[20:70, 30:90] = 1
-    result = Inpainter(model, cells_per_chunk=4)(image, mask)
+    result = Inpainter(model, cells_per_chunk=4, coherence=0)(image, mask)
     cells = torch.from_numpy(result.cells_yx // 16 @ np.array([7, 1]))[None]
     tensor = to_model(torch.from_numpy(image).permute(2, 0, 1)[None])
     with torch.no_grad():
@@ -197,13 +198,17 @@ def test_with_weighted_sum_the_result_is_that_of_the_generator_too() -> None:
     test_the_result_is_that_of_the_generator(model.eval())
 
 
+@pytest.mark.parametrize("coherence", [0.0, 1.0])
 @pytest.mark.parametrize("policy", LARGE)
-def test_memory_and_candidates_are_patches_of_what_the_networks_saw_at_their_places(model: TMAD, policy: str) -> None:
+def test_memory_and_candidates_are_patches_of_what_the_networks_saw_at_their_places(
+    model: TMAD, policy: str, coherence: float
+) -> None:
     image, mask = picture(150, 230), two_holes(150, 230)
-    result = Inpainter(model, **LARGE[policy])(image, mask)
+    result = Inpainter(model, **LARGE[policy], coherence=coherence)(image, mask)
     pools = 2 if policy == "crop" else 1
-    assert result.memory.shape == (pools * MODEL.memory.pool_size, 16, 16, 3)
-    assert result.memory_yx.shape == (pools * MODEL.memory.pool_size, 2)
+    if not coherence:
+        assert len(result.memory) == pools * MODEL.memory.pool_size
+    assert result.memory.shape == (len(result.memory_yx), 16, 16, 3)
     for patch, (y, x) in zip(result.memory, result.memory_yx, strict=True):
         # Coarse pixels were rounded to uint8 on the way into one of the two.
         assert np.abs(patch.astype(int) - result.coarse[y : y + 16, x : x + 16]).max() <= 1
@@ -226,16 +231,19 @@ def test_no_window_of_the_memory_lies_in_the_padding_of_a_side_that_is_long_enou
 ) -> None:
     mask = np.zeros(size, np.uint8)
     mask[:4, :4] = 1
-    for policy in ("original", "crop"):
-        corners = Inpainter(model, policy=policy)(picture(*size), mask).memory_yx
-        assert len(corners) == MODEL.memory.pool_size
+    for policy, coherence in itertools.product(("original", "crop"), (0.0, 1.0)):
+        corners = Inpainter(model, policy=policy, coherence=coherence)(picture(*size), mask).memory_yx
+        assert len(corners) >= MODEL.memory.pool_size
         # A side shorter than a patch borrows from its padding what is missing, and no more.
         assert (corners >= 0).all()
         assert (corners + 16 <= np.maximum(size, 16)).all()
 
 
-def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memory(model: TMAD) -> None:
-    image, mask, inpainter = picture(64, 64), make_mask(), Inpainter(model)
+@pytest.mark.parametrize("coherence", [0.0, 1.0])
+def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memory(
+    model: TMAD, coherence: float
+) -> None:
+    image, mask, inpainter = picture(64, 64), make_mask(), Inpainter(model, coherence=coherence)
 
     def pools(seed: int, image_id: str) -> bytes:
         return inpainter.with_options(seed=seed)(image, mask, image_id=image_id).candidates.tobytes()
@@ -247,7 +255,8 @@ def test_the_same_call_gives_the_same_bytes_and_the_seed_and_id_choose_the_memor
     assert pools(0, "a") == pools(0, "a")
     assert pools(0, "a") != pools(1, "a")
     assert pools(0, "a") != pools(0, "b")
-    assert pools(1, "a") == Inpainter(model, seed=1)(image, mask, image_id="a").candidates.tobytes()
+    again = Inpainter(model, seed=1, coherence=coherence)(image, mask, image_id="a")
+    assert pools(1, "a") == again.candidates.tobytes()
     assert inpainter.with_options(seed=1).model is inpainter.model
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tmad.tiny import make_mask
-from tmad.memory import select_pool, window_hole_counts
+from tmad.memory import nearest_windows, select_pool, window_hole_counts
 
 RULES = ["clean", "fewest"]
 
@@ -178,3 +178,25 @@ def test_the_first_windows_of_a_larger_memory_are_a_smaller_memory(rule: str, ho
     # Other windows, as chance has it, with as many hole pixels.
     found, expected = (sorted(counts[y // 8, x // 8] for y, x in pool) for pool in (large[:6], small))
     assert found == expected
+
+
+def test_the_windows_nearest_to_the_hole_are_clean_and_on_the_grid_and_come_first() -> None:
+    mask = np.zeros((160, 200), np.uint8)
+    mask[70:90, 100:130] = 1
+    found = nearest_windows(mask, patch_size=16, stride=8, most=10**6)
+    places = {(y, x) for y in range(0, 145, 8) for x in range(0, 185, 8) if not mask[y : y + 16, x : x + 16].any()}
+    assert {tuple(place) for place in found.tolist()} == places
+    assert len(found) == len(places)
+    dirty = np.argwhere(window_hole_counts(mask, patch_size=16, stride=8)) * 8
+    distances = np.abs(found[:, None].astype(int) - dirty).max(-1).min(-1)
+    assert (np.diff(distances) >= 0).all()
+    few = nearest_windows(mask, patch_size=16, stride=8, most=50)
+    assert len(few) == 50
+    assert np.abs(few[:, None].astype(int) - dirty).max(-1).min(-1).max() <= distances[50]
+
+
+def test_all_windows_are_near_to_a_hole_that_none_of_the_grid_touches() -> None:
+    mask = np.zeros((64, 70), np.uint8)
+    mask[15:17, 69] = 1
+    assert len(nearest_windows(mask, patch_size=16, stride=8, most=100)) == 7 * 7
+    assert len(nearest_windows(np.ones((64, 64), np.uint8), patch_size=16, stride=8, most=100)) == 0
