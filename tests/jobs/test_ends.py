@@ -33,6 +33,7 @@ from pipeline.tracking import Tracker, mlflow_client
 from tests.conftest import RAY_ENVIRONMENT, ROOT
 from tests.jobs.conftest import CallJob
 from tests.jobs.processes import Job, Moment, small_sets
+from tests.pipeline.test_inpaint_batch import fill_here
 from tests.tmad.tiny import MODEL, make_image, make_mask
 from tmad.checkpoint import save_model
 from tmad.model import TMAD
@@ -245,13 +246,14 @@ def check_end(job: Job, asked: Asked, code: int) -> str:
 
 
 def test_an_inpainting_job_with_its_actors_is_ended_by_sigterm_and_goes_on_to_what_one_in_one_go_leaves(
-    place: Place, tmp_path: Path, ray_session: None, call_job: CallJob
+    place: Place, tmp_path: Path, call_job: CallJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, whole = inpaint(place, tmp_path / "out"), inpaint(place, tmp_path / "whole")
     job = Job(tmp_path / "log", asked.command)
     assert job.wait_for(asked.moment()), job.said()
     job.process.terminate()
     assert "the same command" in check_end(job, asked, 143)
+    monkeypatch.setattr("pipeline.inpaint.run._fill_all", fill_here)
     for one in (asked, whole):
         code, _, said = call_job(inpaint_main, *one.command[2:])
         assert code == 0, said

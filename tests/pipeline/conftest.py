@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import multiprocessing
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,24 @@ def in_this_process(ray_session: None) -> Iterator[None]:
     """`loop_in_this_process` for a test."""
     with loop_in_this_process():
         yield
+
+
+@pytest.fixture
+def measured_here(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an evaluation's tasks do with images is done here, one after the other. Not for what Ray does: tasks side by
+    side, in any order, again after a loss."""
+    import ray
+
+    def measure(
+        job: Any, files: dict[str, Any], tasks: Sequence[Any], function: Callable[..., pa.Table], **_: Any
+    ) -> Iterator[Any]:
+        kept = ray.put(files)
+        for task in tasks:
+            # As a task travels: tuples become lists.
+            yield from function(json.loads(json.dumps(asdict(task))), files=kept, job=job)["made"].to_pylist()
+
+    for module in ("measure", "pictures"):
+        monkeypatch.setattr(f"pipeline.evaluation.{module}.on_workers", measure)
 
 
 def start_processes(function: Callable[..., None], *args: object, count: int) -> None:

@@ -235,6 +235,7 @@ def test_killed_with_other_threads_and_run_again_it_gives_the_same_table(
     assert table_of(out) == table_of(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_the_same_command_again_measures_nothing_and_another_model_everything(
     model_folder: Path, make_set: SetMaker, tmp_path: Path
 ) -> None:
@@ -264,6 +265,7 @@ def test_what_lies_under_the_hole_reaches_no_method(complete: tuple[Evaluated, P
         assert np.array_equal(output[mask == 0], image[mask == 0]), name
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_other_methods_stand_in_the_table_and_psnet_behind_them(
     model_folder: Path, make_set: SetMaker, tmp_path: Path
 ) -> None:
@@ -289,6 +291,7 @@ def test_other_methods_stand_in_the_table_and_psnet_behind_them(
     assert rows["photo-1.png#0", "half+psnet"]["psnr_hole"] == measure(np.asarray(own.output), image, mask)["psnr_hole"]
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_results_that_do_not_fit_are_listed_before_anything_is_run(
     model_folder: Path, make_set: SetMaker, tmp_path: Path
 ) -> None:
@@ -309,6 +312,7 @@ def test_results_that_do_not_fit_are_listed_before_anything_is_run(
         run(model_folder, data, tmp_path / "out", external=(f"empty={tmp_path / 'nowhere'}",))
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_an_image_of_nothing_but_hole_is_left_out_and_listed(
     model_folder: Path, make_set: SetMaker, scripts: Path, tmp_path: Path
 ) -> None:
@@ -327,6 +331,7 @@ def test_an_image_of_nothing_but_hole_is_left_out_and_listed(
     assert entry["psnr_full"]["at_cap"] == 1
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_network_that_cannot_be_had_is_a_row_that_says_why_and_the_run_goes_on(
     model_folder: Path, make_set: SetMaker, scripts: Path, tmp_path: Path
 ) -> None:
@@ -346,6 +351,7 @@ def test_a_network_that_cannot_be_had_is_a_row_that_says_why_and_the_run_goes_on
     assert "not measured: the network cannot be read" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_wrong_settings_are_refused_by_name(model_folder: Path, make_set: SetMaker, tmp_path: Path) -> None:
     data = make_set(1)
     with pytest.raises(ValueError, match="mask_variant must be below 1, the masks per image"):
@@ -370,6 +376,7 @@ def test_wrong_settings_are_refused_by_name(model_folder: Path, make_set: SetMak
         run(model_folder, data, tmp_path / "out")
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_results_reach_the_mlflow_run(
     model_folder: Path, make_set: SetMaker, tmp_path: Path, tracking_uri: str
 ) -> None:
@@ -382,6 +389,7 @@ def test_results_reach_the_mlflow_run(
     assert {f"evaluation/{name}" for name in ("report.html", "report.md", "report.json", "pictures.png")} <= names
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_two_reports_are_compared_image_by_image(
     complete: tuple[Evaluated, Path, str], model_folder: Path, make_set: SetMaker, tmp_path: Path
 ) -> None:

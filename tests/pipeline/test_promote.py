@@ -20,6 +20,8 @@ from tests.tmad.tiny import MODEL
 from tmad.checkpoint import load_model, save_model
 from tmad.model import TMAD
 
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -66,6 +68,7 @@ def champion(tracking_uri: str) -> int:
     return int(mlflow_client(tracking_uri).get_model_version_by_alias("tests", "champion").version)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_better_version_is_promoted_with_its_comparison_and_can_be_rolled_back(
     register: Register, settings: dict[str, Any], tracking_uri: str
 ) -> None:
@@ -95,6 +98,7 @@ def test_a_better_version_is_promoted_with_its_comparison_and_can_be_rolled_back
         roll_back(PromoteConfig(**settings, rollback=True))
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_worse_version_is_refused_with_metric_and_interval(
     register: Register, settings: dict[str, Any], tracking_uri: str
 ) -> None:
@@ -109,6 +113,7 @@ def test_a_worse_version_is_refused_with_metric_and_interval(
     assert "not promoted over version 1" in verdict
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_better_version_that_does_not_reach_the_margin_is_refused(
     register: Register, settings: dict[str, Any], tracking_uri: str
 ) -> None:
@@ -119,6 +124,7 @@ def test_a_better_version_that_does_not_reach_the_margin_is_refused(
     assert champion(tracking_uri) == 1
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_an_equal_version_is_refused(register: Register, settings: dict[str, Any], tracking_uri: str) -> None:
     register("good")
     register("good")
@@ -127,6 +133,7 @@ def test_an_equal_version_is_refused(register: Register, settings: dict[str, Any
     assert champion(tracking_uri) == 1
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_version_whose_results_are_equal_is_refused_whatever_its_weights(
     folders: dict[str, Path], register: Register, settings: dict[str, Any], tmp_path: Path, tracking_uri: str
 ) -> None:
@@ -143,6 +150,7 @@ def test_a_version_whose_results_are_equal_is_refused_whatever_its_weights(
     assert champion(tracking_uri) == 1
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_version_with_weights_that_are_not_finite_is_refused(
     folders: dict[str, Path], register: Register, settings: dict[str, Any], tmp_path: Path, tracking_uri: str
 ) -> None:
@@ -158,6 +166,7 @@ def test_a_version_with_weights_that_are_not_finite_is_refused(
     assert champion(tracking_uri) == 1
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_version_whose_file_is_missing_is_refused_and_tagged(
     register: Register, settings: dict[str, Any], tracking_uri: str
 ) -> None:
@@ -209,6 +218,7 @@ def test_names_that_are_not_there_and_rules_without_sense_are_refused(tracking_u
         PromoteConfig(better=("psnr_hole=-1",))
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_no_file_of_the_promotion_is_left_outside_its_folder(
     register: Register, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +231,7 @@ def test_no_file_of_the_promotion_is_left_outside_its_folder(
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_version_without_a_champion_to_beat_has_to_be_sound_alone(
     register: Register, settings: dict[str, Any], tracking_uri: str
 ) -> None:
