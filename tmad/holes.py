@@ -260,7 +260,7 @@ def _runs(line: np.ndarray, gap: int) -> list[tuple[int, int]]:
 def block_any(hole: np.ndarray, size: float) -> np.ndarray:
     """Which blocks of *size* x *size* pixels hold a hole pixel, bool; *size* may have a fraction, the last blocks may
     reach beyond the picture."""
-    for axis in (0, 1):
+    for axis in (1, 0):  # first along the rows, which NumPy does faster
         block = ((np.arange(hole.shape[axis]) + 0.5) / size).astype(np.int64)
         starts = np.flatnonzero(np.diff(block, prepend=-1))
         hole = np.maximum.reduceat(hole, starts, axis=axis)

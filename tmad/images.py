@@ -386,7 +386,7 @@ def scale(
 
 def to_model(image: Tensor) -> Tensor:
     """uint8 [0, 255] => float32 [-1, 1], any shape, contiguous."""
-    return image.contiguous().float() / 127.5 - 1
+    return image.contiguous() / 127.5 - 1
 
 
 def to_uint8(image: Tensor) -> Tensor:

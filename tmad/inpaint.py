@@ -695,12 +695,10 @@ class _Part:
     def fills(self, hole: np.ndarray, feather: int) -> Iterator[Fill]:
         """What is to be pasted into the picture, whose *hole* (H, W) fades over *feather* pixels."""
         for place, piece in self.pieces:
-            pixels, inside = self.read(place), self.hole[place] > 0
-            pixels[inside] = piece.numpy()[: inside.shape[0], : inside.shape[1]][inside]
             box = self.in_picture(place)
             around = grown(box.slices, feather, *hole.shape)
             shown = fade(hole[around], feather)[within(box.slices, around)]
-            yield (box.top, box.left), self.as_grey_as_known(pixels), shown
+            yield (box.top, box.left), self.as_grey_as_known(piece.numpy()[: box.height, : box.width]), shown
 
     def as_grey_as_known(self, pixels: np.ndarray) -> np.ndarray:
         """*pixels* without colour if the part has none outside the hole: the networks tint what they fill."""
@@ -708,7 +706,11 @@ class _Part:
 
     @cached_property
     def _is_grey(self) -> bool:
-        return not any(np.ptp(self.read(rows)[self.hole[rows] == 0], axis=-1).any() for rows in self.strips())
+        for rows in self.strips():
+            red, green, blue = np.moveaxis(self.read(rows), -1, 0)
+            if (((red != green) | (red != blue)) & (self.hole[rows] == 0)).any():
+                return False
+        return True
 
 
 @dataclass
@@ -827,9 +829,9 @@ def _pad(array: np.ndarray, multiple: int) -> np.ndarray:
     short."""
     for axis in range(min(2, array.ndim)):
         side = array.shape[axis]
-        extra = -side % multiple
-        widths = [(0, extra if index == axis else 0) for index in range(array.ndim)]
-        array = np.pad(array, widths, mode="reflect" if extra < side else "edge")
+        if extra := -side % multiple:
+            widths = [(0, extra if index == axis else 0) for index in range(array.ndim)]
+            array = np.pad(array, widths, mode="reflect" if extra < side else "edge")
     return array
 
 

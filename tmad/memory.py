@@ -11,9 +11,6 @@ import numpy as np
 
 from tmad.holes import dilate
 
-_LARGE = 2**22
-"""Pixels from which a table with an entry for each of them costs too much memory."""
-
 
 def window_hole_counts(mask: np.ndarray, *, patch_size: int, stride: int) -> np.ndarray:
     """Hole pixels in every patch_size x patch_size window of a grid with the given stride.
@@ -21,7 +18,7 @@ def window_hole_counts(mask: np.ndarray, *, patch_size: int, stride: int) -> np.
     *mask* (H, W), {0, 1}, 1 = hole; H, W >= patch_size. Returns (rows, columns) int32, window (i, j) having its
     top-left corner at (i * stride, j * stride). One summed-area table, O(H*W) whatever the stride.
     """
-    if mask.size > _LARGE and patch_size % stride == 0:
+    if patch_size % stride == 0:
         # The same of the blocks' sums, whose table is smaller by the square of the stride.
         rows, columns = mask.shape[0] // stride, mask.shape[1] // stride
         bands = mask[: rows * stride, : columns * stride].reshape(rows, stride, -1).sum(axis=1, dtype=np.int16)

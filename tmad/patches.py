@@ -54,11 +54,9 @@ def cut(image: Tensor, corners: Tensor, size: int) -> Tensor:
     differentiable in *image*, bit-exact copies of its pixels.
     """
     batch, channels, height, width = image.shape
-    steps = torch.arange(size, device=image.device)
-    rows = corners[..., 0, None] + steps
-    columns = corners[..., 1, None] + steps
-    index = torch.add(columns[..., None, :], rows[..., :, None], alpha=width)
-    index += torch.arange(0, batch * height * width, height * width, device=image.device)[:, None, None, None]
+    first = corners[..., 0] * width + corners[..., 1]
+    first = first + torch.arange(0, batch * height * width, height * width, device=image.device)[:, None]
+    index = first[..., None, None] + torch.arange(size * width, device=image.device).view(size, width)[:, :size]
     # Pixels as rows of a table: one lookup for all channels, and a dense, deterministic backward.
     pixels = image.permute(0, 2, 3, 1).reshape(-1, channels)
     patches = F.embedding(index, pixels)

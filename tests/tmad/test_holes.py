@@ -16,7 +16,6 @@ from pipeline.errors import ModelNotFound
 from tests.tmad.tiny import MODEL, make_image
 from tmad.holes import Box, block_any, dilate, fade, group_holes
 from tmad.inpaint import Inpainter, UnusableInput
-from tmad.memory import select_pool
 from tmad.model import TMAD
 
 
@@ -79,18 +78,6 @@ def test_blocks_of_a_fraction_of_a_pixel_miss_nothing() -> None:
     found = block_any(mask, 2.5)
     assert found.shape == (4, 4)
     assert found.sum() == found[3, 3] == 1
-
-
-def test_a_large_masks_memory_is_chosen_as_a_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = holes(203, 187, (50, 60, 90, 140))
-
-    def chosen() -> list:
-        rng = np.random.default_rng(1)
-        return select_pool(mask, patch_size=16, stride=4, pool_size=30, rule="fewest", rng=rng).tolist()
-
-    before = chosen()
-    monkeypatch.setattr("tmad.memory._LARGE", 0)
-    assert chosen() == before
 
 
 @pytest.mark.parametrize("policy", ["original", "resize", "crop"])

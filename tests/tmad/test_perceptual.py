@@ -70,7 +70,8 @@ def test_the_maps_are_those_of_conv3_1_conv4_1_and_conv5_3_before_the_relu(vgg: 
     maps, expected = vgg(images), maps_twin(vgg, images)
     assert [tuple(m.shape) for m in maps] == [(2, 256, 8, 4), (2, 512, 4, 2), (2, 512, 2, 1)]
     for a, b in zip(maps, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        # The normalisation is one product there, and rounds otherwise.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-5)
         assert (a < 0).any()
 
 
