@@ -114,7 +114,7 @@ def make_feed(stop_at: int | None = None, *, nan_at: tuple[int, ...] = (), from_
                 raise Stopped
             batch = make_batch(images)
             # The weights of the gradient penalty, which only the joint phase reads.
-            yield replace(batch, mix=batch.mix * torch.nan) if images in nan_at else batch
+            yield replace(batch, mask=batch.mask * torch.nan) if images in nan_at else batch
 
     return Feed(training=training, validation=lambda: iter([make_batch(999)]))
 

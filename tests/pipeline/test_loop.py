@@ -180,7 +180,7 @@ def test_the_log_names_terms_and_images_of_a_bad_row_and_where_the_run_goes_on(
     with caplog.at_level(logging.WARNING):
         run_in(tmp_path, HEALING, feed=make_feed(nan_at=BAD))
     first, back = (record.getMessage() for record in caplog.records)
-    assert re.search(r"not finite: grad_norm/discriminators, .*\(after 8 images, with image-8-0, image-8-1\)", first)
+    assert re.search(r"not finite: loss/coarse_hole, .*\(after 8 images, with image-8-0, image-8-1\)", first)
     assert back.startswith(
         f"back to the weights of checkpoint {checkpoint_name(8)}; data continue after 12 images: 2 steps"
     )
