@@ -104,8 +104,8 @@ class Recorder(Tracker):
 
 
 def make_feed(stop_at: int | None = None, *, nan_at: tuple[int, ...] = (), from_images: int = 0) -> Feed:
-    """Batches that depend on their position alone, as those of a prepared set; *stop_at*: fail there; *nan_at*: there
-    the loss is not finite; none before *from_images* may be asked for."""
+    """Batches that depend on their position alone, as those of a prepared set; *stop_at*: fail there; *nan_at*: masks
+    that are no numbers there; none before *from_images* may be asked for."""
 
     def training(start_images: int) -> Iterator[Batch]:
         assert start_images >= from_images
@@ -113,7 +113,6 @@ def make_feed(stop_at: int | None = None, *, nan_at: tuple[int, ...] = (), from_
             if images == stop_at:
                 raise Stopped
             batch = make_batch(images)
-            # The weights of the gradient penalty, which only the joint phase reads.
             yield replace(batch, mask=batch.mask * torch.nan) if images in nan_at else batch
 
     return Feed(training=training, validation=lambda: iter([make_batch(999)]))
