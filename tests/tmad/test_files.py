@@ -95,7 +95,8 @@ def test_a_jpeg_is_written_with_its_own_tables_and_its_pixels_hardly_move(inpain
     # Blocks of 16 pixels without hole, a block away from it, hold the same picture.
     apart = np.abs(np.asarray(after).astype(int) - np.asarray(before))
     outside = np.ones((HEIGHT, WIDTH), bool)
-    outside[0:64, 16:80] = False
+    # Colours of half the size are interpolated: the pixel beside a block that changed changes with it.
+    outside[0:64, 15:80] = False
     assert apart[outside].max() <= 6
     assert apart[HOLE > 0].mean() > 5
 
