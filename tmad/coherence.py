@@ -1,8 +1,8 @@
 """Which windows of the memory are borrowed, so that those of neighbouring cells continue each other [D].
 
 Where each cell chooses by itself (Eq. 4), flat structure finds one window for all cells, which shows as wallpaper, and
-other structure finds windows whose patterns do not fit at their borders. Here a window that lies beside a neighbour's
-as the cell lies beside that neighbour is preferred, and one that a neighbour has too is avoided.
+other structure finds windows whose patterns do not fit at their borders. Here a window gains if it continues that of a
+neighbouring cell, and loses if a cell nearby uses it already.
 
 Shapes: B images, N cells of an image, P memory patches, C candidates of a cell.
 """

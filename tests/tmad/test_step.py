@@ -782,7 +782,7 @@ def test_a_nan_in_the_scores_skips_the_step_and_changes_no_weight() -> None:
     train(state, 1)
     everything = ("model", "ema", "patch_discriminator", "global_discriminator", "adam")
     before = weights_of(state, *everything)
-    state.patch_discriminator.register_forward_hook(lambda *_: _[-1] * math.nan)
+    state.patch_discriminator.register_forward_hook(lambda network, inputs, scores: scores * math.nan)
     metrics = step(state)
     assert_unchanged(before, state, *everything)
     assert state.counters() == {"images_seen": 4, "steps": 2, "bad_steps": 1, "bad_steps_in_row": 1}
