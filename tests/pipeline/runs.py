@@ -104,8 +104,8 @@ class Recorder(Tracker):
 
 
 def make_feed(stop_at: int | None = None, *, nan_at: tuple[int, ...] = (), from_images: int = 0) -> Feed:
-    """Batches that depend on their position alone, as those of a prepared set; *stop_at*: fail there; *nan_at*: there the
-    mask is NaN, and so is the loss; none before *from_images* may be asked for."""
+    """Batches that depend on their position alone, as those of a prepared set; *stop_at*: fail there; *nan_at*:
+    there the mask is NaN, and so is the loss; none before *from_images* may be asked for."""
 
     def training(start_images: int) -> Iterator[Batch]:
         assert start_images >= from_images
